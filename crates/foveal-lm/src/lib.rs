@@ -1,0 +1,1 @@
+//! Language models built on the `foveal` attention engine.

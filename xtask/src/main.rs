@@ -1,0 +1,2 @@
+//! Project tasks: test, ci, bench, fuzz.
+fn main() {}
