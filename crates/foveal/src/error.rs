@@ -1,0 +1,111 @@
+//! Everything that a call can refuse, with what was found, what was expected and what to do.
+
+use crate::tensor::Shape;
+
+/// The result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call was refused. Nothing has been written when one of these comes back.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A buffer does not hold what its shape and strides say.
+    #[error("{what}: the buffer holds {got} elements, the shape needs {expected}")]
+    BufferLength {
+        /// Which buffer.
+        what: &'static str,
+        /// Elements needed.
+        expected: usize,
+        /// Elements found.
+        got: usize,
+    },
+    /// A shape whose element count or strides overflow the address space.
+    #[error("{what}: the shape {shape} with its strides is larger than the address space")]
+    ShapeOverflow {
+        /// Which tensor.
+        what: &'static str,
+        /// The shape.
+        shape: Shape,
+    },
+    /// Strides of an output under which two elements share one place.
+    #[error("strides of an output of shape {shape} make rows overlap; outputs need disjoint rows")]
+    OverlappingOutput {
+        /// The shape.
+        shape: Shape,
+    },
+    /// Two shapes that have to agree do not.
+    #[error("{what}: expected {expected}, got {got}")]
+    ShapeMismatch {
+        /// What has to agree, in words.
+        what: &'static str,
+        /// The expected shape.
+        expected: Shape,
+        /// The shape found.
+        got: Shape,
+    },
+    /// Query heads can't be shared out evenly over the key/value heads.
+    #[error(
+        "{heads} query heads can't be grouped over {kv_heads} key/value heads; \
+         the first must be a multiple of the second"
+    )]
+    HeadGrouping {
+        /// Query heads.
+        heads: usize,
+        /// Key/value heads.
+        kv_heads: usize,
+    },
+    /// A number outside the range that a parameter accepts.
+    #[error("{what} = {got}: expected {expected}")]
+    InvalidParameter {
+        /// Which parameter.
+        what: &'static str,
+        /// What it accepts.
+        expected: &'static str,
+        /// What it was given.
+        got: String,
+    },
+    /// A mask that was made for other sequence lengths than those of the call.
+    #[error("{what} was made for {expected}, the call has {got}")]
+    MaskShape {
+        /// Which mask.
+        what: &'static str,
+        /// What the mask covers.
+        expected: String,
+        /// What the call asks for.
+        got: String,
+    },
+    /// More rows in one call than the row kernels take.
+    #[error("{got} generated rows in one call, at most {limit}; run longer inputs as a prompt")]
+    TooManyRows {
+        /// Rows asked for.
+        got: usize,
+        /// Rows that one call takes.
+        limit: usize,
+    },
+    /// A workspace that is smaller than the plan needs.
+    #[error("the workspace holds {got} bytes, the plan needs {expected}; make it with Workspace::for_plan")]
+    WorkspaceTooSmall {
+        /// Bytes needed.
+        expected: usize,
+        /// Bytes found.
+        got: usize,
+    },
+    /// An append that would exceed a cache's capacity. The cache is unchanged.
+    #[error("the cache holds {len} of {capacity} tokens; {appended} more do not fit")]
+    CacheFull {
+        /// Tokens held.
+        len: usize,
+        /// Tokens that fit.
+        capacity: usize,
+        /// Tokens that were to be appended.
+        appended: usize,
+    },
+    /// A SIMD level that does not exist or that this processor lacks.
+    #[error("SIMD level {name:?} is not available; this processor offers {available}")]
+    SimdUnavailable {
+        /// The name asked for.
+        name: String,
+        /// The names that work here, separated by commas.
+        available: String,
+    },
+}

@@ -1,0 +1,422 @@
+//! The three steps of the tile kernels, for a group of up to 6 query rows against one key tile:
+//! scores S = Q Kᵀ, probabilities P = exp2(c S − m), and O ← α O + P V.
+//!
+//! Keys are packed into panels `[key / 64][d][key % 64]`, so that a score vector is a sum over d of
+//! a broadcast query times 16 neighbouring keys; values are used as they lie, `[key][d]`. Each sum
+//! runs over d (or over keys) in order with one accumulator per element, started at zero for each
+//! key tile. A row's bits therefore depend neither on the rows that share its group nor on which
+//! masked keys were skipped: a skipped key would have added an exact zero.
+
+use super::{Simd, dispatch, math};
+use crate::element::Element;
+use crate::tensor::Rows;
+
+/// Query rows that one pass over a tile computes together.
+pub(crate) const GROUP: usize = 6;
+/// Keys of one packed panel, and bits of one mask word.
+pub(crate) const PANEL: usize = 64;
+/// Keys of a tile; tiles start at multiples of this position in every sequence.
+pub(crate) const KEY_TILE: usize = 256;
+/// Keys that masks are resolved to before exact key bounds apply.
+pub(crate) const STEP: usize = 16;
+const PANELS: usize = KEY_TILE / PANEL;
+
+/// One bit per key of a tile: may the row see it?
+pub(crate) type KeyWords = [u64; PANELS];
+
+/// Which keys of a tile a group of rows computes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Visible<'a> {
+    /// Every row sees the first `n` keys; `n` is a multiple of [`STEP`].
+    All(usize),
+    /// One set of bits per row.
+    Some(&'a [KeyWords]),
+}
+
+impl Visible<'_> {
+    /// Steps of 16 keys of a panel that some row sees: `first..end`, empty if none.
+    #[inline(always)]
+    fn steps(&self, panel: usize) -> (usize, usize) {
+        match self {
+            Visible::All(n) => (0, n.saturating_sub(panel * PANEL).min(PANEL) / STEP),
+            Visible::Some(rows) => {
+                let any = rows.iter().fold(0, |any, words| any | words[panel]);
+                match any {
+                    0 => (0, 0),
+                    _ => (
+                        any.trailing_zeros() as usize / STEP,
+                        (PANEL - any.leading_zeros() as usize).div_ceil(STEP),
+                    ),
+                }
+            }
+        }
+    }
+
+    /// Exact bounds of the keys of a panel that some row sees.
+    #[inline(always)]
+    fn keys(&self, panel: usize) -> (usize, usize) {
+        let at = panel * PANEL;
+        match self {
+            Visible::All(n) => (at, (*n).clamp(at, at + PANEL)),
+            Visible::Some(rows) => {
+                let any = rows.iter().fold(0, |any, words| any | words[panel]);
+                match any {
+                    0 => (at, at),
+                    _ => (
+                        at + any.trailing_zeros() as usize,
+                        at + PANEL - any.leading_zeros() as usize,
+                    ),
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Packs keys into panels; the missing keys of the last panel become zero.
+    ///
+    /// `out` holds `ceil(count / 64) * 64 * width` numbers.
+    pub(crate) fn pack_keys<E: Element>(keys: Rows<'_, E>, out: &mut [f32]) = pack_keys_kernel
+}
+
+#[inline(always)]
+fn pack_keys_kernel<S: Simd, E: Element>(s: S, keys: Rows<'_, E>, out: &mut [f32]) {
+    let (count, width) = (keys.count(), keys.width());
+    assert_eq!(out.len(), count.div_ceil(PANEL) * PANEL * width);
+    for block in 0..(count.div_ceil(PANEL) * PANEL) / S::LANES {
+        let first = block * S::LANES;
+        let rows = count.saturating_sub(first).min(S::LANES);
+        let column = first / PANEL * PANEL * width + first % PANEL;
+        for d in (0..width).step_by(S::LANES) {
+            let lanes = (width - d).min(S::LANES);
+            let mut square = [s.splat(0.0); 16];
+            for (r, row) in square.iter_mut().enumerate().take(rows) {
+                // SAFETY: row first + r < count starts at its stride and holds `width` elements,
+                // of which d.. has `lanes` left.
+                *row = unsafe {
+                    let p = keys.as_ptr().add((first + r) * keys.stride() + d);
+                    if lanes == S::LANES { E::load(s, p) } else { E::load_part(s, p, lanes) }
+                };
+            }
+            s.transpose(&mut square);
+            for (k, &vector) in square.iter().enumerate().take(lanes) {
+                // SAFETY: the panel holds PANEL numbers for each of `width` d; `column` leaves room
+                // for LANES of them.
+                unsafe { s.store(out.as_mut_ptr().add(column + (d + k) * PANEL), vector) };
+            }
+        }
+    }
+}
+
+/// What [`scores`] reads and writes.
+#[derive(Debug)]
+pub(crate) struct Scores<'a> {
+    /// The group's query rows, one after the other, `depth` numbers each.
+    pub(crate) queries: &'a [f32],
+    /// Numbers of a query or key.
+    pub(crate) depth: usize,
+    /// The tile's packed panels.
+    pub(crate) keys: &'a [f32],
+    /// Which keys count.
+    pub(crate) visible: Visible<'a>,
+    /// Out: `[row][KEY_TILE]`, −∞ where a computed key is masked; skipped steps are untouched.
+    pub(crate) out: &'a mut [f32],
+    /// Out: the largest visible score of each row, −∞ if there is none.
+    pub(crate) max: &'a mut [f32; GROUP],
+}
+
+dispatch! {
+    /// S = Q Kᵀ for a group of rows (as many as `queries` holds, at most 6), masked, with row maxima.
+    pub(crate) fn scores(args: Scores<'_>) = scores_kernel
+}
+
+#[inline(always)]
+fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
+    match args.queries.len() / args.depth.max(1) {
+        1 => scores_rows::<S, 1>(s, args),
+        2 => scores_rows::<S, 2>(s, args),
+        3 => scores_rows::<S, 3>(s, args),
+        4 => scores_rows::<S, 4>(s, args),
+        5 => scores_rows::<S, 5>(s, args),
+        6 => scores_rows::<S, 6>(s, args),
+        rows => panic!("a group has 1 to {GROUP} rows, not {rows}"),
+    }
+}
+
+#[inline(always)]
+fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
+    let Scores { queries, depth, keys, visible, out, max } = args;
+    assert!(queries.len() == R * depth && out.len() >= R * KEY_TILE);
+    if let Visible::Some(words) = visible {
+        assert_eq!(words.len(), R);
+    }
+    let mut largest = [s.splat(f32::NEG_INFINITY); R];
+    for panel in 0..(keys.len() / (PANEL * depth)).min(PANELS) {
+        let (first, end) = visible.steps(panel);
+        let (mut v, end) = (first * STEP / S::LANES, end * STEP / S::LANES);
+        while v < end {
+            let at = Column { panel, lane: v * S::LANES };
+            let taken = (end - v).min(S::TILE_VECTORS);
+            // SAFETY: the panel lies inside `keys`, columns v.. of it hold `taken` vectors, and
+            // `out` has KEY_TILE numbers for each of R rows; lengths were checked above.
+            unsafe {
+                let io = ScoreBlock { queries, depth, keys, visible, out: out.as_mut_ptr() };
+                match taken {
+                    1 => score_block::<S, R, 1>(s, &io, at, &mut largest),
+                    2 if S::TILE_VECTORS >= 2 => score_block::<S, R, 2>(s, &io, at, &mut largest),
+                    3 if S::TILE_VECTORS >= 3 => score_block::<S, R, 3>(s, &io, at, &mut largest),
+                    _ => score_block::<S, R, 4>(s, &io, at, &mut largest),
+                }
+            }
+            v += taken;
+        }
+    }
+    for r in 0..R {
+        max[r] = s.reduce_max(largest[r]);
+    }
+}
+
+struct ScoreBlock<'a> {
+    queries: &'a [f32],
+    depth: usize,
+    keys: &'a [f32],
+    visible: Visible<'a>,
+    out: *mut f32,
+}
+
+#[derive(Clone, Copy)]
+struct Column {
+    panel: usize,
+    lane: usize,
+}
+
+/// R rows × V vectors of scores, then mask, store and running maximum while they are in registers.
+///
+/// # Safety
+/// The panel lies inside `io.keys`, `at.lane + V * LANES <= PANEL`, `io.queries` holds R rows, and
+/// `io.out` is valid for R rows of KEY_TILE numbers.
+#[inline(always)]
+unsafe fn score_block<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    io: &ScoreBlock<'_>,
+    at: Column,
+    largest: &mut [S::F; R],
+) {
+    let mut sums = [[s.splat(0.0); V]; R];
+    // SAFETY: see the contract; d < depth stays inside a query row and inside the panel.
+    unsafe {
+        let panel = io.keys.as_ptr().add(at.panel * PANEL * io.depth + at.lane);
+        let queries = io.queries.as_ptr();
+        for d in 0..io.depth {
+            let mut keys = [s.splat(0.0); V];
+            for (v, key) in keys.iter_mut().enumerate() {
+                *key = s.load(panel.add(d * PANEL + v * S::LANES));
+            }
+            for r in 0..R {
+                let query = s.splat(*queries.add(r * io.depth + d));
+                for v in 0..V {
+                    sums[r][v] = s.fma(query, keys[v], sums[r][v]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..V {
+            let lane = at.lane + v * S::LANES;
+            let mut x = sums[r][v];
+            if let Visible::Some(words) = io.visible {
+                let bits = (words[r][at.panel] >> lane) as u32;
+                x = s.select(bits, x, s.splat(f32::NEG_INFINITY));
+            }
+            largest[r] = s.max(x, largest[r]);
+            // SAFETY: row r has KEY_TILE numbers, and the panel's lanes lie inside them.
+            unsafe { s.store(io.out.add(r * KEY_TILE + at.panel * PANEL + lane), x) };
+        }
+    }
+}
+
+/// What [`softmax`] reads and writes.
+#[derive(Debug)]
+pub(crate) struct Softmax<'a> {
+    /// In: scores; out: probabilities relative to the new maximum. `[row][KEY_TILE]`.
+    pub(crate) scores: &'a mut [f32],
+    /// The largest score of each row, from [`scores`].
+    pub(crate) max: &'a [f32; GROUP],
+    /// Which keys count.
+    pub(crate) visible: Visible<'a>,
+    /// Multiplies scores into base-2 logits: scale · log2 e, not negative.
+    pub(crate) factor: f32,
+    /// The rows' running maxima, in base-2 logits. One per row of the group.
+    pub(crate) running_max: &'a mut [f32],
+    /// The rows' running sums, 16 lanes each.
+    pub(crate) running_sum: &'a mut [f32],
+    /// Out: what earlier accumulators have to be multiplied by.
+    pub(crate) rescale: &'a mut [f32; GROUP],
+}
+
+dispatch! {
+    /// P = exp2(factor · S − m) with the running maximum m and sum brought up to date.
+    pub(crate) fn softmax(args: Softmax<'_>) = softmax_kernel
+}
+
+#[inline(always)]
+fn softmax_kernel<S: Simd>(s: S, args: Softmax<'_>) {
+    let rows = args.running_max.len();
+    assert!(rows <= GROUP && args.running_sum.len() == rows * 16);
+    assert!(args.scores.len() >= rows * KEY_TILE);
+    for r in 0..rows {
+        let old = args.running_max[r];
+        let new = (args.max[r] * args.factor).max(old);
+        args.running_max[r] = new;
+        // A row that has seen nothing has maximum −∞; 0 in its place keeps exp2(−∞ − m) at 0.
+        let shift = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        let rescale = math::exp2(s, s.splat(old - shift));
+        args.rescale[r] = s.reduce_max(rescale);
+        let (factor, shift) = (s.splat(args.factor), s.splat(-shift));
+        let row = args.scores[r * KEY_TILE..][..KEY_TILE].as_mut_ptr();
+        let sum_at = args.running_sum[r * 16..][..16].as_mut_ptr();
+        // SAFETY: a row holds KEY_TILE numbers and its sum 16 >= LANES.
+        let mut sum = s.mul(unsafe { s.load(sum_at) }, rescale);
+        for panel in 0..PANELS {
+            let (first, end) = args.visible.steps(panel);
+            for v in first * STEP / S::LANES..end * STEP / S::LANES {
+                // SAFETY: panel and vector index lie inside the row's KEY_TILE numbers.
+                unsafe {
+                    let p = row.add(panel * PANEL + v * S::LANES);
+                    let x = math::exp2(s, s.fma(s.load(p), factor, shift));
+                    sum = s.add(sum, x);
+                    s.store(p, x);
+                }
+            }
+        }
+        // SAFETY: as above.
+        unsafe { s.store(sum_at, sum) };
+    }
+}
+
+/// What [`values`] reads and writes.
+#[derive(Debug)]
+pub(crate) struct Values<'a> {
+    /// Probabilities, `[row][KEY_TILE]`.
+    pub(crate) probabilities: &'a [f32],
+    /// Which keys count.
+    pub(crate) visible: Visible<'a>,
+    /// The tile's values, one row a key.
+    pub(crate) values: Rows<'a, f32>,
+    /// What the accumulators are multiplied by first. One per row.
+    pub(crate) rescale: &'a [f32; GROUP],
+    /// Accumulators, `[row][width rounded up to 16]`.
+    pub(crate) out: &'a mut [f32],
+}
+
+/// The length of an accumulator row for values of `width` numbers.
+pub(crate) fn padded(width: usize) -> usize {
+    width.next_multiple_of(16)
+}
+
+dispatch! {
+    /// O ← α O + P V for a group of rows.
+    pub(crate) fn values(args: Values<'_>) = values_kernel
+}
+
+#[inline(always)]
+fn values_kernel<S: Simd>(s: S, args: Values<'_>) {
+    match args.out.len() / padded(args.values.width()).max(1) {
+        1 => values_rows::<S, 1>(s, args),
+        2 => values_rows::<S, 2>(s, args),
+        3 => values_rows::<S, 3>(s, args),
+        4 => values_rows::<S, 4>(s, args),
+        5 => values_rows::<S, 5>(s, args),
+        6 => values_rows::<S, 6>(s, args),
+        rows => panic!("a group has 1 to {GROUP} rows, not {rows}"),
+    }
+}
+
+#[inline(always)]
+fn values_rows<S: Simd, const R: usize>(s: S, args: Values<'_>) {
+    let width = args.values.width();
+    assert!(args.probabilities.len() >= R * KEY_TILE && args.out.len() == R * padded(width));
+    let mut spans = [(0, 0); PANELS];
+    for (panel, span) in spans.iter_mut().enumerate() {
+        *span = args.visible.keys(panel);
+        span.1 = span.1.min(args.values.count());
+        span.0 = span.0.min(span.1);
+    }
+    let mut column = 0;
+    while column < width {
+        let left = width - column;
+        let io = ValueBlock {
+            probabilities: args.probabilities.as_ptr(),
+            values: args.values.as_ptr().wrapping_add(column),
+            stride: args.values.stride(),
+            spans,
+            rescale: args.rescale,
+            out: args.out.as_mut_ptr().wrapping_add(column),
+            out_stride: padded(width),
+            tail: left % S::LANES,
+        };
+        let whole = (left / S::LANES).min(S::TILE_VECTORS);
+        // SAFETY: keys below the rows' count, columns below their width; `out` rows are padded, so
+        // that the last vector may be stored whole.
+        unsafe {
+            match whole {
+                0 => value_block::<S, R, 1, true>(s, &io),
+                1 => value_block::<S, R, 1, false>(s, &io),
+                2 if S::TILE_VECTORS >= 2 => value_block::<S, R, 2, false>(s, &io),
+                3 if S::TILE_VECTORS >= 3 => value_block::<S, R, 3, false>(s, &io),
+                _ => value_block::<S, R, 4, false>(s, &io),
+            }
+        }
+        column += whole.max(1) * S::LANES;
+    }
+}
+
+struct ValueBlock<'a> {
+    probabilities: *const f32,
+    values: *const f32,
+    stride: usize,
+    spans: [(usize, usize); PANELS],
+    rescale: &'a [f32; GROUP],
+    out: *mut f32,
+    out_stride: usize,
+    tail: usize,
+}
+
+/// R rows × V vectors of one column block; with TAIL the one vector is `tail` numbers wide.
+///
+/// # Safety
+/// Each span's keys have a row of values with V vectors (or `tail` numbers) at `io.values`;
+/// probabilities and out hold R rows; out rows have V whole vectors.
+#[inline(always)]
+unsafe fn value_block<S: Simd, const R: usize, const V: usize, const TAIL: bool>(
+    s: S,
+    io: &ValueBlock<'_>,
+) {
+    let mut sums = [[s.splat(0.0); V]; R];
+    // SAFETY: see the contract.
+    unsafe {
+        for (first, end) in io.spans {
+            for j in first..end {
+                let at = io.values.add(j * io.stride);
+                let mut value = [s.splat(0.0); V];
+                for (v, x) in value.iter_mut().enumerate() {
+                    let p = at.add(v * S::LANES);
+                    *x = if TAIL { s.load_part(p, io.tail) } else { s.load(p) };
+                }
+                for r in 0..R {
+                    let p = s.splat(*io.probabilities.add(r * KEY_TILE + j));
+                    for v in 0..V {
+                        sums[r][v] = s.fma(p, value[v], sums[r][v]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            let rescale = s.splat(io.rescale[r]);
+            for v in 0..V {
+                let p = io.out.add(r * io.out_stride + v * S::LANES);
+                s.store(p, s.fma(rescale, s.load(p), sums[r][v]));
+            }
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! Four-dimensional views with named axes.
+//!
+//! Every public signature orders axes `[batch, seq, heads, dim]`. The last axis is contiguous;
+//! the other three may have any strides, zero included for inputs, so that views of other
+//! libraries' tensors fit without a copy.
+
+use crate::element::Element;
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// The extents of a tensor, by name, so that axes can't be swapped in silence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Independent sequences.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub seq: usize,
+    /// Heads: query heads for queries and outputs, key/value heads for keys and values.
+    pub heads: usize,
+    /// Numbers of one head's vector.
+    pub dim: usize,
+}
+
+impl Shape {
+    /// The number of elements, or `None` if it overflows.
+    pub fn checked_len(&self) -> Option<usize> {
+        self.batch.checked_mul(self.seq)?.checked_mul(self.heads)?.checked_mul(self.dim)
+    }
+
+    /// The shape of one number per row (`dim` = 1): that of a log-sum-exp.
+    pub fn per_row(self) -> Shape {
+        Shape { dim: 1, ..self }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.batch == 0 || self.seq == 0 || self.heads == 0 || self.dim == 0
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "[batch {}, seq {}, heads {}, dim {}]", self.batch, self.seq, self.heads, self.dim)
+    }
+}
+
+/// Elements between neighbours along each of the first three axes; the last axis is contiguous.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Strides {
+    /// From one sequence to the next.
+    pub batch: usize,
+    /// From one token to the next.
+    pub seq: usize,
+    /// From one head to the next.
+    pub heads: usize,
+}
+
+impl Strides {
+    /// The strides of a dense row-major tensor, or `None` if its size overflows.
+    pub fn contiguous(shape: Shape) -> Option<Strides> {
+        shape.checked_len()?;
+        let seq = shape.heads.checked_mul(shape.dim)?;
+        Some(Strides { batch: shape.seq.checked_mul(seq)?, seq, heads: shape.dim })
+    }
+
+    fn offset(&self, b: usize, s: usize, h: usize) -> usize {
+        b * self.batch + s * self.seq + h * self.heads
+    }
+
+    /// Elements that a buffer must hold: the last one's offset plus one.
+    fn required(&self, shape: Shape, what: &'static str) -> Result<usize> {
+        if shape.is_empty() {
+            return Ok(0);
+        }
+        let along = |extent: usize, stride: usize| (extent - 1).checked_mul(stride);
+        along(shape.batch, self.batch)
+            .and_then(|n| n.checked_add(along(shape.seq, self.seq)?))
+            .and_then(|n| n.checked_add(along(shape.heads, self.heads)?))
+            .and_then(|n| n.checked_add(shape.dim))
+            .filter(|&n| n <= isize::MAX as usize)
+            .ok_or(Error::ShapeOverflow { what, shape })
+    }
+
+    /// Whether rows are certainly disjoint: sorted by stride, each axis clears the ones below it.
+    fn disjoint(&self, shape: Shape) -> bool {
+        let mut axes =
+            [(self.batch, shape.batch), (self.seq, shape.seq), (self.heads, shape.heads)];
+        axes.sort_unstable();
+        let mut reach = shape.dim;
+        for (stride, extent) in axes.into_iter().filter(|axis| axis.1 > 1) {
+            if stride < reach {
+                return false;
+            }
+            reach += (extent - 1) * stride;
+        }
+        true
+    }
+}
+
+/// A borrowed, read-only tensor `[batch, seq, heads, dim]`.
+#[derive(Debug)]
+pub struct TensorRef<'a, E> {
+    data: &'a [E],
+    shape: Shape,
+    strides: Strides,
+}
+
+impl<E> Clone for TensorRef<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<E> Copy for TensorRef<'_, E> {}
+
+impl<'a, E: Element> TensorRef<'a, E> {
+    /// Views a dense row-major slice.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] unless `data` holds exactly the shape's elements.
+    pub fn new(data: &'a [E], shape: Shape) -> Result<Self> {
+        let strides = dense(data.len(), shape)?;
+        Ok(TensorRef { data, shape, strides })
+    }
+
+    /// Views a slice with any strides; a stride of zero repeats.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] if the furthest element lies outside `data`.
+    pub fn from_strides(data: &'a [E], shape: Shape, strides: Strides) -> Result<Self> {
+        let expected = strides.required(shape, "tensor")?;
+        if data.len() < expected {
+            return Err(Error::BufferLength { what: "tensor", expected, got: data.len() });
+        }
+        Ok(TensorRef { data, shape, strides })
+    }
+
+    /// The extents.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// One head's vector of one token.
+    ///
+    /// # Panics
+    /// If an index is outside the shape.
+    pub fn row(&self, batch: usize, seq: usize, head: usize) -> &'a [E] {
+        assert!(batch < self.shape.batch && seq < self.shape.seq && head < self.shape.heads);
+        let at = self.strides.offset(batch, seq, head);
+        &self.data[at..at + self.shape.dim]
+    }
+
+    /// All tokens of one head as strided rows.
+    pub(crate) fn head(&self, batch: usize, head: usize) -> Rows<'a, E> {
+        assert!(batch < self.shape.batch && head < self.shape.heads);
+        let count = self.shape.seq;
+        if count == 0 || self.shape.dim == 0 {
+            return Rows { data: &[], stride: 0, count, width: self.shape.dim };
+        }
+        let at = self.strides.offset(batch, 0, head);
+        let end = at + (count - 1) * self.strides.seq + self.shape.dim;
+        Rows { data: &self.data[at..end], stride: self.strides.seq, count, width: self.shape.dim }
+    }
+}
+
+/// `count` rows of `width` elements, `stride` apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a, E> {
+    data: &'a [E],
+    stride: usize,
+    count: usize,
+    width: usize,
+}
+
+impl<'a, E> Rows<'a, E> {
+    pub(crate) fn new(data: &'a [E], stride: usize, count: usize, width: usize) -> Self {
+        let needed = if count == 0 || width == 0 { 0 } else { (count - 1) * stride + width };
+        assert!(data.len() >= needed, "{count} rows of {width} at stride {stride} need {needed}");
+        Rows { data, stride, count, width }
+    }
+
+    pub(crate) fn slice(&self, rows: Range<usize>) -> Rows<'a, E> {
+        assert!(rows.start <= rows.end && rows.end <= self.count);
+        let (count, at) = (rows.len(), rows.start * self.stride);
+        if count == 0 || self.width == 0 {
+            return Rows { data: &[], stride: self.stride, count, width: self.width };
+        }
+        let end = at + (count - 1) * self.stride + self.width;
+        Rows { data: &self.data[at..end], stride: self.stride, count, width: self.width }
+    }
+
+    pub(crate) fn row(&self, i: usize) -> &'a [E] {
+        assert!(i < self.count);
+        &self.data[i * self.stride..i * self.stride + self.width]
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const E {
+        self.data.as_ptr()
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+}
+
+/// A borrowed, writable tensor `[batch, seq, heads, dim]` whose rows do not overlap.
+#[derive(Debug)]
+pub struct TensorMut<'a, E> {
+    data: &'a mut [E],
+    shape: Shape,
+    strides: Strides,
+}
+
+impl<'a, E: Element> TensorMut<'a, E> {
+    /// Views a dense row-major slice.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] unless `data` holds exactly the shape's elements.
+    pub fn new(data: &'a mut [E], shape: Shape) -> Result<Self> {
+        let strides = dense(data.len(), shape)?;
+        Ok(TensorMut { data, shape, strides })
+    }
+
+    /// Views a slice with any strides under which rows are disjoint.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] if the furthest element lies outside `data`;
+    /// [`Error::OverlappingOutput`] if rows may share elements.
+    pub fn from_strides(data: &'a mut [E], shape: Shape, strides: Strides) -> Result<Self> {
+        let expected = strides.required(shape, "output")?;
+        if data.len() < expected {
+            return Err(Error::BufferLength { what: "output", expected, got: data.len() });
+        }
+        if !shape.is_empty() && !strides.disjoint(shape) {
+            return Err(Error::OverlappingOutput { shape });
+        }
+        Ok(TensorMut { data, shape, strides })
+    }
+
+    /// The extents.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// One head's vector of one token.
+    ///
+    /// # Panics
+    /// If an index is outside the shape.
+    pub fn row_mut(&mut self, batch: usize, seq: usize, head: usize) -> &mut [E] {
+        assert!(batch < self.shape.batch && seq < self.shape.seq && head < self.shape.heads);
+        let at = self.strides.offset(batch, seq, head);
+        &mut self.data[at..at + self.shape.dim]
+    }
+
+    /// A shorter-lived view of the same tensor.
+    pub fn reborrow(&mut self) -> TensorMut<'_, E> {
+        TensorMut { data: self.data, shape: self.shape, strides: self.strides }
+    }
+
+    /// A view that several threads write through, each its own rows.
+    pub(crate) fn share(&mut self) -> SharedRows<'_, E> {
+        SharedRows {
+            data: self.data.as_mut_ptr(),
+            shape: self.shape,
+            strides: self.strides,
+            lifetime: PhantomData,
+        }
+    }
+}
+
+/// Rows that threads write without locks: each row by one thread only.
+#[derive(Debug)]
+pub(crate) struct SharedRows<'a, E> {
+    data: *mut E,
+    shape: Shape,
+    strides: Strides,
+    lifetime: PhantomData<&'a mut [E]>,
+}
+
+// SAFETY: rows are disjoint (checked when the TensorMut was made) and `row`'s contract gives each
+// of them to one user at a time.
+unsafe impl<E: Send> Sync for SharedRows<'_, E> {}
+// SAFETY: as above; the exclusive borrow lives as long as this view.
+unsafe impl<E: Send> Send for SharedRows<'_, E> {}
+
+impl<E> SharedRows<'_, E> {
+    /// # Safety
+    /// No other reference to this row is alive.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn row(&self, batch: usize, seq: usize, head: usize) -> &mut [E] {
+        assert!(batch < self.shape.batch && seq < self.shape.seq && head < self.shape.heads);
+        let at = self.strides.offset(batch, seq, head);
+        // SAFETY: the constructor checked that every row of the shape lies inside the buffer;
+        // the caller promises that this row is not aliased.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(at), self.shape.dim) }
+    }
+}
+
+/// An owned dense tensor `[batch, seq, heads, dim]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor<E> {
+    data: Vec<E>,
+    shape: Shape,
+}
+
+impl<E: Element> Tensor<E> {
+    /// A tensor of zeros. Allocates.
+    ///
+    /// # Errors
+    /// [`Error::ShapeOverflow`] if the shape's size overflows.
+    pub fn zeros(shape: Shape) -> Result<Self> {
+        let overflow = Error::ShapeOverflow { what: "tensor", shape };
+        let len = shape.checked_len().filter(|&n| n <= isize::MAX as usize / 4).ok_or(overflow)?;
+        Ok(Tensor { data: vec![E::default(); len], shape })
+    }
+
+    /// Takes a dense row-major vector.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] unless it holds exactly the shape's elements.
+    pub fn from_vec(data: Vec<E>, shape: Shape) -> Result<Self> {
+        dense(data.len(), shape)?;
+        Ok(Tensor { data, shape })
+    }
+
+    /// The extents.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// A read-only view.
+    pub fn view(&self) -> TensorRef<'_, E> {
+        let strides = Strides::contiguous(self.shape).expect("checked when made");
+        TensorRef { data: &self.data, shape: self.shape, strides }
+    }
+
+    /// A writable view.
+    pub fn view_mut(&mut self) -> TensorMut<'_, E> {
+        let strides = Strides::contiguous(self.shape).expect("checked when made");
+        TensorMut { data: &mut self.data, shape: self.shape, strides }
+    }
+
+    /// The elements in row-major order.
+    pub fn as_slice(&self) -> &[E] {
+        &self.data
+    }
+
+    /// The elements in row-major order.
+    pub fn into_vec(self) -> Vec<E> {
+        self.data
+    }
+}
+
+fn dense(got: usize, shape: Shape) -> Result<Strides> {
+    let overflow = Error::ShapeOverflow { what: "tensor", shape };
+    let strides = Strides::contiguous(shape).ok_or(overflow)?;
+    let expected = shape.batch * shape.seq * shape.heads * shape.dim;
+    if got != expected {
+        return Err(Error::BufferLength { what: "tensor", expected, got });
+    }
+    Ok(strides)
+}

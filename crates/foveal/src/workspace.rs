@@ -1,0 +1,41 @@
+//! Memory that kernels write their intermediate results to, kept between calls.
+
+use crate::error::{Error, Result};
+
+const ALIGNMENT: usize = 64;
+
+/// Scratch memory for calls that do not allocate. Its contents mean nothing between calls.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    buffer: Vec<f32>,
+}
+
+impl Workspace {
+    /// An empty workspace; [`Workspace::reserve`] makes room.
+    pub fn new() -> Workspace {
+        Workspace::default()
+    }
+
+    /// Grows to at least `bytes`. Allocates only when it grows, and then forgets its contents.
+    pub fn reserve(&mut self, bytes: usize) {
+        let needed = bytes.div_ceil(4) + ALIGNMENT / 4;
+        if self.buffer.len() < needed {
+            // Freed first, so that the two never coexist.
+            self.buffer = Vec::new();
+            self.buffer = vec![f32::NAN; needed];
+        }
+    }
+
+    /// Bytes that a plan may use.
+    pub fn bytes(&self) -> usize {
+        self.buffer.len().saturating_sub(ALIGNMENT / 4) * 4
+    }
+
+    /// The first `count` numbers, aligned to a cache line.
+    pub(crate) fn floats(&mut self, count: usize) -> Result<&mut [f32]> {
+        let got = self.bytes();
+        let skip = self.buffer.as_ptr().align_offset(ALIGNMENT);
+        let too_small = Error::WorkspaceTooSmall { expected: count * 4, got };
+        self.buffer.get_mut(skip..).and_then(|rest| rest.get_mut(..count)).ok_or(too_small)
+    }
+}
