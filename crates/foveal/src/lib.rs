@@ -1,1 +1,3 @@
 //! Attention on CPUs.
+
+pub mod projection;
