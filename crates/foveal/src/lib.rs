@@ -4,6 +4,7 @@ mod element;
 mod error;
 pub mod mask;
 mod parallel;
+pub mod projection;
 mod simd;
 mod tensor;
 mod workspace;
