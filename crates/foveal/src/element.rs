@@ -52,11 +52,15 @@ impl std::fmt::Display for DType {
 pub(crate) use lanes::Lanes;
 
 mod lanes {
+    use crate::cache::KvRows;
     use crate::simd::Simd;
+    use crate::tensor::Rows;
 
     /// How vectors of a storage type are moved to and from `f32` lanes. Seals `Element`.
     #[doc(hidden)]
     pub trait Lanes: Sized {
+        /// Rows of this type as rows of any type.
+        fn kv_rows(rows: Rows<'_, Self>) -> KvRows<'_>;
         /// # Safety
         /// `p` is valid for reading `S::LANES` elements.
         unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F;
@@ -70,6 +74,9 @@ mod lanes {
     }
 
     impl Lanes for f32 {
+        fn kv_rows(rows: Rows<'_, f32>) -> KvRows<'_> {
+            KvRows::F32(rows)
+        }
         #[inline(always)]
         unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::F {
             // SAFETY: the caller's promise is the callee's.
@@ -88,8 +95,11 @@ mod lanes {
     }
 
     macro_rules! sixteen_bit {
-        ($ty:ty, $widen:ident) => {
+        ($ty:ty, $widen:ident, $rows:ident) => {
             impl Lanes for $ty {
+                fn kv_rows(rows: Rows<'_, $ty>) -> KvRows<'_> {
+                    KvRows::$rows(rows)
+                }
                 #[inline(always)]
                 unsafe fn load<S: Simd>(s: S, p: *const $ty) -> S::F {
                     // SAFETY: the caller's promise is the callee's; the type is a transparent u16.
@@ -118,8 +128,8 @@ mod lanes {
             }
         };
     }
-    sixteen_bit!(half::f16, load_f16);
-    sixteen_bit!(half::bf16, load_bf16);
+    sixteen_bit!(half::f16, load_f16, F16);
+    sixteen_bit!(half::bf16, load_bf16, Bf16);
 }
 
 impl Element for f32 {

@@ -1,9 +1,13 @@
 //! Attention on CPUs.
+pub mod cache;
 mod cpu;
 mod element;
 mod error;
+mod exact;
 pub mod mask;
 mod parallel;
+pub mod plan;
+mod problem;
 pub mod projection;
 mod simd;
 mod tensor;
@@ -12,8 +16,11 @@ mod workspace;
 pub use cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use exact::state::SoftmaxState;
 pub use mask::Mask;
 pub use parallel::Threads;
+pub use plan::Plan;
+pub use problem::{Attention, Forward, Scale};
 pub use simd::Level;
-pub use tensor::{Shape, Strides, Tensor, TensorMut, TensorRef};
+pub use tensor::{Rows, Shape, Strides, Tensor, TensorMut, TensorRef};
 pub use workspace::Workspace;

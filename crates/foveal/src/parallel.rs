@@ -33,25 +33,20 @@ impl Threads {
     }
 }
 
-/// Runs `work(part, scratch)` for every part in `0..parts`, each once, in any order, with at most
-/// one thread per element of `scratches`.
-pub(crate) fn for_each_part<T: Send>(
+/// Runs `work(part, scratch)` for every part in `0..parts`, each once, in any order, on as many threads
+/// as `scratch` holds pieces of `piece` numbers.
+pub(crate) fn for_each_part(
     parts: usize,
-    scratches: &mut [T],
-    work: impl Fn(usize, &mut T) + Sync,
+    scratch: &mut [f32],
+    piece: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
 ) {
-    if scratches.len() <= 1 || parts <= 1 {
-        let scratch = scratches.first_mut().expect("one scratch at least");
-        (0..parts).for_each(|part| work(part, scratch));
-        return;
-    }
     #[cfg(feature = "parallel")]
-    {
+    if parts > 1 && scratch.len() >= 2 * piece {
         use std::sync::atomic::{AtomicUsize, Ordering};
         let next = AtomicUsize::new(0);
-        let workers = scratches.len().min(parts);
-        rayon::scope(|scope| {
-            for scratch in &mut scratches[..workers] {
+        return rayon::scope(|scope| {
+            for scratch in scratch.chunks_exact_mut(piece).take(parts) {
                 let (next, work) = (&next, &work);
                 scope.spawn(move |_| {
                     loop {
@@ -65,9 +60,6 @@ pub(crate) fn for_each_part<T: Send>(
             }
         });
     }
-    #[cfg(not(feature = "parallel"))]
-    {
-        let scratch = &mut scratches[0];
-        (0..parts).for_each(|part| work(part, scratch));
-    }
+    let scratch = &mut scratch[..piece];
+    (0..parts).for_each(|part| work(part, scratch));
 }

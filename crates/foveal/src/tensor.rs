@@ -152,19 +152,20 @@ impl<'a, E: Element> TensorRef<'a, E> {
     /// All tokens of one head as strided rows.
     pub(crate) fn head(&self, batch: usize, head: usize) -> Rows<'a, E> {
         assert!(batch < self.shape.batch && head < self.shape.heads);
-        let count = self.shape.seq;
-        if count == 0 || self.shape.dim == 0 {
-            return Rows { data: &[], stride: 0, count, width: self.shape.dim };
-        }
-        let at = self.strides.offset(batch, 0, head);
-        let end = at + (count - 1) * self.strides.seq + self.shape.dim;
-        Rows { data: &self.data[at..end], stride: self.strides.seq, count, width: self.shape.dim }
+        let Shape { seq: count, dim: width, .. } = self.shape;
+        let data = if self.shape.is_empty() {
+            &[]
+        } else {
+            let at = self.strides.offset(batch, 0, head);
+            &self.data[at..at + (count - 1) * self.strides.seq + width]
+        };
+        Rows { data, stride: self.strides.seq, count, width }
     }
 }
 
-/// `count` rows of `width` elements, `stride` apart.
+/// `count` rows of `width` elements each, `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rows<'a, E> {
+pub struct Rows<'a, E> {
     data: &'a [E],
     stride: usize,
     count: usize,
@@ -172,25 +173,50 @@ pub(crate) struct Rows<'a, E> {
 }
 
 impl<'a, E> Rows<'a, E> {
-    pub(crate) fn new(data: &'a [E], stride: usize, count: usize, width: usize) -> Self {
-        let needed = if count == 0 || width == 0 { 0 } else { (count - 1) * stride + width };
-        assert!(data.len() >= needed, "{count} rows of {width} at stride {stride} need {needed}");
-        Rows { data, stride, count, width }
-    }
-
-    pub(crate) fn slice(&self, rows: Range<usize>) -> Rows<'a, E> {
-        assert!(rows.start <= rows.end && rows.end <= self.count);
-        let (count, at) = (rows.len(), rows.start * self.stride);
-        if count == 0 || self.width == 0 {
-            return Rows { data: &[], stride: self.stride, count, width: self.width };
+    /// Views rows of a slice.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] if the last row ends outside `data`.
+    pub fn new(data: &'a [E], stride: usize, count: usize, width: usize) -> Result<Self> {
+        let expected = match count {
+            0 => 0,
+            _ => (count - 1).saturating_mul(stride).saturating_add(width),
+        };
+        if data.len() < expected {
+            return Err(Error::BufferLength { what: "rows", expected, got: data.len() });
         }
-        let end = at + (count - 1) * self.stride + self.width;
-        Rows { data: &self.data[at..end], stride: self.stride, count, width: self.width }
+        Ok(Rows { data: &data[..expected], stride, count, width })
     }
 
-    pub(crate) fn row(&self, i: usize) -> &'a [E] {
+    /// The rows of a range.
+    ///
+    /// # Panics
+    /// If the range is not within the rows.
+    pub fn slice(&self, rows: Range<usize>) -> Rows<'a, E> {
+        assert!(rows.start <= rows.end && rows.end <= self.count);
+        let Rows { stride, width, .. } = *self;
+        let (count, at) = (rows.len(), rows.start * stride);
+        let end = if count == 0 { at.min(self.data.len()) } else { at + (count - 1) * stride + width };
+        Rows { data: &self.data[at.min(end)..end], stride, count, width }
+    }
+
+    /// One row.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&self, i: usize) -> &'a [E] {
         assert!(i < self.count);
         &self.data[i * self.stride..i * self.stride + self.width]
+    }
+
+    /// The number of rows.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     pub(crate) fn as_ptr(&self) -> *const E {
@@ -199,14 +225,6 @@ impl<'a, E> Rows<'a, E> {
 
     pub(crate) fn stride(&self) -> usize {
         self.stride
-    }
-
-    pub(crate) fn count(&self) -> usize {
-        self.count
-    }
-
-    pub(crate) fn width(&self) -> usize {
-        self.width
     }
 }
 

@@ -22,7 +22,7 @@ impl Workspace {
         if self.buffer.len() < needed {
             // Freed first, so that the two never coexist.
             self.buffer = Vec::new();
-            self.buffer = vec![f32::NAN; needed];
+            self.buffer = vec![0.0; needed];
         }
     }
 

@@ -1,0 +1,158 @@
+//! One block of memory per head, filled from the front.
+//!
+//! ```text
+//! keys[head][position − start]  values[head][position − start]
+//! ```
+//!
+//! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated once. A decoding step reads a
+//! head's rows from end to end.
+
+use super::{KvStore, KvTile, TILE};
+use crate::element::{DType, Element};
+use crate::error::{Error, Result};
+use crate::tensor::{Rows, Shape, TensorRef};
+use std::ops::Range;
+
+/// Keys and values of one sequence of one layer, stored as `E`.
+#[derive(Debug, Clone)]
+pub struct ContiguousCache<E> {
+    kv_heads: usize,
+    key_dim: usize,
+    value_dim: usize,
+    capacity: usize,
+    start: usize,
+    held: usize,
+    keys: Vec<E>,
+    values: Vec<E>,
+}
+
+impl<E: Element> ContiguousCache<E> {
+    /// Room for `capacity` tokens of `kv_heads` heads with keys of `dims.0` and values of `dims.1`
+    /// numbers. Allocates all of it.
+    ///
+    /// # Errors
+    /// [`Error::ShapeOverflow`] if that is more than the address space.
+    pub fn new(kv_heads: usize, dims: (usize, usize), capacity: usize) -> Result<Self> {
+        let (key_dim, value_dim) = dims;
+        let room = |dim: usize| {
+            let shape = Shape { batch: 1, seq: capacity, heads: kv_heads, dim };
+            let overflow = Error::ShapeOverflow { what: "key/value cache", shape };
+            shape.checked_len().filter(|&n| n <= isize::MAX as usize / 4).ok_or(overflow)
+        };
+        let keys = vec![E::default(); room(key_dim)?];
+        let values = vec![E::default(); room(value_dim)?];
+        Ok(Self { kv_heads, key_dim, value_dim, capacity, start: 0, held: 0, keys, values })
+    }
+
+    /// Tokens that can still be appended before something has to be forgotten.
+    pub fn room(&self) -> usize {
+        self.capacity - self.held
+    }
+
+    /// Bytes of keys and values per token.
+    pub fn bytes_per_token(&self) -> usize {
+        self.kv_heads * (self.key_dim + self.value_dim) * E::DTYPE.size()
+    }
+
+    /// Appends the tokens of one sequence, `[1, tokens, kv_heads, dim]`, rounding to `E`.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] or [`Error::CacheFull`]; the cache is then unchanged.
+    pub fn append<F: Element>(&mut self, k: TensorRef<'_, F>, v: TensorRef<'_, F>) -> Result<()> {
+        let tokens = k.shape().seq;
+        let expected = Shape { batch: 1, seq: tokens, heads: self.kv_heads, dim: self.key_dim };
+        for (what, dim, got) in
+            [("appended keys", self.key_dim, k.shape()), ("appended values", self.value_dim, v.shape())]
+        {
+            let expected = Shape { dim, ..expected };
+            if got != expected {
+                return Err(Error::ShapeMismatch { what, expected, got });
+            }
+        }
+        if tokens > self.room() {
+            let Self { held: len, capacity, .. } = *self;
+            return Err(Error::CacheFull { len, capacity, appended: tokens });
+        }
+        for head in 0..self.kv_heads {
+            let at = head * self.capacity + self.held;
+            for t in 0..tokens {
+                store(k.row(0, t, head), row_mut(&mut self.keys, at + t, self.key_dim));
+                store(v.row(0, t, head), row_mut(&mut self.values, at + t, self.value_dim));
+            }
+        }
+        self.held += tokens;
+        Ok(())
+    }
+
+    /// Gives up whole tiles of positions below `before`: what no later query will see. What remains
+    /// moves to the front of its memory; nothing is allocated.
+    pub fn forget(&mut self, before: usize) {
+        let dropped = (before / TILE * TILE).saturating_sub(self.start).min(self.held / TILE * TILE);
+        if dropped == 0 {
+            return;
+        }
+        let kept = dropped..self.held;
+        for head in 0..self.kv_heads {
+            let at = head * self.capacity;
+            for (data, dim) in
+                [(&mut self.keys, self.key_dim), (&mut self.values, self.value_dim)]
+            {
+                data.copy_within((at + kept.start) * dim..(at + kept.end) * dim, at * dim);
+            }
+        }
+        self.start += dropped;
+        self.held -= dropped;
+    }
+
+    /// Forgets everything; the next token has position 0.
+    pub fn clear(&mut self) {
+        (self.start, self.held) = (0, 0);
+    }
+
+    fn rows<'a>(&self, data: &'a [E], dim: usize, head: usize, at: Range<usize>) -> Rows<'a, E> {
+        let first = head * self.capacity + at.start;
+        let rows = Rows::new(&data[first * dim..], dim, at.len(), dim);
+        rows.expect("positions were checked against those held")
+    }
+}
+
+fn row_mut<E>(data: &mut [E], row: usize, dim: usize) -> &mut [E] {
+    &mut data[row * dim..(row + 1) * dim]
+}
+
+fn store<F: Element, E: Element>(from: &[F], to: &mut [E]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = E::from_f32(from.to_f32());
+    }
+}
+
+impl<E: Element> KvStore for ContiguousCache<E> {
+    fn end(&self) -> usize {
+        self.start + self.held
+    }
+
+    fn start(&self) -> usize {
+        self.start
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    fn dims(&self) -> (usize, usize) {
+        (self.key_dim, self.value_dim)
+    }
+
+    fn dtype(&self) -> DType {
+        E::DTYPE
+    }
+
+    fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
+        assert!(head < self.kv_heads && self.start <= positions.start && positions.end <= self.end());
+        let at = positions.start - self.start..positions.end - self.start;
+        KvTile {
+            keys: E::kv_rows(self.rows(&self.keys, self.key_dim, head, at.clone())),
+            values: E::kv_rows(self.rows(&self.values, self.value_dim, head, at)),
+        }
+    }
+}

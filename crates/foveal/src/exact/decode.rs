@@ -1,0 +1,348 @@
+//! Attention for generated tokens: single query rows over keys as they lie, split over the sequence.
+//!
+//! ```text
+//! for each (sequence, key/value head, span of 512 positions):       a part
+//!     for each key tile of the span:   S = Q Kᵀ     m, l, α     O ← α O + P V
+//!     keep (m, l, O)
+//! for each row: join its spans in order, out = O / l, lse = m + ln l
+//! ```
+//!
+//! Keys and values are read once for all query heads of a group and all query rows of the call
+//! (flash-decoding, Dao et al. 2023). Spans start at fixed positions and are joined in order, so a row's
+//! bits do not depend on threads, on the batch, or on how many rows share the call.
+
+use super::state::Join;
+use super::{Factor, Problem, live_tiles, seen_values};
+use crate::cache::with_rows;
+use crate::element::Element;
+use crate::mask::{Mask, Pattern, Site};
+use crate::parallel::for_each_part;
+use crate::plan::Sizes;
+use crate::simd::decode::{RowScores, RowValues, row_scores, row_values};
+use crate::simd::row;
+use crate::simd::tile::{GROUP, KEY_TILE, KeyWords, STEP, Softmax, Visible, padded, softmax};
+use crate::tensor::{Rows, Shape, TensorMut};
+use std::ops::Range;
+
+/// Positions of one part.
+const SPAN: usize = 2 * KEY_TILE;
+/// Query rows (positions × heads of a group) that share one pass over the keys.
+const ROWS: usize = 48;
+/// Floats after a partial accumulator: its maximum, its sum, and room to the next cache line.
+const TAIL: usize = 16;
+
+/// How a call is cut into parts and its workspace into pieces.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    units: usize,
+    /// Query rows of a (sequence, key/value head).
+    rows: usize,
+    /// Passes of up to [`ROWS`] rows.
+    passes: usize,
+    spans: usize,
+    /// Floats of a row's partial result: accumulator, maximum, sum.
+    partial: usize,
+    /// Floats of one thread.
+    scratch: usize,
+}
+
+impl Layout {
+    fn new(sizes: &Sizes) -> Layout {
+        let rows = sizes.q.seq * sizes.group();
+        let width = padded(sizes.value_dim);
+        // Queries; accumulators and their tile's sums; scores; lanes, maximum, tile maximum, rescale.
+        let row = padded(sizes.q.dim) + 2 * width + KEY_TILE + 16 + 3;
+        Layout {
+            units: sizes.q.batch * sizes.kv_heads,
+            rows,
+            passes: rows.div_ceil(ROWS),
+            spans: sizes.keys.div_ceil(SPAN) + 1,
+            partial: width + TAIL,
+            scratch: ROWS * row,
+        }
+    }
+
+    fn partials(&self) -> usize {
+        self.units * self.spans * self.rows * self.partial
+    }
+}
+
+pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
+    let layout = Layout::new(sizes);
+    layout.partials() + sizes.cpu.threads.count() * layout.scratch
+}
+
+/// Independent parts of the whole call.
+pub(crate) fn parts(sizes: &Sizes) -> usize {
+    let layout = Layout::new(sizes);
+    layout.units * layout.passes * (layout.spans - 1)
+}
+
+/// Runs the call. `floats` is the workspace, of [`workspace_floats`].
+pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &mut [f32]) {
+    let layout = Layout::new(&problem.sizes);
+    let (partials, scratch) = floats.split_at_mut(layout.partials());
+    let shape = Shape {
+        batch: layout.units,
+        seq: layout.spans,
+        heads: layout.rows,
+        dim: layout.partial,
+    };
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    {
+        let mut partials =
+            TensorMut::new(partials, shape).expect("the workspace has this shape");
+        let partials = partials.share();
+        let parts = layout.units * layout.passes * layout.spans;
+        for_each_part(parts, scratch, layout.scratch, |part, scratch| {
+            let (unit, rest) = (part / (layout.passes * layout.spans), part / layout.passes);
+            let (span, pass) = (rest % layout.spans, part % layout.passes);
+            let rows = pass * ROWS..((pass + 1) * ROWS).min(layout.rows);
+            let work = Span::new(&problem.sizes, unit, rows.clone(), &problem.kv_range(unit));
+            let mut state = State::new(scratch, &problem.sizes, rows.len());
+            engine.attend(&work, work.positions(span), &mut state);
+            for (r, row) in rows.enumerate() {
+                // SAFETY: each part writes its own rows of its own span.
+                state.save(r, unsafe { partials.row(unit, span, row) });
+            }
+        });
+    }
+    engine.join(partials);
+}
+
+impl<E: Element, K: Element> Problem<'_, E, K> {
+    fn kv_range(&self, unit: usize) -> Range<usize> {
+        let batch = unit / self.sizes.kv_heads;
+        self.kv.start(batch)..self.kv.end(batch)
+    }
+}
+
+/// Query rows of one (sequence, key/value head): row = position × group + head.
+#[derive(Debug, Clone)]
+struct Span {
+    batch: usize,
+    kv_head: usize,
+    group: usize,
+    rows: Range<usize>,
+    origin: isize,
+    keys: Range<usize>,
+}
+
+impl Span {
+    fn new(sizes: &Sizes, unit: usize, rows: Range<usize>, keys: &Range<usize>) -> Span {
+        Span {
+            batch: unit / sizes.kv_heads,
+            kv_head: unit % sizes.kv_heads,
+            group: sizes.group(),
+            rows,
+            origin: keys.end as isize - sizes.q.seq as isize,
+            keys: keys.clone(),
+        }
+    }
+
+    fn positions(&self, span: usize) -> Range<usize> {
+        let start = (self.keys.start / SPAN + span) * SPAN;
+        let end = (start + SPAN).min(self.keys.end);
+        start.max(self.keys.start).min(end)..end
+    }
+
+    fn query(&self, row: usize) -> (usize, usize) {
+        (row / self.group, self.kv_head * self.group + row % self.group)
+    }
+
+    fn position(&self, row: usize) -> isize {
+        (row / self.group) as isize + self.origin
+    }
+
+    fn site(&self, row: usize) -> Site {
+        Site { batch: self.batch, q_head: self.query(row).1, kv_head: self.kv_head }
+    }
+
+    /// One bit for each (row, key) that the mask allows.
+    fn fill(&self, mask: &Mask, positions: &Range<usize>, words: &mut [KeyWords]) {
+        let used = positions.len().div_ceil(64);
+        for (bits, row) in words.iter_mut().zip(self.rows.clone()) {
+            mask.fill(self.site(row), self.position(row), positions.clone(), &mut bits[..used]);
+        }
+    }
+}
+
+struct Engine<'a, E, K> {
+    problem: &'a Problem<'a, E, K>,
+    layout: Layout,
+    factor: Factor,
+}
+
+impl<E: Element, K: Element> Engine<'_, E, K> {
+    /// Takes rows through a span of positions. A row whose result is not finite is computed again with
+    /// the values that it may not see replaced by zeros (which allocates): 0 × NaN must not reach it
+    /// from there.
+    fn attend(&self, work: &Span, positions: Range<usize>, state: &mut State<'_>) {
+        if positions.is_empty() || work.rows.is_empty() {
+            return;
+        }
+        self.accumulate(work, &positions, state, false);
+        for r in 0..work.rows.len() {
+            let (acc, _, sum) = state.row(r);
+            if sum.is_finite() && row::all_finite(self.problem.sizes.cpu.level, acc) {
+                continue;
+            }
+            let only = Span { rows: work.rows.start + r..work.rows.start + r + 1, ..work.clone() };
+            let mut scratch = vec![0.0; self.layout.scratch];
+            let mut again = State::new(&mut scratch, &self.problem.sizes, 1);
+            self.accumulate(&only, &positions, &mut again, true);
+            state.replace(r, &again);
+        }
+    }
+
+    fn accumulate(
+        &self,
+        work: &Span,
+        positions: &Range<usize>,
+        state: &mut State<'_>,
+        careful: bool,
+    ) {
+        let dim = self.problem.sizes.q.dim;
+        let stride = padded(dim);
+        for (r, row) in work.rows.clone().enumerate() {
+            let (i, head) = work.query(row);
+            let query = &mut state.queries[r * stride..(r + 1) * stride];
+            query[dim..].fill(0.0);
+            self.factor.load(self.problem, (work.batch, i, head), &mut query[..dim]);
+        }
+        let mut compute = |positions| self.tile(work, positions, state, careful);
+        if self.problem.sizes.same_heads {
+            let rows = work.position(work.rows.start)..work.position(work.rows.end - 1) + 1;
+            let site = work.site(work.rows.start);
+            live_tiles(self.problem.mask, (site, rows), positions.clone(), &mut |tile, _| {
+                compute(tile);
+            });
+        } else {
+            for start in (positions.start..positions.end).step_by(KEY_TILE) {
+                compute(start..(start + KEY_TILE).min(positions.end));
+            }
+        }
+    }
+
+    /// One key tile for all rows.
+    fn tile(&self, work: &Span, positions: Range<usize>, state: &mut State<'_>, careful: bool) {
+        let level = self.problem.sizes.cpu.level;
+        let rows = work.rows.len();
+        let mut words = [KeyWords::default(); ROWS];
+        let words = &mut words[..rows];
+        work.fill(self.problem.mask, &positions, words);
+        let n = positions.len();
+        let tile = self.problem.kv.tile(work.batch, work.kv_head, positions);
+        let State { queries, acc, sums, scores, lanes, max, tile_max, rescale } = &mut *state;
+        with_rows!(tile.keys, keys => {
+            let max = &mut tile_max[..rows];
+            row_scores(level, RowScores { queries, keys, visible: words, out: scores, max });
+        });
+        for first in (0..rows).step_by(GROUP) {
+            let group = first..(first + GROUP).min(rows);
+            let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
+            group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
+            softmax(
+                level,
+                Softmax {
+                    scores: &mut scores[group.start * KEY_TILE..group.end * KEY_TILE],
+                    max: &group_max,
+                    visible: Visible::All(n.next_multiple_of(STEP)),
+                    factor: self.factor.factor,
+                    running_max: &mut max[group.clone()],
+                    running_sum: &mut lanes[group.start * 16..group.end * 16],
+                    rescale: &mut group_rescale,
+                },
+            );
+            rescale[group.clone()].copy_from_slice(&group_rescale[..group.len()]);
+        }
+        let (probabilities, rescale, out) = (&**scores, &rescale[..rows], &mut **acc);
+        if careful {
+            let seen = with_rows!(tile.values, values => seen_values(values, &words[0]));
+            let width = self.problem.sizes.value_dim;
+            let values = Rows::new(&seen, width, n, width).expect("as many as before");
+            row_values(level, RowValues { probabilities, values, rescale, out, sums });
+        } else {
+            with_rows!(tile.values, values => {
+                row_values(level, RowValues { probabilities, values, rescale, out, sums });
+            });
+        }
+    }
+
+    /// Joins the spans of each row in order and writes outputs.
+    fn join(&self, partials: &mut [f32]) {
+        let Layout { units, rows, spans, partial, .. } = self.layout;
+        let level = self.problem.sizes.cpu.level;
+        let width = partial - TAIL;
+        for (unit, row) in (0..units).flat_map(|unit| (0..rows).map(move |row| (unit, row))) {
+            let at = |span: usize| ((unit * spans + span) * rows + row) * partial;
+            let (first, rest) = partials.split_at_mut(at(0) + partial);
+            let first = &mut first[at(0)..];
+            for span in 1..spans {
+                let other = &rest[at(span) - at(0) - partial..][..partial];
+                let join = Join::new(first[width], other[width]);
+                row::blend(level, &mut first[..width], join.keep, &other[..width], join.add);
+                first[width] = join.max;
+                first[width + 1] = first[width + 1] * join.keep + other[width + 1] * join.add;
+            }
+            let (max, sum) = (first[width], first[width + 1]);
+            let keys = self.problem.kv_range(unit);
+            let work = Span::new(&self.problem.sizes, unit, row..row + 1, &keys);
+            let (i, head) = work.query(row);
+            // SAFETY: this thread is the only one that writes outputs.
+            unsafe { self.problem.finish((work.batch, i, head), &first[..width], (max, sum)) };
+        }
+    }
+}
+
+/// A thread's share of the workspace.
+struct State<'a> {
+    queries: &'a mut [f32],
+    acc: &'a mut [f32],
+    sums: &'a mut [f32],
+    scores: &'a mut [f32],
+    lanes: &'a mut [f32],
+    max: &'a mut [f32],
+    tile_max: &'a mut [f32],
+    rescale: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    fn new(scratch: &'a mut [f32], sizes: &Sizes, rows: usize) -> State<'a> {
+        let width = padded(sizes.value_dim);
+        let (queries, rest) = scratch.split_at_mut(ROWS * padded(sizes.q.dim));
+        let (acc, rest) = rest.split_at_mut(ROWS * width);
+        let (sums, rest) = rest.split_at_mut(ROWS * width);
+        let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
+        let (lanes, rest) = rest.split_at_mut(ROWS * 16);
+        let (max, rest) = rest.split_at_mut(ROWS);
+        let (tile_max, rescale) = rest.split_at_mut(ROWS);
+        acc[..rows * width].fill(0.0);
+        lanes[..rows * 16].fill(0.0);
+        max[..rows].fill(f32::NEG_INFINITY);
+        State { queries, acc, sums, scores, lanes, max, tile_max, rescale }
+    }
+
+    /// Accumulator, maximum and sum of a row.
+    fn row(&self, r: usize) -> (&[f32], f32, f32) {
+        let width = self.acc.len() / ROWS;
+        let sum = self.lanes[r * 16..(r + 1) * 16].iter().sum();
+        (&self.acc[r * width..(r + 1) * width], self.max[r], sum)
+    }
+
+    /// Takes over the only row of another state.
+    fn replace(&mut self, r: usize, other: &State<'_>) {
+        let width = self.acc.len() / ROWS;
+        self.acc[r * width..(r + 1) * width].copy_from_slice(&other.acc[..width]);
+        self.lanes[r * 16..(r + 1) * 16].copy_from_slice(&other.lanes[..16]);
+        self.max[r] = other.max[0];
+    }
+
+    /// Writes a row's partial result.
+    fn save(&self, r: usize, to: &mut [f32]) {
+        let (acc, max, sum) = self.row(r);
+        to[..acc.len()].copy_from_slice(acc);
+        to[acc.len()] = max;
+        to[acc.len() + 1] = sum;
+    }
+}

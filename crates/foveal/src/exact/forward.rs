@@ -1,0 +1,398 @@
+//! Forward attention for prompts: tiles of query rows against packed key tiles.
+//!
+//! ```text
+//! pack K of each (sequence, key/value head)            once, shared by all its query rows
+//! for each tile of 48 query rows:                      a part that one thread picks up
+//!     for each key tile that some row may see:         live ranges of the mask
+//!         for each group of 6 rows:                    scores stay in L1
+//!             S = Q Kᵀ, mask        m, l, α            O ← α O + P V
+//!     out = O / l,  lse = m + ln l
+//! ```
+//!
+//! The rows of a tile are neighbouring positions of one head, or of all heads of a group where the mask
+//! is the same for all: then row r is position r / fold of head r % fold. One tile or less per
+//! key/value head packs its keys as it goes instead, so that short inputs read keys once.
+//!
+//! Key tiles start at multiples of 256 of the sequence's own position and are taken in order, so a
+//! row's bits depend on nothing but its query, keys and values: not on the other rows of the call, not
+//! on threads, not on how a prompt was cut into calls.
+
+use super::{Factor, Problem, live_tiles, seen_values};
+use crate::cache::{KvRows, with_rows};
+use crate::element::Element;
+use crate::mask::{Pattern, Site};
+use crate::parallel::for_each_part;
+use crate::plan::Sizes;
+use crate::simd::row;
+use crate::simd::tile::{
+    self, GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Softmax, Values, Visible, padded,
+};
+use crate::tensor::{Rows, Shape, TensorMut};
+use std::ops::Range;
+
+/// Query rows of a tile.
+const ROWS: usize = 48;
+/// Packed keys and values that may be in flight at once, in floats, beyond one head's.
+const WAVE_FLOATS: usize = 2 << 20;
+
+/// How a call is cut into parts and its workspace into pieces.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    /// Heads whose rows share tiles.
+    fold: usize,
+    /// Tile rows that a key/value head's query heads fall into.
+    segments: usize,
+    /// Query tiles of a segment.
+    tiles: usize,
+    /// Key tiles of a sequence.
+    key_tiles: usize,
+    /// Whether keys are packed beforehand.
+    shared: bool,
+    /// Floats of one packed key tile with its widened values.
+    tile_floats: usize,
+    /// (Sequence, key/value head) pairs whose keys are packed at the same time.
+    wave: usize,
+    /// Floats of one thread.
+    scratch: usize,
+}
+
+impl Layout {
+    fn new(sizes: &Sizes) -> Layout {
+        let group = sizes.group().max(1);
+        let fold = if sizes.same_heads { group } else { 1 };
+        let tiles = (sizes.q.seq * fold).div_ceil(ROWS);
+        let key_tiles = sizes.keys.div_ceil(KEY_TILE).max(1);
+        let shared = tiles * (group / fold) > 1;
+        let tile_floats = KEY_TILE * (sizes.q.dim + sizes.value_dim);
+        let units = sizes.q.batch * sizes.kv_heads;
+        let fit = (WAVE_FLOATS / (key_tiles * tile_floats)).max(1);
+        let wave = if shared { fit.min(units.max(1)) } else { units.max(1) };
+        let local = if shared { 0 } else { tile_floats };
+        let rows = ROWS * (sizes.q.dim.next_multiple_of(16) + padded(sizes.value_dim) + 16 + 1);
+        let scratch = rows + GROUP * KEY_TILE + local;
+        Layout { fold, segments: group / fold, tiles, key_tiles, shared, tile_floats, wave, scratch }
+    }
+
+    fn shared_floats(&self) -> usize {
+        if self.shared { self.wave * self.key_tiles * self.tile_floats } else { 0 }
+    }
+}
+
+pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
+    let layout = Layout::new(sizes);
+    layout.shared_floats() + sizes.cpu.threads.count() * layout.scratch
+}
+
+/// Independent parts of the whole call.
+pub(crate) fn parts(sizes: &Sizes) -> usize {
+    let layout = Layout::new(sizes);
+    sizes.q.batch * sizes.kv_heads * layout.segments * layout.tiles
+}
+
+/// Runs the call. `floats` is the workspace, of [`workspace_floats`].
+pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &mut [f32]) {
+    let layout = Layout::new(&problem.sizes);
+    let (shared, scratch) = floats.split_at_mut(layout.shared_floats());
+    let units = problem.sizes.q.batch * problem.sizes.kv_heads;
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    for first in (0..units).step_by(layout.wave) {
+        let wave = first..(first + layout.wave).min(units);
+        if layout.shared {
+            engine.pack(wave.clone(), shared, scratch);
+        }
+        let parts = wave.len() * layout.segments * layout.tiles;
+        let (packed, engine) = (&*shared, &engine);
+        for_each_part(parts, scratch, layout.scratch, |part, scratch| {
+            // The last rows see most under a causal mask: they come first.
+            let tile = layout.tiles - 1 - part % layout.tiles;
+            let segment = part / layout.tiles % layout.segments;
+            let n = part / (layout.tiles * layout.segments);
+            let unit_floats = layout.key_tiles * layout.tile_floats;
+            let packed = layout.shared.then(|| &packed[n * unit_floats..][..unit_floats]);
+            let tile = engine.query_tile(wave.start + n, segment, tile);
+            engine.attend(&tile, packed, scratch);
+        });
+    }
+}
+
+/// Rows that are computed together.
+#[derive(Debug, Clone)]
+struct QueryTile {
+    batch: usize,
+    kv_head: usize,
+    first_head: usize,
+    fold: usize,
+    /// Rows, numbered position × fold + head.
+    rows: Range<usize>,
+    /// Position of query 0.
+    origin: isize,
+    /// Positions of the keys held.
+    keys: Range<usize>,
+}
+
+impl QueryTile {
+    fn query(&self, row: usize) -> (usize, usize) {
+        (row / self.fold, self.first_head + row % self.fold)
+    }
+
+    fn position(&self, row: usize) -> isize {
+        (row / self.fold) as isize + self.origin
+    }
+
+    fn site(&self, row: usize) -> Site {
+        let q_head = self.query(row).1;
+        Site { batch: self.batch, q_head, kv_head: self.kv_head }
+    }
+
+    fn only(&self, row: usize) -> QueryTile {
+        QueryTile { rows: row..row + 1, ..self.clone() }
+    }
+}
+
+struct Engine<'a, E, K> {
+    problem: &'a Problem<'a, E, K>,
+    layout: Layout,
+    factor: Factor,
+}
+
+impl<E: Element, K: Element> Engine<'_, E, K> {
+    fn query_tile(&self, unit: usize, segment: usize, tile: usize) -> QueryTile {
+        let sizes = &self.problem.sizes;
+        let (batch, kv_head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
+        let fold = self.layout.fold;
+        let keys = self.problem.kv.start(batch)..self.problem.kv.end(batch);
+        QueryTile {
+            batch,
+            kv_head,
+            first_head: kv_head * sizes.group() + segment * fold,
+            fold,
+            rows: tile * ROWS..((tile + 1) * ROWS).min(sizes.q.seq * fold),
+            origin: keys.end as isize - sizes.q.seq as isize,
+            keys,
+        }
+    }
+
+    /// Packs the keys (and widens the values) of a wave of (sequence, key/value head) pairs, as far
+    /// as some query may see them.
+    fn pack(&self, wave: Range<usize>, shared: &mut [f32], scratch: &mut [f32]) {
+        let Layout { key_tiles, tile_floats, .. } = self.layout;
+        let shape = Shape { batch: wave.len(), seq: key_tiles, heads: 1, dim: tile_floats };
+        let used = &mut shared[..wave.len() * key_tiles * tile_floats];
+        let mut tiles = TensorMut::new(used, shape).expect("the workspace has this shape");
+        let tiles = tiles.share();
+        for_each_part(wave.len() * key_tiles, scratch, self.layout.scratch, |part, _| {
+            let (n, t) = (part / key_tiles, part % key_tiles);
+            let whole = self.query_tile(wave.start + n, 0, 0);
+            let start = whole.keys.start + t * KEY_TILE;
+            let positions = start..(start + KEY_TILE).min(whole.keys.end);
+            if !positions.is_empty() && self.seen(&whole, &positions) {
+                // SAFETY: each part writes its own tile.
+                let floats = unsafe { tiles.row(n, t, 0) };
+                self.pack_tile(&whole, positions, floats);
+            }
+        });
+    }
+
+    /// Whether any query of the sequence may see any of the positions.
+    fn seen(&self, any: &QueryTile, positions: &Range<usize>) -> bool {
+        if !self.problem.sizes.same_heads {
+            return true;
+        }
+        let rows = any.origin..any.origin + self.problem.sizes.q.seq as isize;
+        let mut seen = false;
+        let site = any.site(any.rows.start);
+        self.problem.mask.live(site, rows, positions.clone(), &mut |_, _| seen = true);
+        seen
+    }
+
+    /// Packs the keys of one tile and, unless they are `f32` already, widens its values.
+    fn pack_tile(&self, tile: &QueryTile, positions: Range<usize>, floats: &mut [f32]) {
+        let level = self.problem.sizes.cpu.level;
+        let kv = self.problem.kv.tile(tile.batch, tile.kv_head, positions.clone());
+        let (keys, values) = floats.split_at_mut(KEY_TILE * self.problem.sizes.q.dim);
+        let panels = positions.len().div_ceil(PANEL) * PANEL * self.problem.sizes.q.dim;
+        with_rows!(kv.keys, rows => tile::pack_keys(level, rows, &mut keys[..panels]));
+        if !self.problem.kv.plain() {
+            let width = self.problem.sizes.value_dim;
+            with_rows!(kv.values, rows => for i in 0..rows.count() {
+                row::widen(level, rows.row(i), &mut values[i * width..(i + 1) * width]);
+            });
+        }
+    }
+
+    /// Computes the rows of a tile from beginning to end and writes their outputs.
+    fn attend(&self, tile: &QueryTile, packed: Option<&[f32]>, scratch: &mut [f32]) {
+        let mut state = State::new(scratch, &self.problem.sizes, tile.rows.len());
+        self.accumulate(tile, packed, &mut state, false);
+        for (r, row) in tile.rows.clone().enumerate() {
+            let (acc, max, sum) = state.row(r);
+            if sum.is_finite() && row::all_finite(self.problem.sizes.cpu.level, acc) {
+                self.write(tile, row, (acc, max, sum));
+            } else {
+                self.attend_carefully(&tile.only(row), packed);
+            }
+        }
+    }
+
+    /// Computes a row again whose result is not finite, with the values that it may not see replaced
+    /// by zeros: 0 × NaN must not reach it from there. What it may see, it gets. Allocates.
+    fn attend_carefully(&self, tile: &QueryTile, packed: Option<&[f32]>) {
+        let mut scratch = vec![0.0; self.layout.scratch];
+        let mut state = State::new(&mut scratch, &self.problem.sizes, 1);
+        self.accumulate(tile, packed, &mut state, true);
+        self.write(tile, tile.rows.start, state.row(0));
+    }
+
+    fn write(&self, tile: &QueryTile, row: usize, (acc, max, sum): (&[f32], f32, f32)) {
+        let (i, head) = tile.query(row);
+        // SAFETY: each row of the output belongs to one tile, each tile to one part.
+        unsafe { self.problem.finish((tile.batch, i, head), acc, (max, sum)) };
+    }
+
+    /// Loads the queries and takes the tile through all keys that it may see.
+    fn accumulate(
+        &self,
+        tile: &QueryTile,
+        packed: Option<&[f32]>,
+        state: &mut State<'_>,
+        careful: bool,
+    ) {
+        let dim = self.problem.sizes.q.dim;
+        for (r, row) in tile.rows.clone().enumerate() {
+            let (i, head) = tile.query(row);
+            let query = &mut state.queries[r * dim..(r + 1) * dim];
+            self.factor.load(self.problem, (tile.batch, i, head), query);
+        }
+        let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
+        let mut walk = Walk { engine: self, tile, packed, state, careful };
+        let site = tile.site(tile.rows.start);
+        let keys = tile.keys.clone();
+        live_tiles(self.problem.mask, (site, rows), keys, &mut |positions, full| {
+            walk.compute(positions, full);
+        });
+    }
+}
+
+/// A pass of one query tile over its key tiles.
+struct Walk<'w, 's, E, K> {
+    engine: &'w Engine<'w, E, K>,
+    tile: &'w QueryTile,
+    packed: Option<&'w [f32]>,
+    state: &'w mut State<'s>,
+    careful: bool,
+}
+
+impl<E: Element, K: Element> Walk<'_, '_, E, K> {
+    /// One key tile for all rows of the query tile, six at a time.
+    fn compute(&mut self, positions: Range<usize>, full: bool) {
+        let Engine { problem, layout, factor } = *self.engine;
+        let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
+        let rows = self.tile.rows.len();
+        let mut words = [KeyWords::default(); ROWS];
+        let all = full && positions.len().is_multiple_of(STEP) && !self.careful;
+        if !all {
+            self.fill(&positions, &mut words[..rows]);
+        }
+        let State { queries, acc, scores, max, sum, local } = &mut *self.state;
+        let floats = match self.packed {
+            Some(packed) => {
+                let index = (positions.start - self.tile.keys.start) / KEY_TILE;
+                &packed[index * layout.tile_floats..][..layout.tile_floats]
+            }
+            None => {
+                self.engine.pack_tile(self.tile, positions.clone(), local);
+                local
+            }
+        };
+        let (keys, widened) = floats.split_at(KEY_TILE * sizes.q.dim);
+        let keys = &keys[..positions.len().div_ceil(PANEL) * PANEL * sizes.q.dim];
+        let width = sizes.value_dim;
+        let kv = problem.kv.tile(self.tile.batch, self.tile.kv_head, positions.clone());
+        let values = match kv.values {
+            KvRows::F32(rows) if problem.kv.plain() => rows,
+            _ => Rows::new(widened, width, positions.len(), width).expect("a tile's values"),
+        };
+        let masked;
+        let values = if self.careful {
+            masked = seen_values(values, &words[0]);
+            Rows::new(&masked, width, positions.len(), width).expect("as many as before")
+        } else {
+            values
+        };
+        for first in (0..rows).step_by(GROUP) {
+            let group = first..(first + GROUP).min(rows);
+            let visible = match all {
+                true => Visible::All(positions.len()),
+                false if words[group.clone()].iter().flatten().all(|&word| word == 0) => continue,
+                false => Visible::Some(&words[group.clone()]),
+            };
+            let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
+            let queries = &queries[group.start * sizes.q.dim..group.end * sizes.q.dim];
+            let out = &mut *scores;
+            let depth = sizes.q.dim;
+            tile::scores(level, Scores { queries, depth, keys, visible, out, max: &mut tile_max });
+            tile::softmax(
+                level,
+                Softmax {
+                    scores,
+                    max: &tile_max,
+                    visible,
+                    factor: factor.factor,
+                    running_max: &mut max[group.clone()],
+                    running_sum: &mut sum[group.start * 16..group.end * 16],
+                    rescale: &mut rescale,
+                },
+            );
+            let out = &mut acc[group.start * padded(width)..group.end * padded(width)];
+            let probabilities = &*scores;
+            tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });
+        }
+    }
+
+    /// One bit for each (row, key) that the mask allows.
+    fn fill(&self, positions: &Range<usize>, words: &mut [KeyWords]) {
+        let used = positions.len().div_ceil(64);
+        for (r, row) in self.tile.rows.clone().enumerate() {
+            let same = r > 0 && !row.is_multiple_of(self.tile.fold);
+            if same {
+                words[r] = words[r - 1];
+            } else {
+                let (site, i) = (self.tile.site(row), self.tile.position(row));
+                let bits = &mut words[r][..used];
+                self.engine.problem.mask.fill(site, i, positions.clone(), bits);
+            }
+        }
+    }
+}
+
+/// A thread's share of the workspace.
+struct State<'a> {
+    queries: &'a mut [f32],
+    acc: &'a mut [f32],
+    scores: &'a mut [f32],
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    /// A packed key tile with its widened values, where keys are not packed beforehand.
+    local: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    fn new(scratch: &'a mut [f32], sizes: &Sizes, rows: usize) -> State<'a> {
+        let (queries, rest) = scratch.split_at_mut(ROWS * sizes.q.dim.next_multiple_of(16));
+        let (acc, rest) = rest.split_at_mut(ROWS * padded(sizes.value_dim));
+        let (scores, rest) = rest.split_at_mut(GROUP * KEY_TILE);
+        let (sum, rest) = rest.split_at_mut(ROWS * 16);
+        let (max, local) = rest.split_at_mut(ROWS);
+        acc[..rows * padded(sizes.value_dim)].fill(0.0);
+        sum[..rows * 16].fill(0.0);
+        max[..rows].fill(f32::NEG_INFINITY);
+        State { queries, acc, scores, max, sum, local }
+    }
+
+    /// Accumulator, maximum and sum of a row.
+    fn row(&self, r: usize) -> (&[f32], f32, f32) {
+        let width = self.acc.len() / ROWS;
+        let sum = self.sum[r * 16..(r + 1) * 16].iter().sum();
+        (&self.acc[r * width..(r + 1) * width], self.max[r], sum)
+    }
+}

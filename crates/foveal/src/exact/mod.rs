@@ -1,0 +1,133 @@
+//! Softmax attention, exact.
+//!
+//! ```text
+//! S = scale · Q Kᵀ  (−∞ where masked)      P = softmax_rows(S)      O = P V
+//! ```
+//!
+//! Neither S nor P is ever stored as a whole: keys pass by in tiles of 256, and each query row keeps
+//! a running maximum, sum and accumulator (Dao et al. 2022; Dao 2023). [`forward`] runs tiles of query
+//! rows for prompts, [`decode`] runs single rows for generated tokens, `state` joins partial results,
+//! [`reference`] is the definition in f64.
+//!
+//! Cost: 2·T·S·(Dk + Dv) floating-point operations a head for the visible part; memory beyond inputs
+//! and outputs is one packed copy of the keys in flight.
+
+pub(crate) mod decode;
+pub(crate) mod forward;
+pub(crate) mod state;
+
+use crate::cache::Sequences;
+use crate::element::Element;
+use crate::mask::{Coverage, Mask, Pattern, Site};
+use crate::plan::Sizes;
+use crate::simd::row;
+use crate::simd::tile::{KEY_TILE, KeyWords};
+use crate::tensor::{Rows, SharedRows, TensorRef};
+use std::ops::Range;
+
+/// A call whose shapes have been checked.
+#[derive(Debug)]
+pub(crate) struct Problem<'a, E, K> {
+    pub(crate) q: TensorRef<'a, E>,
+    pub(crate) kv: Sequences<'a, K>,
+    pub(crate) mask: &'a Mask,
+    pub(crate) scale: f32,
+    pub(crate) sizes: Sizes,
+    pub(crate) out: SharedRows<'a, E>,
+    pub(crate) lse: Option<SharedRows<'a, f32>>,
+}
+
+impl<E: Element, K> Problem<'_, E, K> {
+    /// Writes one row's output and log-sum-exp from its accumulator, base-2 maximum and sum.
+    ///
+    /// # Safety
+    /// No other thread writes this row.
+    unsafe fn finish(
+        &self,
+        (batch, i, head): (usize, usize, usize),
+        acc: &[f32],
+        (max, sum): (f32, f32),
+    ) {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self.out.row(batch, i, head) };
+        row::scale_into(self.sizes.cpu.level, acc, state::reciprocal(sum), out);
+        if let Some(lse) = &self.lse {
+            // SAFETY: the caller's promise.
+            let lse = unsafe { lse.row(batch, i, head) };
+            lse[0] = state::log_sum_exp(max, sum);
+        }
+    }
+}
+
+/// Scores are multiplied by a non-negative factor; a negative scale turns the queries around.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Factor {
+    /// What queries are multiplied by when they are copied: 1, −1 or 0.
+    pub(crate) sign: f32,
+    /// What scores are multiplied by in base 2: |scale| · log2 e, or 1 for a scale of 0.
+    pub(crate) factor: f32,
+}
+
+impl Factor {
+    pub(crate) fn new(scale: f32) -> Factor {
+        match scale {
+            0.0 => Factor { sign: 0.0, factor: 1.0 },
+            _ => Factor { sign: scale.signum(), factor: scale.abs() * std::f32::consts::LOG2_E },
+        }
+    }
+
+    /// Copies one query, turned around if the scale asks for it.
+    fn load<E: Element, K>(
+        self,
+        problem: &Problem<'_, E, K>,
+        (batch, i, head): (usize, usize, usize),
+        to: &mut [f32],
+    ) {
+        row::widen(problem.sizes.cpu.level, problem.q.row(batch, i, head), to);
+        if self.sign != 1.0 {
+            to.iter_mut().for_each(|x| *x *= self.sign);
+        }
+    }
+}
+
+/// Calls `compute` once, in order, for each key tile of `keys` that some of the rows may see, with the
+/// tile's positions and whether every row sees all of them.
+fn live_tiles(
+    mask: &Mask,
+    (site, rows): (Site, Range<isize>),
+    keys: Range<usize>,
+    compute: &mut dyn FnMut(Range<usize>, bool),
+) {
+    // A tile is held back until the mask has said all that it says about it.
+    let mut pending: Option<(Range<usize>, bool)> = None;
+    mask.live(site, rows, keys.clone(), &mut |range, coverage| {
+        for tile in range.start / KEY_TILE..range.end.div_ceil(KEY_TILE) {
+            let start = (tile * KEY_TILE).max(keys.start);
+            let positions = start..((tile + 1) * KEY_TILE).min(keys.end);
+            match &mut pending {
+                Some((held, full)) if *held == positions => *full = false,
+                _ => {
+                    let covered = range.start <= positions.start && positions.end <= range.end;
+                    let next = (positions, covered && coverage == Coverage::Full);
+                    if let Some((held, full)) = pending.replace(next) {
+                        compute(held, full);
+                    }
+                }
+            }
+        }
+    });
+    if let Some((held, full)) = pending {
+        compute(held, full);
+    }
+}
+
+/// A copy of a tile's values with zeros where the row's bit is not set. Allocates.
+fn seen_values<E: Element>(values: Rows<'_, E>, words: &KeyWords) -> Vec<f32> {
+    let mut copy = vec![0.0; values.count() * values.width()];
+    for (j, to) in copy.chunks_exact_mut(values.width()).enumerate() {
+        if words[j / 64] >> (j % 64) & 1 == 1 {
+            to.iter_mut().zip(values.row(j)).for_each(|(to, from)| *to = from.to_f32());
+        }
+    }
+    copy
+}
