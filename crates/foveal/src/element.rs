@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-/// A type that tensors may be stored in: `f32`, [`f16`] or [`bf16`].
+/// A type that tensors may be stored in: `f32`, `half::f16` or `half::bf16`.
 ///
 /// Kernels widen on load and round (to nearest, ties to even) on store; sums, statistics and
 /// accumulators are `f32` for all three.

@@ -31,6 +31,12 @@ impl Workspace {
         self.buffer.len().saturating_sub(ALIGNMENT / 4) * 4
     }
 
+    /// Fills it with NaN, so that a test sees what a kernel reads without having written it.
+    #[doc(hidden)]
+    pub fn poison(&mut self) {
+        self.buffer.fill(f32::NAN);
+    }
+
     /// The first `count` numbers, aligned to a cache line.
     pub(crate) fn floats(&mut self, count: usize) -> Result<&mut [f32]> {
         let got = self.bytes();

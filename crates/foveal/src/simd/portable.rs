@@ -15,6 +15,7 @@ impl Portable {
 /// Eight numbers.
 #[derive(Clone, Copy)]
 #[repr(align(32))]
+#[allow(unreachable_pub)] // named by a trait that is sealed, not reachable
 pub struct Lanes8([f32; 8]);
 
 impl Lanes8 {

@@ -1,0 +1,245 @@
+//! The engine against its definition in f64: shapes, masks, storage types, instructions, threads.
+
+mod support;
+
+use foveal::cache::{ContiguousCache, KvStore};
+use foveal::mask::{Dense, Documents, Extent};
+use foveal::plan::Inputs;
+use foveal::{
+    Attention, Cpu, Element, Level, Mask, Scale, Shape, Tensor, TensorMut, TensorRef, Threads,
+    Workspace,
+};
+use half::{bf16, f16};
+use std::num::NonZeroUsize;
+use support::{Random, error, reference};
+
+fn cpus() -> impl Iterator<Item = Cpu> {
+    Level::available().map(|level| Cpu { level, threads: Threads::ONE })
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    value_dim: usize,
+}
+
+impl Sizes {
+    fn tensors<E: Element>(self, seed: u64) -> (Tensor<E>, Tensor<E>, Tensor<E>) {
+        let mut random = Random::new(seed);
+        let Sizes { batch, queries, keys, heads, kv_heads, dim, value_dim } = self;
+        let q = random.tensor(Shape { batch, seq: queries, heads, dim }, 2.0);
+        let k = random.tensor(Shape { batch, seq: keys, heads: kv_heads, dim }, 2.0);
+        let v = random.tensor(Shape { batch, seq: keys, heads: kv_heads, dim: value_dim }, 1.0);
+        (q, k, v)
+    }
+}
+
+/// Both kernels on every level against the definition.
+fn check<E: Element>(sizes: Sizes, mask: &Mask, bound: f64) {
+    let (q, k, v) = sizes.tensors::<E>(sizes.queries as u64 * 31 + sizes.keys as u64);
+    let scale = 1.0 / (sizes.dim as f64).sqrt();
+    let (out, lse) = reference((&q, &k, &v), mask, scale);
+    for cpu in cpus() {
+        let attention = Attention::new().mask(mask.clone()).cpu(cpu);
+        let prompt = attention.forward(q.view(), k.view(), v.view()).unwrap();
+        let mut results = vec![prompt];
+        if sizes.queries <= 64 {
+            results.push(attention.decode(q.view(), k.view(), v.view()).unwrap());
+        }
+        for (phase, result) in results.iter().enumerate() {
+            let got: Vec<f32> = result.out.as_slice().iter().map(|x| x.to_f32()).collect();
+            let what = format!("{sizes:?} {mask} {} phase {phase}", cpu.level);
+            let worst = error(&got, &out);
+            assert!(worst <= bound, "{what}: output off by {worst:e}");
+            let worst = error(result.lse.as_slice(), &lse);
+            assert!(worst <= 2e-6, "{what}: log-sum-exp off by {worst:e}");
+        }
+    }
+}
+
+fn random_mask(sizes: Sizes, seed: u64) -> Mask {
+    let mut random = Random::new(seed);
+    let Sizes { batch, queries, keys, heads, .. } = sizes;
+    let extent = Extent { batch, heads, queries, keys };
+    // A third of the rows sees nothing, a third half, a third nearly everything.
+    let visible: Vec<bool> = (0..batch * heads * queries)
+        .flat_map(|row| {
+            let mut bits: Vec<bool> = (0..keys).map(|_| random.below(8) > row % 3 * 4).collect();
+            if row % 3 == 1 {
+                bits.fill(false);
+            }
+            bits
+        })
+        .collect();
+    Dense::new(&visible, extent).unwrap().into()
+}
+
+fn masks(sizes: Sizes) -> Vec<Mask> {
+    vec![
+        Mask::full(),
+        Mask::causal(),
+        Mask::window(1),
+        Mask::window(3),
+        Mask::window(0),
+        Mask::band(Some(2), Some(1)),
+        Mask::band(None, Some(3)).and(Mask::window(2).or(Mask::band(Some(90), Some(0)))),
+        random_mask(sizes, 7),
+    ]
+}
+
+#[test]
+fn all_small_shapes() {
+    for queries in 0..=9 {
+        for keys in 0..=9 {
+            let dim = [1, 2, 3, 7, 8, 9, 16, 17, 31, 33][(queries * 3 + keys) % 10];
+            let (heads, kv_heads) = [(1, 1), (2, 1), (2, 2), (6, 3), (6, 2)][(queries + keys) % 5];
+            let value_dim = [1, 5, 16, 17, 40][(queries + 2 * keys) % 5];
+            let sizes = Sizes { batch: 2, queries, keys, heads, kv_heads, dim, value_dim };
+            for mask in masks(sizes) {
+                check::<f32>(sizes, &mask, 2e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn shapes_around_every_block_size() {
+    for (n, &(queries, keys)) in
+        [(5, 63), (6, 64), (7, 65), (47, 255), (48, 256), (49, 257), (64, 512), (97, 300), (13, 1100)]
+            .iter()
+            .enumerate()
+    {
+        let dim = [64, 80, 128, 40, 15, 96, 256, 32, 1][n];
+        let value_dim = [64, 48, 128, 80, 130, 96, 256, 1, 33][n];
+        let (heads, kv_heads) = [(4, 2), (1, 1), (3, 1), (4, 4)][n % 4];
+        let sizes = Sizes { batch: 1, queries, keys, heads, kv_heads, dim, value_dim };
+        for mask in [
+            Mask::full(),
+            Mask::causal(),
+            Mask::window(37),
+            Mask::window(200),
+            Mask::band(Some(70), Some(70)),
+            random_mask(sizes, 3),
+        ] {
+            check::<f32>(sizes, &mask, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_storage_errs_by_its_last_rounding() {
+    let sizes =
+        Sizes { batch: 1, queries: 33, keys: 290, heads: 4, kv_heads: 2, dim: 72, value_dim: 40 };
+    for mask in [Mask::full(), Mask::causal()] {
+        check::<f16>(sizes, &mask, 5e-4);
+        check::<bf16>(sizes, &mask, 4e-3);
+    }
+}
+
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    let starts = [0, 3, 3, 70, 200, 201];
+    let sizes =
+        Sizes { batch: 1, queries: 201, keys: 201, heads: 2, kv_heads: 1, dim: 16, value_dim: 16 };
+    check::<f32>(sizes, &Mask::documents(&starts).unwrap(), 2e-6);
+    check::<f32>(sizes, &Mask::documents(&starts).unwrap().and(Mask::causal()), 2e-6);
+    let Mask::Band(causal) = Mask::causal() else { unreachable!() };
+    let cross = Documents::new(&[0, 5, 5, 40], &[0, 9, 30, 61]).unwrap().within(causal);
+    check::<f32>(Sizes { queries: 40, keys: 61, ..sizes }, &cross.into(), 2e-6);
+}
+
+#[test]
+fn any_scale() {
+    let sizes = Sizes { batch: 1, queries: 9, keys: 70, heads: 2, kv_heads: 1, dim: 8, value_dim: 8 };
+    let (q, k, v) = sizes.tensors::<f32>(5);
+    for scale in [1.0f32, -0.7, 0.0, 3e3] {
+        let (out, lse) = reference((&q, &k, &v), &Mask::causal(), f64::from(scale));
+        for cpu in cpus() {
+            let attention =
+                Attention::new().mask(Mask::causal()).scale(Scale::Value(scale)).cpu(cpu);
+            for result in [
+                attention.forward(q.view(), k.view(), v.view()).unwrap(),
+                attention.decode(q.view(), k.view(), v.view()).unwrap(),
+            ] {
+                let bound = 2e-6 * f64::from(scale.abs()).max(1.0);
+                assert!(error(result.out.as_slice(), &out) <= bound, "{scale} {}", cpu.level);
+                assert!(error(result.lse.as_slice(), &lse) <= bound, "{scale} {}", cpu.level);
+            }
+        }
+    }
+    assert!(Attention::new().scale(Scale::Value(f32::NAN)).plan(q.shape(), k.shape(), v.shape()).is_err());
+}
+
+/// Runs a plan over caches with a poisoned workspace and output.
+fn cached<E: Element>(
+    attention: &Attention,
+    q: TensorRef<'_, f32>,
+    stores: &[&dyn KvStore],
+    decode: bool,
+) -> Vec<f32> {
+    let _ = std::marker::PhantomData::<E>;
+    let store = stores[0];
+    let (dim, value_dim) = store.dims();
+    let k = Shape { batch: stores.len(), seq: 2000, heads: store.kv_heads(), dim };
+    let v = Shape { dim: value_dim, ..k };
+    let plan = if decode {
+        attention.plan_decode(q.shape(), k, v).unwrap()
+    } else {
+        attention.plan(q.shape(), k, v).unwrap()
+    };
+    let shape = plan.out_shape();
+    let mut out = vec![f32::NAN; shape.checked_len().unwrap()];
+    let mut workspace = Workspace::for_plan(&plan);
+    workspace.poison();
+    let outputs = (TensorMut::new(&mut out, shape).unwrap(), None);
+    plan.forward_cached(q, stores, outputs, &mut workspace).unwrap();
+    out
+}
+
+fn cut<'a>(x: &'a Tensor<f32>, from: usize, to: usize) -> TensorRef<'a, f32> {
+    let Shape { seq: _, heads, dim, .. } = x.shape();
+    let row = heads * dim;
+    let shape = Shape { batch: 1, seq: to - from, heads, dim };
+    TensorRef::new(&x.as_slice()[from * row..to * row], shape).unwrap()
+}
+
+#[test]
+fn a_prompt_may_be_cut_anywhere_without_changing_a_bit() {
+    let n = 700;
+    let sizes =
+        Sizes { batch: 1, queries: n, keys: n, heads: 4, kv_heads: 2, dim: 24, value_dim: 24 };
+    let (q, k, v) = sizes.tensors::<f32>(11);
+    for cpu in cpus() {
+        for mask in [Mask::causal(), Mask::window(300)] {
+            let attention = Attention::new().mask(mask).cpu(cpu);
+            let whole = attention.forward(q.view(), k.view(), v.view()).unwrap().out.into_vec();
+            for cuts in [vec![0, 1, 700], vec![0, 255, 257, 513, 700], vec![0, 48, 350, 699, 700]] {
+                let mut cache = ContiguousCache::<f32>::new(2, (24, 24), 1024).unwrap();
+                let mut out = vec![];
+                for pair in cuts.windows(2) {
+                    let (from, to) = (pair[0], pair[1]);
+                    cache.append(cut(&k, from, to), cut(&v, from, to)).unwrap();
+                    cache.forget(from.saturating_sub(300));
+                    let stores: [&dyn KvStore; 1] = [&cache];
+                    // A causal row sees everything: only the window allows forgetting.
+                    if matches!(&attention, a if format!("{a:?}").contains("behind: None")) {
+                        assert!(cache.start() <= from);
+                    }
+                    out.extend(cached::<f32>(&attention, cut(&q, from, to), &stores, false));
+                }
+                if format!("{attention:?}").contains("behind: None") && cuts[1] > 300 {
+                    continue;
+                }
+                if format!("{attention:?}").contains("behind: None") {
+                    continue;
+                }
+                assert_eq!(out, whole, "{} {cuts:?}", cpu.level);
+            }
+        }
+    }
+}

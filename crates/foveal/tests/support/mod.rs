@@ -1,0 +1,85 @@
+//! Shared by the integration tests: numbers, a plain f64 attention, comparisons.
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+use foveal::mask::{Pattern, Site};
+use foveal::{Element, Mask, Shape, Tensor};
+
+/// splitmix64, mapped to (-1, 1).
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+    pub fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+    pub fn tensor<E: Element>(&mut self, shape: Shape, scale: f32) -> Tensor<E> {
+        let len = shape.checked_len().unwrap();
+        let data = (0..len).map(|_| E::from_f32(self.number() * scale)).collect();
+        Tensor::from_vec(data, shape).unwrap()
+    }
+}
+
+/// Attention as it is defined, in f64: output and log-sum-exp in row-major order.
+pub fn reference<E: Element>(
+    (q, k, v): (&Tensor<E>, &Tensor<E>, &Tensor<E>),
+    mask: &Mask,
+    scale: f64,
+) -> (Vec<f64>, Vec<f64>) {
+    let (qs, ks, vs) = (q.shape(), k.shape(), v.shape());
+    let mut out = vec![];
+    let mut lse = vec![];
+    for b in 0..qs.batch {
+        for t in 0..qs.seq {
+            for h in 0..qs.heads {
+                let g = h / (qs.heads / ks.heads);
+                let at = Site { batch: b, q_head: h, kv_head: g };
+                let i = t as isize + ks.seq as isize - qs.seq as isize;
+                let seen: Vec<_> = (0..ks.seq).filter(|&j| mask.allows(at, i, j)).collect();
+                let dot = |j: usize| -> f64 {
+                    let (x, y) = (q.view().row(b, t, h), k.view().row(b, j, g));
+                    let products = x.iter().zip(y);
+                    products.map(|(x, y)| f64::from(x.to_f32()) * f64::from(y.to_f32())).sum()
+                };
+                let scores: Vec<f64> = seen.iter().map(|&j| scale * dot(j)).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                lse.push(if seen.is_empty() { f64::NEG_INFINITY } else { max + sum.ln() });
+                for d in 0..vs.dim {
+                    let weighed = seen.iter().zip(&scores).map(|(&j, s)| {
+                        (s - max).exp() / sum * f64::from(v.view().row(b, j, g)[d].to_f32())
+                    });
+                    out.push(weighed.sum());
+                }
+            }
+        }
+    }
+    (out, lse)
+}
+
+/// The largest difference relative to 1 + the largest expected number; −∞ must be met exactly.
+pub fn error(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let size = expected.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
+    let mut worst = 0.0f64;
+    for (n, (&g, &e)) in got.iter().zip(expected).enumerate() {
+        if e.is_finite() {
+            assert!(g.is_finite(), "number {n} is {g}, expected {e}");
+            worst = worst.max((f64::from(g) - e).abs() / (1.0 + size));
+        } else {
+            assert_eq!(f64::from(g), e, "number {n}");
+        }
+    }
+    worst
+}
