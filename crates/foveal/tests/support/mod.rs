@@ -2,7 +2,19 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use foveal::mask::{Pattern, Site};
-use foveal::{Element, Mask, Shape, Tensor};
+use foveal::{Cpu, Element, Level, Mask, Shape, Tensor, TensorRef, Threads};
+
+/// Every level of this processor, with one thread.
+pub fn cpus() -> impl Iterator<Item = Cpu> {
+    Level::available().map(|level| Cpu { level, threads: Threads::ONE })
+}
+
+/// The tokens of a range of a tensor of one sequence.
+pub fn tokens<E: Element>(x: &Tensor<E>, range: std::ops::Range<usize>) -> TensorRef<'_, E> {
+    let Shape { heads, dim, .. } = x.shape();
+    let shape = Shape { batch: 1, seq: range.len(), heads, dim };
+    TensorRef::new(&x.as_slice()[range.start * heads * dim..range.end * heads * dim], shape).unwrap()
+}
 
 /// splitmix64, mapped to (-1, 1).
 #[derive(Debug, Clone)]
