@@ -9,7 +9,8 @@
 #   -r  timed repeats of each case (5)      -j  llama-bench's own JSON instead of the table
 #
 # Each row gives the best, median and worst repeat in tokens per second. llama-bench runs every
-# case's repeats in a row after one untimed run; its K and V cache is f16, a prompt goes in 512 tokens at a time.
+# case's repeats in a row after one untimed run, takes a prompt 512 tokens at a time and keeps K
+# and V as f16.
 # Needs bench/peers/setup.sh llama.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/versions.sh"
