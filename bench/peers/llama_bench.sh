@@ -10,7 +10,8 @@
 #
 # Each row gives the best, median and worst repeat in tokens per second. llama-bench runs every
 # case's repeats in a row after one untimed run, takes a prompt 512 tokens at a time and keeps K
-# and V as f16.
+# and V as f16. Run it on a quiet machine: its threads spin at barriers, so that one competing
+# process on their cores makes decoding up to ten times slower.
 # Needs bench/peers/setup.sh llama.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/versions.sh"
