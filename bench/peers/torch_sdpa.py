@@ -66,7 +66,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SETTLE_SECONDS = 0.01
+SETTLE_SECONDS = 0.02
 WARM_UP = 2
 MAX_ELEMENTS = 1 << 29
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
