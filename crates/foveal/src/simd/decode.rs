@@ -44,19 +44,25 @@ fn row_scores_kernel<S: Simd, E: Element>(s: S, args: RowScores<'_, E>) {
     assert!(keys.count() <= KEY_TILE);
     for first in (0..keys.count()).step_by(BLOCK) {
         let block = keys.slice(first..(first + BLOCK).min(keys.count()));
-        for r in 0..rows {
-            let query = queries[r * stride..][..stride].as_ptr();
-            let to = out[r * KEY_TILE + first..][..BLOCK].as_mut_ptr();
-            // SAFETY: the query holds `width` numbers padded to 16, `to` holds 16.
+        let mut r = 0;
+        while r < rows {
+            let q = queries[r * stride..].as_ptr();
+            let to = out[r * KEY_TILE + first..].as_mut_ptr();
+            let pair = r + 1 < rows && (width == 4 * S::LANES || width == 8 * S::LANES);
+            // SAFETY: queries hold `width` numbers padded to 16, and `out` KEY_TILE for each row, of
+            // which this block is 16; a pair is taken only where two rows are left.
             unsafe {
-                match width {
-                    _ if width == 2 * S::LANES => dots::<S, E, 2>(s, query, block, to),
-                    _ if width == 4 * S::LANES => dots::<S, E, 4>(s, query, block, to),
-                    _ if width == 8 * S::LANES => dots::<S, E, 8>(s, query, block, to),
-                    _ if width == 16 * S::LANES => dots::<S, E, 16>(s, query, block, to),
-                    _ => dots_any::<S, E>(s, query, block, to),
+                match width / S::LANES {
+                    4 if pair => pair_dots::<S, E, 4>(s, q, block, to),
+                    8 if pair => pair_dots::<S, E, 8>(s, q, block, to),
+                    2 if width == 2 * S::LANES => dots::<S, E, 2>(s, q, block, to),
+                    4 if width == 4 * S::LANES => dots::<S, E, 4>(s, q, block, to),
+                    8 if width == 8 * S::LANES => dots::<S, E, 8>(s, q, block, to),
+                    16 if width == 16 * S::LANES => dots::<S, E, 16>(s, q, block, to),
+                    _ => dots_any::<S, E>(s, q, block, to),
                 }
             }
+            r += 1 + usize::from(pair);
         }
     }
     for r in 0..rows {
@@ -101,6 +107,40 @@ unsafe fn dots<S: Simd, E: Element, const V: usize>(
             }
         }
         s.sums(&sums, out);
+    }
+}
+
+/// Like [`dots`] for two neighbouring query rows, which share each key that is loaded.
+///
+/// # Safety
+/// `queries` is valid for two rows of V vectors, `out` for 16 numbers in each of two score rows.
+#[inline(always)]
+unsafe fn pair_dots<S: Simd, E: Element, const V: usize>(
+    s: S,
+    queries: *const f32,
+    keys: Rows<'_, E>,
+    out: *mut f32,
+) {
+    const HALF: usize = BLOCK / 2;
+    // SAFETY: see the contract; key rows are V vectors wide, a multiple of 16 numbers.
+    unsafe {
+        for first in (0..keys.count()).step_by(HALF) {
+            let mut sums = [s.splat(0.0); BLOCK];
+            for j in 0..HALF.min(keys.count() - first) {
+                let key = keys.as_ptr().add((first + j) * keys.stride());
+                let (mut a, mut b) = (s.splat(0.0), s.splat(0.0));
+                for v in 0..V {
+                    let (at, x) = (v * S::LANES, E::load(s, key.add(v * S::LANES)));
+                    a = s.fma(s.load(queries.add(at)), x, a);
+                    b = s.fma(s.load(queries.add(V * S::LANES + at)), x, b);
+                }
+                (sums[j], sums[HALF + j]) = (a, b);
+            }
+            let mut both = [0.0f32; BLOCK];
+            s.sums(&sums, both.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(both.as_ptr(), out.add(first), HALF);
+            std::ptr::copy_nonoverlapping(both.as_ptr().add(HALF), out.add(KEY_TILE + first), HALF);
+        }
     }
 }
 
@@ -159,24 +199,33 @@ fn row_values_kernel<S: Simd, E: Element>(s: S, args: RowValues<'_, E>) {
     sums[..rows * stride].fill(0.0);
     for first in (0..values.count()).step_by(BLOCK) {
         let block = values.slice(first..(first + BLOCK).min(values.count()));
-        for r in 0..rows {
-            let p = probabilities[r * KEY_TILE + first..][..block.count()].as_ptr();
-            let sum = sums[r * stride..][..stride].as_mut_ptr();
+        let mut r = 0;
+        while r < rows {
+            let pair = r + 1 < rows;
+            let p = probabilities[r * KEY_TILE + first..].as_ptr();
+            let sum = sums[r * stride..].as_mut_ptr();
             let mut column = 0;
             while column < width {
-                let left = width - column;
-                // SAFETY: `block.count()` probabilities; columns below the width, sums padded to 16.
+                let left = (width - column) / S::LANES;
+                // SAFETY: a row has `block.count()` probabilities and `width` sums padded to 16, and so
+                // has the next one if it is taken along; columns end below the width.
                 unsafe {
-                    let at = Columns { block, column, p, sum: sum.add(column) };
-                    column += match left / S::LANES {
-                        0 => weigh::<S, E, 1, true>(s, &at),
-                        1 => weigh::<S, E, 1, false>(s, &at),
-                        2..4 => weigh::<S, E, 2, false>(s, &at),
-                        4..8 => weigh::<S, E, 4, false>(s, &at),
-                        _ => weigh::<S, E, 8, false>(s, &at),
+                    let at = Columns { block, column, p, sum: sum.add(column), stride };
+                    column += match (left, pair) {
+                        (0, false) => weigh::<S, E, 1, 1, true>(s, &at),
+                        (1, false) => weigh::<S, E, 1, 1, false>(s, &at),
+                        (2..4, false) => weigh::<S, E, 1, 2, false>(s, &at),
+                        (4..8, false) => weigh::<S, E, 1, 4, false>(s, &at),
+                        (_, false) => weigh::<S, E, 1, 8, false>(s, &at),
+                        (0, true) => weigh::<S, E, 2, 1, true>(s, &at),
+                        (1, true) => weigh::<S, E, 2, 1, false>(s, &at),
+                        (2..4, true) => weigh::<S, E, 2, 2, false>(s, &at),
+                        (4..8, true) => weigh::<S, E, 2, 4, false>(s, &at),
+                        (_, true) => weigh::<S, E, 2, 8, false>(s, &at),
                     };
                 }
             }
+            r += 1 + usize::from(pair);
         }
     }
     for r in 0..rows {
@@ -195,36 +244,47 @@ struct Columns<'a, E> {
     column: usize,
     p: *const f32,
     sum: *mut f32,
+    stride: usize,
 }
 
-/// Adds a block of weighted values to V vectors of sums; returns how many numbers that covers.
+/// Adds a block of weighted values to V vectors of sums of R rows; returns how many numbers that
+/// covers.
 ///
 /// # Safety
-/// `at.p` holds one number per row of the block, the rows hold V vectors (with TAIL, the rest of the
-/// row) from the column on, `at.sum` is valid for V vectors.
+/// `at.p` holds one number per row of the block in each of R score rows, the block's rows hold V vectors
+/// (with TAIL, the rest of the row) from the column on, `at.sum` is valid for V vectors of R rows.
 #[inline(always)]
-unsafe fn weigh<S: Simd, E: Element, const V: usize, const TAIL: bool>(
+unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize, const TAIL: bool>(
     s: S,
     at: &Columns<'_, E>,
 ) -> usize {
     let rest = at.block.width() - at.column;
     // SAFETY: see the contract.
     unsafe {
-        let mut sums = [s.splat(0.0); V];
-        for (v, sum) in sums.iter_mut().enumerate() {
-            *sum = s.load(at.sum.add(v * S::LANES));
-        }
-        for j in 0..at.block.count() {
-            let p = s.splat(*at.p.add(j));
-            let value = at.block.as_ptr().add(j * at.block.stride() + at.column);
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let from = value.add(v * S::LANES);
-                let x = if TAIL { E::load_part(s, from, rest) } else { E::load(s, from) };
-                *sum = s.fma(p, x, *sum);
+        let mut sums = [[s.splat(0.0); V]; R];
+        for r in 0..R {
+            for v in 0..V {
+                sums[r][v] = s.load(at.sum.add(r * at.stride + v * S::LANES));
             }
         }
-        for (v, sum) in sums.iter().enumerate() {
-            s.store(at.sum.add(v * S::LANES), *sum);
+        for j in 0..at.block.count() {
+            let value = at.block.as_ptr().add(j * at.block.stride() + at.column);
+            let mut p = [s.splat(0.0); R];
+            for (r, p) in p.iter_mut().enumerate() {
+                *p = s.splat(*at.p.add(r * KEY_TILE + j));
+            }
+            for v in 0..V {
+                let from = value.add(v * S::LANES);
+                let x = if TAIL { E::load_part(s, from, rest) } else { E::load(s, from) };
+                for r in 0..R {
+                    sums[r][v] = s.fma(p[r], x, sums[r][v]);
+                }
+            }
+        }
+        for r in 0..R {
+            for v in 0..V {
+                s.store(at.sum.add(r * at.stride + v * S::LANES), sums[r][v]);
+            }
         }
     }
     V * S::LANES
