@@ -1,4 +1,56 @@
-//! Attention on CPUs.
+//! Attention mechanisms of the transformer family on CPUs: exact, fast, on plain slices.
+//!
+//! ```
+//! use foveal::{Attention, Mask, Shape, Tensor};
+//!
+//! # fn main() -> foveal::Result<()> {
+//! // Axes are [batch, seq, heads, dim]; 8 query heads share 2 key/value heads.
+//! let q = Tensor::<f32>::zeros(Shape { batch: 1, seq: 100, heads: 8, dim: 64 })?;
+//! let k = Tensor::<f32>::zeros(Shape { batch: 1, seq: 100, heads: 2, dim: 64 })?;
+//! let v = k.clone();
+//! let attention = Attention::new().mask(Mask::causal());
+//! let result = attention.forward(q.view(), k.view(), v.view())?;
+//! assert_eq!(result.out.shape(), q.shape());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # From a description to a result
+//!
+//! [`Attention`] describes a call: mask, scale, instructions and threads. With shapes it becomes a
+//! [`Plan`], which has been checked, knows its kernels and its workspace, and can [explain
+//! itself](Plan::explain). A plan runs on tensors ([`Plan::forward`]) or on key/value caches
+//! ([`Plan::forward_cached`]) without allocating; [`Attention::forward`] and [`Attention::decode`] do all of
+//! it at once and allocate the result.
+//!
+//! Prompts and generated tokens have kernels of their own ([`Phase`]): many rows against packed tiles, or a
+//! few rows over keys as they lie in a [`cache`]. Which one a row takes is the caller's word, so that its
+//! bits never depend on how many rows happen to share a call.
+//!
+//! # Should I use this crate?
+//!
+//! Yes, for attention without T×S memory on a CPU, from any program that has its numbers in slices: long
+//! sequences, causal, window, packed-document or arbitrary masks, grouped heads without copies, 16-bit
+//! caches, log-sum-exp, and results that are the same bit for bit whatever the threads and the batch. Not for
+//! GPUs, and not for a whole model with one call: that is the crate `foveal-lm`.
+//!
+//! # Map
+//!
+//! | module | what | source |
+//! |---|---|---|
+//! | [`Attention`], [`plan`] | exact attention, forward | Vaswani et al. 2017; Dao et al. 2022, 2023 |
+//! | [`mask`] | causal, window, documents, dense, combinations, patterns of your own | |
+//! | [`cache`] | what decoding keeps | |
+//! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
+//! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |
+//! | [`reference`] | the definition in f64 | |
+//!
+//! # Features
+//!
+//! `parallel` (default) splits work over the current rayon pool. There is no feature per mechanism or per
+//! instruction set: instructions are found at run time, and the environment variable `FOVEAL_SIMD`
+//! (`portable`, `avx2`, `avx512`) forces one.
+
 pub mod cache;
 mod cpu;
 mod element;
