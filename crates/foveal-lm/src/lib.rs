@@ -5,4 +5,5 @@
 pub mod atomic_file;
 #[doc(hidden)]
 pub mod testing;
+pub mod tokenizer;
 pub mod weights;

@@ -97,11 +97,16 @@ pub fn fetch_model(model: Model) -> Option<PathBuf> {
     match fetch(&recipe) {
         Ok(path) => Some(path),
         Err(reason) => {
-            let line = format!("\n*** SKIPPED: no {} to test with: {reason} ***\n", recipe.name);
-            let _ = io::stderr().write_all(line.as_bytes());
+            skipped(recipe.name, &reason);
             None
         }
     }
+}
+
+/// Says past the capture of the test harness that there is no `what`.
+pub(super) fn skipped(what: &str, reason: &io::Error) {
+    let line = format!("\n*** SKIPPED: no {what} to test with: {reason} ***\n");
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 fn fetch(recipe: &Recipe) -> io::Result<PathBuf> {
@@ -122,7 +127,7 @@ fn fetch(recipe: &Recipe) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-fn cache_folder() -> io::Result<PathBuf> {
+pub(super) fn cache_folder() -> io::Result<PathBuf> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("FOVEAL_CACHE")
         .or_else(|| Some(set("XDG_CACHE_HOME")?.join("foveal")))
@@ -131,7 +136,7 @@ fn cache_folder() -> io::Result<PathBuf> {
 }
 
 /// A folder that is removed with all that is in it.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {
@@ -179,7 +184,7 @@ fn unpack(package: &str, folder: &Path) -> io::Result<PathBuf> {
     Ok(unpacked)
 }
 
-fn run(command: &mut Command) -> io::Result<()> {
+pub(super) fn run(command: &mut Command) -> io::Result<()> {
     let output = command
         .output()
         .map_err(|error| io::Error::other(format!("cannot run {command:?}: {error}")))?;
@@ -189,4 +194,11 @@ fn run(command: &mut Command) -> io::Result<()> {
     let errors = String::from_utf8_lossy(&output.stderr);
     let last = errors.trim_end().lines().last().unwrap_or("no message");
     Err(io::Error::other(format!("{command:?} failed: {last}")))
+}
+
+/// The SHA-256 of all that is left in `file`, in hexadecimal.
+pub(super) fn hash_of(file: &mut File) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    io::copy(file, &mut hash)?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
