@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod golden;
 pub mod layer;
+pub mod rope;
 
 use foveal::mask::{Pattern, Site};
 use foveal::{Element, Mask, Shape, Tensor};
