@@ -14,6 +14,7 @@
 
 pub(crate) mod decode;
 pub(crate) mod forward;
+pub mod reference;
 pub(crate) mod state;
 
 use crate::cache::Sequences;

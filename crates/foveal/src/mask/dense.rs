@@ -65,6 +65,9 @@ impl Pattern for Dense {
         // Word by word: what some row sees, and what all rows see.
         let mut open: Option<(Range<usize>, Coverage)> = None;
         let end = keys.end.min(self.keys);
+        if keys.start >= end {
+            return;
+        }
         for word in keys.start / 64..end.div_ceil(64) {
             let (mut any, mut all) = (0u64, u64::MAX);
             for i in rows.clone() {

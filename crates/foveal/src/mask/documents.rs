@@ -66,8 +66,11 @@ impl Documents {
         let before_end = (self.queries[d + 1] - 1 - r) as isize;
         let place = keys.len() as isize - 1 - before_end;
         let bound = |x: isize| x.clamp(0, keys.len() as isize) as usize;
-        let start = self.within.behind.map_or(0, |behind| bound(place - behind as isize));
-        let end = self.within.ahead.map_or(keys.len(), |ahead| bound(place + ahead as isize + 1));
+        let start =
+            self.within.behind.map_or(0, |behind| bound(place.saturating_sub_unsigned(behind)));
+        let end = self.within.ahead.map_or(keys.len(), |ahead| {
+            bound(place.saturating_add_unsigned(ahead).saturating_add(1))
+        });
         keys.start + start.min(end)..keys.start + end
     }
 }

@@ -70,8 +70,8 @@ pub trait Pattern: std::fmt::Debug + Send + Sync {
     /// May query position `i` see key position `j`? Defines the pattern.
     fn allows(&self, at: Site, i: isize, j: usize) -> bool;
 
-    /// Visits, in ascending order and without overlap, ranges within `keys` that together hold every
-    /// key that some row of `rows` may see. The default is one [`Coverage::Partial`] range.
+    /// Visits, in ascending order and without overlap, non-empty ranges within `keys` that together
+    /// hold every key that some row of `rows` may see. The default is one [`Coverage::Partial`] range.
     fn live(
         &self,
         at: Site,

@@ -15,6 +15,7 @@ mod avx512;
 
 pub(crate) mod decode;
 pub(crate) mod math;
+pub(crate) mod rotate;
 pub(crate) mod row;
 pub(crate) mod tile;
 

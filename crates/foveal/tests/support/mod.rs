@@ -1,6 +1,11 @@
 //! Shared by the integration tests: numbers, a plain f64 attention, comparisons.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod attention;
+pub mod golden;
+pub mod layer;
+pub mod rope;
+
 use foveal::mask::{Pattern, Site};
 use foveal::{Cpu, Element, Level, Mask, Shape, Tensor, TensorRef, Threads};
 
