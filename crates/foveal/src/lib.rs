@@ -3,6 +3,7 @@ mod cpu;
 mod element;
 mod error;
 pub mod mask;
+pub mod nn;
 mod parallel;
 pub mod projection;
 mod simd;

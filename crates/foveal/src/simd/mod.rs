@@ -14,8 +14,11 @@ mod avx2;
 mod avx512;
 
 pub(crate) mod math;
+pub(crate) mod nn;
+pub(crate) mod projection;
 pub(crate) mod row;
 pub(crate) mod tile;
+mod words;
 
 pub use level::Level;
 pub(crate) use level::Kind;
