@@ -11,9 +11,15 @@
 //! operations, and each stored byte read from memory once. [`project_many`] does it for several
 //! matrices of one input, [`embed`] reads rows.
 //!
-//! With s and m a block's scale and minimum and c the middle of its integers q, the absolute error
-//! of a result is at most (in_features / 8 + 8) · 2⁻²⁴ · Σ_k (|s (q − c)| + |m + s c|) |x_k|; for
-//! plain floats the bracket is |W[n, k]|.
+//! With s and m a block's scale and minimum, c the middle of its integers q, and K = in_features,
+//! the absolute error of a result is at most
+//!
+//! ```text
+//! 2⁻²⁴ · n · Σ_k (|s (q − c)| + |m + s c|) · |x_k|
+//! ```
+//!
+//! with n = K / 32 + 16 for generated rows and n = min(K, 256) + K / 256 + 4 for prompts; for plain
+//! floats the bracket is |W\[n, k\]|. (Inputs below 2⁻¹¹⁰ may lose bits besides.)
 
 mod dequantize;
 mod embed;
