@@ -1,5 +1,6 @@
 //! Everything that a call can refuse, with what was found, what was expected and what to do.
 
+use crate::projection::{Format, RowError};
 use crate::tensor::Shape;
 
 /// The result of every fallible call in this crate.
@@ -99,6 +100,46 @@ pub enum Error {
         capacity: usize,
         /// Tokens that were to be appended.
         appended: usize,
+    },
+    /// A stored row whose length does not fit its format or its bytes.
+    #[error(transparent)]
+    Row(#[from] RowError),
+    /// A stored matrix whose bytes are too few or too many for its shape.
+    #[error(
+        "a {format} matrix of {out_features} rows of {in_features} elements has {expected} bytes, \
+         got {got}"
+    )]
+    MatrixBytes {
+        /// The format of the matrix.
+        format: Format,
+        /// Its rows.
+        out_features: usize,
+        /// Elements of a row.
+        in_features: usize,
+        /// The bytes that such a matrix has; `usize::MAX` if more than the address space.
+        expected: usize,
+        /// The bytes given.
+        got: usize,
+    },
+    /// Two lengths that have to agree do not.
+    #[error("{what}: expected a length of {expected}, got {got}")]
+    LengthMismatch {
+        /// What has to agree, in words.
+        what: &'static str,
+        /// The expected length.
+        expected: usize,
+        /// The length found.
+        got: usize,
+    },
+    /// A row number at or beyond the end.
+    #[error("{what} {got} is out of range; there are {limit}")]
+    OutOfRange {
+        /// What is counted, in words.
+        what: &'static str,
+        /// The number given.
+        got: usize,
+        /// How many there are.
+        limit: usize,
     },
     /// A SIMD level that does not exist or that this processor lacks.
     #[error("SIMD level {name:?} is not available; this processor offers {available}")]

@@ -57,6 +57,7 @@ mod element;
 mod error;
 mod exact;
 pub mod mask;
+pub mod nn;
 mod parallel;
 pub mod plan;
 pub mod position;

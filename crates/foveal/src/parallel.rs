@@ -33,33 +33,35 @@ impl Threads {
     }
 }
 
-/// Runs `work(part, scratch)` for every part in `0..parts`, each once, in any order, on as many threads
-/// as `scratch` holds pieces of `piece` numbers.
-pub(crate) fn for_each_part(
+/// Runs `work(part, scratch)` for every part in `0..parts`, each once, in any order, with at most one
+/// thread per scratch.
+pub(crate) fn for_each_part<T: Send>(
     parts: usize,
-    scratch: &mut [f32],
-    piece: usize,
-    work: impl Fn(usize, &mut [f32]) + Sync,
+    mut scratches: impl ExactSizeIterator<Item = T>,
+    work: impl Fn(usize, &mut T) + Sync,
 ) {
+    let Some(mut own) = scratches.next() else { return };
     #[cfg(feature = "parallel")]
-    if parts > 1 && scratch.len() >= 2 * piece {
+    if parts > 1 && scratches.len() > 0 {
         use std::sync::atomic::{AtomicUsize, Ordering};
         let next = AtomicUsize::new(0);
-        return rayon::scope(|scope| {
-            for scratch in scratch.chunks_exact_mut(piece).take(parts) {
-                let (next, work) = (&next, &work);
-                scope.spawn(move |_| {
-                    loop {
-                        let part = next.fetch_add(1, Ordering::Relaxed);
-                        if part >= parts {
-                            break;
-                        }
-                        work(part, scratch);
-                    }
-                });
+        let pick_up = |scratch: &mut T| {
+            loop {
+                let part = next.fetch_add(1, Ordering::Relaxed);
+                if part >= parts {
+                    break;
+                }
+                work(part, scratch);
             }
+        };
+        // The calling thread works too, while the others wake up.
+        return rayon::in_place_scope(|scope| {
+            for mut scratch in scratches.take(parts - 1) {
+                let pick_up = &pick_up;
+                scope.spawn(move |_| pick_up(&mut scratch));
+            }
+            pick_up(&mut own);
         });
     }
-    let scratch = &mut scratch[..piece];
-    (0..parts).for_each(|part| work(part, scratch));
+    (0..parts).for_each(|part| work(part, &mut own));
 }

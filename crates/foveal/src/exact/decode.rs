@@ -94,7 +94,7 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
             TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
         let parts = layout.units * layout.passes * layout.spans;
-        for_each_part(parts, scratch, layout.scratch, |part, scratch| {
+        for_each_part(parts, scratch.chunks_exact_mut(layout.scratch), |part, scratch| {
             let (unit, rest) = (part / (layout.passes * layout.spans), part / layout.passes);
             let (span, pass) = (rest % layout.spans, part % layout.passes);
             let rows = pass * ROWS..((pass + 1) * ROWS).min(layout.rows);

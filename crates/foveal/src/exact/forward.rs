@@ -102,7 +102,7 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         }
         let parts = wave.len() * layout.segments * layout.tiles;
         let (packed, engine) = (&*shared, &engine);
-        for_each_part(parts, scratch, layout.scratch, |part, scratch| {
+        for_each_part(parts, scratch.chunks_exact_mut(layout.scratch), |part, scratch| {
             // The last rows see most under a causal mask: they come first.
             let tile = layout.tiles - 1 - part % layout.tiles;
             let segment = part / layout.tiles % layout.segments;
@@ -180,7 +180,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let used = &mut shared[..wave.len() * key_tiles * tile_floats];
         let mut tiles = TensorMut::new(used, shape).expect("the workspace has this shape");
         let tiles = tiles.share();
-        for_each_part(wave.len() * key_tiles, scratch, self.layout.scratch, |part, _| {
+        let scratches = scratch.chunks_exact_mut(self.layout.scratch);
+        for_each_part(wave.len() * key_tiles, scratches, |part, _| {
             let (n, t) = (part / key_tiles, part % key_tiles);
             let whole = self.query_tile(wave.start + n, 0, 0);
             let start = whole.keys.start + t * KEY_TILE;

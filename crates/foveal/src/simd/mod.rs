@@ -15,9 +15,12 @@ mod avx512;
 
 pub(crate) mod decode;
 pub(crate) mod math;
+pub(crate) mod nn;
+pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;
 pub(crate) mod tile;
+mod words;
 
 pub use level::Level;
 pub(crate) use level::Kind;

@@ -16,7 +16,7 @@ impl Portable {
 #[derive(Clone, Copy)]
 #[repr(align(32))]
 #[allow(unreachable_pub)] // named by a trait that is sealed, not reachable
-pub struct Lanes8([f32; 8]);
+pub struct Lanes8(pub(super) [f32; 8]);
 
 impl Lanes8 {
     #[inline(always)]
@@ -32,7 +32,7 @@ impl Lanes8 {
 /// Exact binary16 to binary32, without tables: shift, then fix the exponent by a multiplication
 /// that also normalises subnormals.
 #[inline(always)]
-fn f16_to_f32(bits: u16) -> f32 {
+pub(super) fn f16_to_f32(bits: u16) -> f32 {
     let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
     let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
     f32::from_bits(magnitude.to_bits() | special | (u32::from(bits & 0x8000) << 16))

@@ -1,0 +1,298 @@
+//! Packed blocks, a *chunk* of `8 * LANES` weights at a time.
+//!
+//! The weights of a chunk fill one vector of bytes (two, after their high bits were joined on), and
+//! weight `k = 2 c + p` of a lane lies in byte `c` of its word, in the low half for `p` = 0 and the
+//! high half for `p` = 1. They are never put in order; the inputs are, once per call, into the
+//! weights' order ([`Layout::pack`]). A chunk's part of a row's sum is, with centred integers
+//! q − c and the sums `X_p` of the inputs,
+//!
+//! ```text
+//! Σ_p scale_p · Σ_c q_(2c+p) x_(2c+p)  +  Σ_p minimum_p · X_p
+//! ```
+//!
+//! where w = scale (q − c) + minimum. Centring keeps the two parts as small as the weights are.
+
+use crate::projection::Format;
+use crate::simd::words::Words;
+
+/// Where the weights of a chunk come from, and how the fields that hold them are scaled.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    /// Neighbouring lanes that hold one piece of a block.
+    piece_lanes: usize,
+    /// Elements from one piece to the next.
+    piece_stride: usize,
+    /// Elements from low halves to high halves.
+    parity_stride: usize,
+    /// Field `k` comes out of a word as `2^exponents[k]` times its value.
+    exponents: [u32; 8],
+    /// Sums of inputs that follow a chunk's inputs: none, one, or one for each `p`.
+    sums: usize,
+}
+
+const NIBBLES: [u32; 8] = [0, 4, 8, 12, 0, 4, 8, 12];
+const BYTES: [u32; 8] = [0, 0, 8, 8, 0, 0, 8, 8];
+
+const SMALL: Layout =
+    Layout { piece_lanes: 4, piece_stride: 32, parity_stride: 16, exponents: NIBBLES, sums: 0 };
+
+pub(super) fn layout(format: Format) -> Option<Layout> {
+    match format {
+        Format::Q4_0 => Some(Q4_0::LAYOUT),
+        Format::Q4_1 => Some(Q4_1::LAYOUT),
+        Format::Q5_0 => Some(Q5_0::LAYOUT),
+        Format::Q4_K => Some(Q4_K::LAYOUT),
+        Format::Q6_K => Some(Q6_K::LAYOUT),
+        Format::F32 | Format::F16 | Format::BF16 | Format::Q8_0 => None,
+    }
+}
+
+impl Layout {
+    /// Vectors of a packed chunk.
+    pub(super) const fn vectors(&self) -> usize {
+        8 + self.sums
+    }
+
+    pub(super) fn packed_len(&self, in_features: usize, lanes: usize) -> usize {
+        in_features.div_ceil(8 * lanes) * self.vectors() * lanes
+    }
+
+    /// The element of lane 0, `k` = 0.
+    fn base(&self, chunk: usize, lanes: usize) -> usize {
+        // Eight lanes hold every other piece of Q6_K's halves.
+        if self.parity_stride > self.piece_stride && lanes == 8 {
+            chunk / 2 * 128 + chunk % 2 * 32
+        } else {
+            chunk * 8 * lanes
+        }
+    }
+
+    /// Writes a row of inputs in the order of the weights, divided by the scales of their fields,
+    /// with the sums that minima need; inputs beyond the end are zero.
+    #[inline(always)]
+    pub(super) fn pack<S: Words>(&self, x: &[f32], out: &mut [f32]) {
+        assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
+        for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
+            let base = self.base(chunk, S::LANES);
+            let mut sums = [[0.0; 16]; 2];
+            for k in 0..8 {
+                let (c, p) = (k / 2, k % 2);
+                let scale = 1.0 / (1u32 << self.exponents[k]) as f32;
+                let vector = &mut out[k * S::LANES..][..S::LANES];
+                for (lane, out) in vector.iter_mut().enumerate() {
+                    let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
+                    let at = piece * self.piece_stride + p * self.parity_stride + 4 * word + c;
+                    let x = x.get(base + at).copied().unwrap_or(0.0);
+                    *out = x * scale;
+                    sums[p][lane] += x;
+                }
+            }
+            if self.sums == 1 {
+                for lane in 0..S::LANES {
+                    sums[0][lane] += sums[1][lane];
+                }
+            }
+            for (out, sums) in out[8 * S::LANES..].chunks_exact_mut(S::LANES).zip(&sums) {
+                out.copy_from_slice(&sums[..S::LANES]);
+            }
+        }
+    }
+}
+
+/// The weights of a chunk: centred integers times `2^exponents[k]`, and for each `p` the scale and
+/// what is added.
+pub(super) struct Chunk<S: Words> {
+    pub(super) q: [S::F; 8],
+    pub(super) scale: [S::F; 2],
+    pub(super) minimum: [S::F; 2],
+}
+
+/// A format that [`Layout::pack`] orders inputs for.
+pub(super) trait Packed: Copy + Send + Sync {
+    const LAYOUT: Layout;
+
+    /// # Safety
+    /// `row` is valid for reading a row of `in_features` weights, some of which are in this chunk.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S>;
+}
+
+#[inline(always)]
+fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
+    let words = [low, s.shift_right::<16>(low)];
+    std::array::from_fn(|k| {
+        let shift = NIBBLES[k];
+        s.field(words[k / 4], 15 << shift, (8u32 << shift) as f32)
+    })
+}
+
+/// Bytes of even and odd `k`; the fields are the bits below twice the centre.
+#[inline(always)]
+fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
+    let words = [halves, halves.map(|half| s.shift_right::<16>(half))];
+    std::array::from_fn(|k| {
+        let shift = BYTES[k];
+        s.field(words[k / 4][k % 2], (2 * centre - 1) << shift, (centre << shift) as f32)
+    })
+}
+
+/// Where the 32-blocks of a chunk are, and how many there are of them.
+#[inline(always)]
+fn small_blocks<S: Words>(chunk: usize, in_features: usize) -> (usize, usize) {
+    let first = chunk * (S::LANES / 4);
+    (first, (in_features / 32 - first).min(S::LANES / 4))
+}
+
+/// 4-bit integers around 8.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q4_0;
+
+impl Packed for Q4_0 {
+    const LAYOUT: Layout = SMALL;
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
+        let (first, count) = small_blocks::<S>(chunk, in_features);
+        // SAFETY: `count` blocks of 18 bytes start at `first`.
+        let (scale, low) = unsafe {
+            let p = row.add(18 * first);
+            (s.load_f16_quads(p, 18, count), s.load_pieces(p.add(2), 18, count))
+        };
+        Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
+    }
+}
+
+/// 4-bit integers with a minimum.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q4_1;
+
+impl Packed for Q4_1 {
+    const LAYOUT: Layout = Layout { sums: 1, ..SMALL };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
+        let (first, count) = small_blocks::<S>(chunk, in_features);
+        // SAFETY: `count` blocks of 20 bytes start at `first`.
+        let (scale, minimum, low) = unsafe {
+            let p = row.add(20 * first);
+            let scale = s.load_f16_quads(p, 20, count);
+            (scale, s.load_f16_quads(p.add(2), 20, count), s.load_pieces(p.add(4), 20, count))
+        };
+        let minimum = s.fma(scale, s.splat(8.0), minimum);
+        Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [minimum; 2] }
+    }
+}
+
+/// High halves of every byte.
+const HIGH: u32 = 0xf0f0_f0f0;
+
+/// 5-bit integers around 16.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q5_0;
+
+impl Packed for Q5_0 {
+    const LAYOUT: Layout = Layout { exponents: BYTES, ..SMALL };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
+        /// Element 4 `word` has its fifth bit at 4 `word`.
+        static COUNTS: [u32; 16] = [0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12];
+        let (first, count) = small_blocks::<S>(chunk, in_features);
+        // SAFETY: `count` blocks of 22 bytes start at `first`; the table has 16 >= LANES words.
+        let (scale, fifth, low, counts) = unsafe {
+            let p = row.add(22 * first);
+            let (scale, fifth) = (s.load_f16_quads(p, 22, count), s.load_quads(p.add(2), 22, count));
+            let low = s.load_pieces(p.add(6), 22, count);
+            (scale, fifth, low, s.load_words(COUNTS.as_ptr().cast()))
+        };
+        let even = s.shift_right_each(fifth, counts);
+        let odd = s.shift_right::<16>(even);
+        // The rest of `even` above its four bits is dropped by scatter_bits, as is that of `odd`.
+        let halves = [
+            s.merge(low, s.scatter_bits(even), HIGH),
+            s.merge(s.shift_right::<4>(low), s.scatter_bits(odd), HIGH),
+        ];
+        Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
+    }
+}
+
+/// The block of 256 of a chunk, and which part of it: first by 128 weights, then, with eight lanes,
+/// by half of them.
+#[inline(always)]
+fn large_block<S: Words>(chunk: usize) -> (usize, usize, usize) {
+    let at = chunk * S::LANES;
+    (at / 32, at % 32 / 16, at % 16 / 8)
+}
+
+/// 4-bit integers, a 6-bit scale and minimum for 32.
+#[derive(Debug, Clone, Copy)]
+#[allow(non_camel_case_types, reason = "the names are those of the format")]
+pub(super) struct Q4_K;
+
+impl Packed for Q4_K {
+    const LAYOUT: Layout =
+        Layout { piece_lanes: 8, piece_stride: 64, parity_stride: 32, exponents: NIBBLES, sums: 2 };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
+        let (block, part, half) = large_block::<S>(chunk);
+        // SAFETY: a block has 144 bytes: two halves, three words, eight runs of 16 bytes.
+        let (d, m, packed, low) = unsafe {
+            let p = row.add(144 * block);
+            let halves = p.cast::<[u16; 2]>().read_unaligned();
+            let packed = p.add(4).cast::<[u32; 3]>().read_unaligned();
+            let low = s.load_words(p.add(16 + 64 * part + 32 * half));
+            (s.widen_f16(halves[0]), s.widen_f16(halves[1]), packed, low)
+        };
+        let [a, b, c] = packed;
+        let (scales, minima) = match part {
+            0 => (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f),
+            _ => (
+                c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030,
+                c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030,
+            ),
+        };
+        let scales = scales.to_le_bytes().map(|scale| d * f32::from(scale));
+        let minima = minima.to_le_bytes().map(|minimum| m * f32::from(minimum));
+        let minima = std::array::from_fn(|i| 8.0 * scales[i] - minima[i]);
+        Chunk {
+            q: nibbles(s, low),
+            scale: s.octets(scales, half),
+            minimum: s.octets(minima, half),
+        }
+    }
+}
+
+/// 6-bit integers around 32, an 8-bit scale for 16.
+#[derive(Debug, Clone, Copy)]
+#[allow(non_camel_case_types, reason = "the names are those of the format")]
+pub(super) struct Q6_K;
+
+impl Packed for Q6_K {
+    const LAYOUT: Layout =
+        Layout { piece_lanes: 8, piece_stride: 32, parity_stride: 64, exponents: BYTES, sums: 0 };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
+        /// The second half's bit pairs lie two bits higher.
+        static COUNTS: [u32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2];
+        let (block, part, half) = large_block::<S>(chunk);
+        // SAFETY: a block has 210 bytes: two parts of 64 bytes, of 32 and of 8, and a half; the
+        // table has 16 words, LANES of them from 8 * half on.
+        let (low, high, counts, scales, d) = unsafe {
+            let p = row.add(210 * block);
+            let low = s.load_words(p.add(64 * part + 32 * half));
+            let high = s.load_repeated(p.add(128 + 32 * part));
+            let counts = s.load_words(COUNTS.as_ptr().add(8 * half).cast());
+            let scales = p.add(192 + 8 * part).cast::<[[i8; 4]; 2]>().read_unaligned();
+            let d = s.widen_f16(p.add(208).cast::<u16>().read_unaligned());
+            (low, high, counts, scales, d)
+        };
+        let high = s.shift_right_each(high, counts);
+        let halves = [
+            s.merge(low, s.shift_left::<4>(high), HIGH),
+            s.merge(s.shift_right::<4>(low), high, HIGH),
+        ];
+        let scale = scales.map(|four| s.quads(four.map(|scale| d * f32::from(scale)), half));
+        Chunk { q: bytes(s, halves, 32), scale, minimum: [s.splat(0.0); 2] }
+    }
+}

@@ -1,0 +1,125 @@
+//! Matrix kernels over stored weights: rows for few inputs, panels for many.
+//!
+//! [`rows`] computes y\[r, n\] = Σ_k W\[n, k\] x\[r, k\] one weight row after the other, each read from
+//! end to end and widened in registers. [`panel`](panel::panel) does it for 64 weight rows that were widened and
+//! transposed beforehand. Stored bytes are little-endian.
+
+mod blocks;
+pub(crate) mod dequantize;
+pub(crate) mod panel;
+mod row;
+
+use super::words::Words;
+use super::{Kind, Level, Simd, dispatch};
+use crate::projection::Format;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Rows of results that several threads fill, each its own columns.
+#[derive(Debug)]
+pub(crate) struct Columns<'a> {
+    data: *mut f32,
+    rows: usize,
+    width: usize,
+    stride: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `part`'s contract gives every range of columns to one user at a time.
+unsafe impl Sync for Columns<'_> {}
+// SAFETY: as above; the exclusive borrow lives as long as this view.
+unsafe impl Send for Columns<'_> {}
+
+impl<'a> Columns<'a> {
+    /// Views `rows` rows of `width` numbers, `stride` apart, or `None` if they overlap or leave
+    /// `data`.
+    pub(crate) fn new(
+        data: &'a mut [f32],
+        rows: usize,
+        width: usize,
+        stride: usize,
+    ) -> Option<Self> {
+        if rows > 0 && width > 0 {
+            let needed = (rows - 1).checked_mul(stride)?.checked_add(width)?;
+            if needed > data.len() || (rows > 1 && stride < width) {
+                return None;
+            }
+        }
+        Some(Columns { data: data.as_mut_ptr(), rows, width, stride, lifetime: PhantomData })
+    }
+
+    /// # Safety
+    /// No other reference to these columns of this row is alive.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [f32] {
+        assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
+        // SAFETY: the constructor checked that rows of `width` numbers lie inside the buffer; the
+        // caller promises that this part is not aliased.
+        unsafe {
+            let at = self.data.add(row * self.stride + columns.start);
+            std::slice::from_raw_parts_mut(at, columns.len())
+        }
+    }
+}
+
+/// What [`rows`] reads and writes.
+#[derive(Debug, Clone)]
+pub(crate) struct RowCall<'a> {
+    /// The weight rows of this part, one after the other.
+    pub(crate) weights: &'a [u8],
+    /// Bytes of a weight row.
+    pub(crate) row_bytes: usize,
+    /// Elements of a weight row.
+    pub(crate) in_features: usize,
+    /// Input rows: packed by [`pack`] where [`packed_len`] is not 0, as they come otherwise.
+    pub(crate) x: &'a [f32],
+    /// Numbers from one input row to the next.
+    pub(crate) x_stride: usize,
+    /// Input rows.
+    pub(crate) rows: usize,
+    /// Results.
+    pub(crate) out: &'a Columns<'a>,
+    /// The columns of results that belong to the weight rows; they are this call's alone.
+    pub(crate) columns: Range<usize>,
+}
+
+/// Products of weight rows with up to 64 input rows. Sums run in one order that depends on the
+/// format, the level and `in_features` only.
+pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
+    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K};
+    use row::{Bf16, F16, F32, Grouped, Q8_0, run};
+    match format {
+        Format::F32 => run(level, F32, call),
+        Format::F16 => run(level, F16, call),
+        Format::BF16 => run(level, Bf16, call),
+        Format::Q8_0 => run(level, Q8_0, call),
+        Format::Q4_0 => run(level, Grouped(Q4_0), call),
+        Format::Q4_1 => run(level, Grouped(Q4_1), call),
+        Format::Q5_0 => run(level, Grouped(Q5_0), call),
+        Format::Q4_K => run(level, Grouped(Q4_K), call),
+        Format::Q6_K => run(level, Grouped(Q6_K), call),
+    }
+}
+
+/// Numbers of one packed input row; 0 for formats that take inputs as they come.
+pub(crate) fn packed_len(level: Level, format: Format, in_features: usize) -> usize {
+    let lanes = match level.kind() {
+        Kind::Portable(_) => super::Portable::LANES,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2(_) => super::Avx2::LANES,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512(_) => super::Avx512::LANES,
+    };
+    blocks::layout(format).map_or(0, |layout| layout.packed_len(in_features, lanes))
+}
+
+dispatch! {
+    /// Packs an input row for a format whose [`packed_len`] is not 0.
+    pub(crate) fn pack(format: Format, x: &[f32], out: &mut [f32]) = pack_kernel
+}
+
+#[inline(always)]
+fn pack_kernel<S: Words>(_: S, format: Format, x: &[f32], out: &mut [f32]) {
+    let layout = blocks::layout(format).expect("a packed format");
+    layout.pack::<S>(x, out);
+}

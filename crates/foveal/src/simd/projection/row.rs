@@ -1,0 +1,249 @@
+//! One weight row after the other, against one to four input rows in registers.
+//!
+//! The operations of an input row are the same whatever rows are beside it, so that its sums are
+//! too.
+
+use super::RowCall;
+use super::blocks::Packed;
+use crate::simd::words::Words;
+use crate::simd::{Simd, dispatch};
+
+/// Weight rows whose lanes are added up together.
+const TOGETHER: usize = 16;
+
+/// The input rows of a call, and the length of a weight row.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs {
+    data: *const f32,
+    stride: usize,
+    in_features: usize,
+}
+
+/// How one weight row meets R input rows.
+pub(super) trait RowFormat: Copy + Send + Sync {
+    /// Numbers of an input row of the kind that the format takes.
+    fn width(in_features: usize, lanes: usize) -> usize {
+        let _ = lanes;
+        in_features
+    }
+
+    /// Sums that are still spread over lanes.
+    /// # Safety
+    /// `row` is valid for reading a weight row, and `x` for reading R input rows of the kind that
+    /// the format takes.
+    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R];
+}
+
+dispatch! {
+    pub(super) fn run<B: RowFormat>(format: B, call: RowCall<'_>) = run_kernel
+}
+
+#[inline(always)]
+fn run_kernel<S: Words, B: RowFormat>(s: S, _: B, call: RowCall<'_>) {
+    let count = call.columns.len();
+    let width = B::width(call.in_features, S::LANES);
+    let reached = call.rows.saturating_sub(1) * call.x_stride + width;
+    assert!(call.rows == 0 || call.x.len() >= reached);
+    let group = if S::LANES == 16 { 4 } else { 2 };
+    for first in (0..count).step_by(TOGETHER) {
+        let weights = first..count.min(first + TOGETHER);
+        for row in (0..call.rows).step_by(group) {
+            let (weights, rows) = (weights.clone(), (call.rows - row).min(group));
+            match rows {
+                1 => block::<S, B, 1>(s, &call, weights, row),
+                2 => block::<S, B, 2>(s, &call, weights, row),
+                3 if S::LANES == 16 => block::<S, B, 3>(s, &call, weights, row),
+                _ if S::LANES == 16 => block::<S, B, 4>(s, &call, weights, row),
+                _ => unreachable!("groups have two rows"),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn block<S: Words, B: RowFormat, const R: usize>(
+    s: S,
+    call: &RowCall<'_>,
+    weights: std::ops::Range<usize>,
+    row: usize,
+) {
+    let x = Inputs {
+        data: call.x[row * call.x_stride..].as_ptr(),
+        stride: call.x_stride,
+        in_features: call.in_features,
+    };
+    let mut lanes = [[s.splat(0.0); TOGETHER]; R];
+    for (j, n) in weights.clone().enumerate() {
+        let weight = &call.weights[n * call.row_bytes..][..call.row_bytes];
+        // SAFETY: a whole weight row, and rows row..row + R of the input, which `project` checked.
+        let dots = unsafe { B::dots::<S, R>(s, weight.as_ptr(), x) };
+        for (lanes, dot) in lanes.iter_mut().zip(dots) {
+            lanes[j] = dot;
+        }
+    }
+    for (r, lanes) in lanes.iter().enumerate() {
+        let mut sums = [0.0; TOGETHER];
+        let columns = call.columns.start + weights.start..call.columns.start + weights.end;
+        // SAFETY: `sums` holds 16 numbers; these columns are this call's alone.
+        let out = unsafe {
+            s.sums(lanes, sums.as_mut_ptr());
+            call.out.part(row + r, columns)
+        };
+        out.copy_from_slice(&sums[..out.len()]);
+    }
+}
+
+/// A format of [`Packed`] chunks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grouped<B>(pub(super) B);
+
+impl<B: Packed> RowFormat for Grouped<B> {
+    fn width(in_features: usize, lanes: usize) -> usize {
+        B::LAYOUT.packed_len(in_features, lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
+        let vectors = B::LAYOUT.vectors();
+        let mut sums = [[s.splat(0.0); 2]; R];
+        for chunk in 0..x.in_features.div_ceil(8 * S::LANES) {
+            // SAFETY: the chunk holds weights of this row, and packed inputs have `vectors` vectors
+            // for each.
+            let (weights, at) = unsafe {
+                let at = x.data.add(chunk * vectors * S::LANES);
+                (B::chunk(s, row, chunk, x.in_features), at)
+            };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: as above; row r lies r strides further.
+                let x = |k: usize| unsafe { s.load(at.add(r * x.stride + k * S::LANES)) };
+                for (p, sum) in sums.iter_mut().enumerate() {
+                    let mut part = s.mul(weights.q[p], x(p));
+                    for c in 1..4 {
+                        part = s.fma(weights.q[2 * c + p], x(2 * c + p), part);
+                    }
+                    *sum = s.fma(weights.scale[p], part, *sum);
+                    if p < vectors - 8 {
+                        *sum = s.fma(weights.minimum[p], x(8 + p), *sum);
+                    }
+                }
+            }
+        }
+        sums.map(|[even, odd]| s.add(even, odd))
+    }
+}
+
+/// 8-bit integers, one scale for 32, in order.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q8_0;
+
+impl RowFormat for Q8_0 {
+    #[inline(always)]
+    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
+        let mut sums = [[s.splat(0.0); 2]; R];
+        let mut q = [s.splat(0.0); 4];
+        let blocks = x.in_features / 32;
+        for pair in (0..blocks).step_by(2) {
+            for b in 0..(blocks - pair).min(2) {
+                // SAFETY: block pair + b < blocks has 34 bytes and meets 32 inputs of each row.
+                unsafe {
+                    let p = row.add(34 * (pair + b));
+                    let scale = s.splat(s.widen_f16(p.cast::<u16>().read_unaligned()));
+                    for (v, q) in q.iter_mut().enumerate().take(32 / S::LANES) {
+                        *q = s.load_i8(p.add(2 + v * S::LANES).cast());
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let at = x.data.add(r * x.stride + 32 * (pair + b));
+                        let mut part = s.mul(q[0], s.load(at));
+                        for (v, &q) in q.iter().enumerate().take(32 / S::LANES).skip(1) {
+                            part = s.fma(q, s.load(at.add(v * S::LANES)), part);
+                        }
+                        sums[b] = s.fma(scale, part, sums[b]);
+                    }
+                }
+            }
+        }
+        sums.map(|[even, odd]| s.add(even, odd))
+    }
+}
+
+/// A plain number.
+trait Number: Copy + Send + Sync {
+    const SIZE: usize;
+    /// # Safety
+    /// `p` is valid for reading `LANES` numbers; it need not be aligned.
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::F;
+}
+
+macro_rules! number {
+    ($name:ident, $size:expr, $load:ident, $doc:expr) => {
+        #[doc = $doc]
+        #[derive(Debug, Clone, Copy)]
+        pub(super) struct $name;
+
+        impl Number for $name {
+            const SIZE: usize = $size;
+            #[inline(always)]
+            unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::F {
+                // SAFETY: the caller's promise; loads need no alignment.
+                unsafe { s.$load(p.cast()) }
+            }
+        }
+
+        impl RowFormat for $name {
+            #[inline(always)]
+            unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { number_dots::<S, $name, R>(s, row, x) }
+            }
+        }
+    };
+}
+number!(F32, 4, load, "Binary32.");
+number!(F16, 2, load_f16, "Binary16.");
+number!(Bf16, 2, load_bf16, "The upper half of a binary32.");
+
+/// # Safety
+/// That of [`RowFormat::dots`].
+#[inline(always)]
+unsafe fn number_dots<S: Simd, N: Number, const R: usize>(
+    s: S,
+    row: *const u8,
+    x: Inputs,
+) -> [S::F; R] {
+    const SUMS: usize = 4;
+    let mut sums = [[s.splat(0.0); SUMS]; R];
+    let whole = x.in_features / S::LANES;
+    let mut v = 0;
+    while v + SUMS <= whole {
+        for u in 0..SUMS {
+            // SAFETY: vector v + u < whole lies inside the row and inside each input row.
+            unsafe {
+                let at = (v + u) * S::LANES;
+                let weight = N::load(s, row.add(at * N::SIZE));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[u] = s.fma(weight, s.load(x.data.add(r * x.stride + at)), sums[u]);
+                }
+            }
+        }
+        v += SUMS;
+    }
+    for u in 0..SUMS {
+        let at = (v + u) * S::LANES;
+        let left = x.in_features.saturating_sub(at).min(S::LANES);
+        if left > 0 {
+            // SAFETY: `left` numbers are left in the row and in each input row; the copy makes a
+            // whole vector of them.
+            unsafe {
+                let mut bytes = [0u8; 64];
+                let from = row.add(at * N::SIZE);
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), left * N::SIZE);
+                let weight = N::load(s, bytes.as_ptr());
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = s.load_part(x.data.add(r * x.stride + at), left);
+                    sums[u] = s.fma(weight, x, sums[u]);
+                }
+            }
+        }
+    }
+    sums.map(|[a, b, c, d]| s.add(s.add(a, b), s.add(c, d)))
+}

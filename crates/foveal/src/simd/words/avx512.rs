@@ -1,0 +1,118 @@
+//! Words in 512-bit registers.
+
+use super::{UNITS, Words};
+use crate::simd::avx512::Avx512;
+use std::arch::x86_64::*;
+
+/// Lane `i` takes number `i / 4`.
+#[inline(always)]
+fn quarter() -> __m512i {
+    // SAFETY: only called by methods of the token.
+    unsafe { _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3) }
+}
+
+// SAFETY of every block below: the token proves the instructions; pointers are as the trait says.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Words for Avx512 {
+    type U = __m512i;
+
+    #[inline(always)]
+    unsafe fn load_words(self, p: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_repeated(self, p: *const u8) -> __m512i {
+        unsafe { _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> __m512i {
+        unsafe {
+            let mut pieces = [_mm_setzero_si128(); 4];
+            for (i, piece) in pieces.iter_mut().enumerate().take(count) {
+                *piece = _mm_loadu_si128(p.add(i * stride).cast());
+            }
+            let [a, b, c, d] = pieces;
+            let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+            _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> __m512i {
+        unsafe {
+            let mut words = [0u32; 4];
+            for (i, word) in words.iter_mut().enumerate().take(count) {
+                *word = p.add(i * stride).cast::<u32>().read_unaligned();
+            }
+            let [a, b, c, d] = words.map(u64::from);
+            let four = _mm_set_epi64x((c | d << 32) as i64, (a | b << 32) as i64);
+            _mm512_permutexvar_epi32(quarter(), _mm512_castsi128_si512(four))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m512 {
+        unsafe {
+            let mut four = 0u64;
+            for i in 0..count.min(4) {
+                let half = p.add(i * stride).cast::<u16>().read_unaligned();
+                four |= u64::from(half) << (16 * i);
+            }
+            let x = _mm_cvtph_ps(_mm_cvtsi64_si128(four as i64));
+            _mm512_permutexvar_ps(quarter(), _mm512_castps128_ps512(x))
+        }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, bits: u16) -> f32 {
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+    }
+    #[inline(always)]
+    fn quads(self, x: [f32; 4], _half: usize) -> __m512 {
+        unsafe {
+            let x = _mm512_castps128_ps512(_mm_loadu_ps(x.as_ptr()));
+            _mm512_permutexvar_ps(quarter(), x)
+        }
+    }
+    #[inline(always)]
+    fn octets(self, x: [f32; 4], _half: usize) -> [__m512; 2] {
+        unsafe {
+            let x = _mm512_castps128_ps512(_mm_loadu_ps(x.as_ptr()));
+            let even = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            [_mm512_permutexvar_ps(even, x), _mm512_permutexvar_ps(odd, x)]
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: __m512i) -> __m512i {
+        unsafe { _mm512_srli_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    fn shift_left<const N: u32>(self, a: __m512i) -> __m512i {
+        unsafe { _mm512_slli_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    fn shift_right_each(self, a: __m512i, counts: __m512i) -> __m512i {
+        unsafe { _mm512_srlv_epi32(a, counts) }
+    }
+    #[inline(always)]
+    fn merge(self, a: __m512i, b: __m512i, mask: u32) -> __m512i {
+        unsafe { _mm512_ternarylogic_epi32::<0xd8>(a, b, _mm512_set1_epi32(mask as i32)) }
+    }
+    #[inline(always)]
+    fn scatter_bits(self, a: __m512i) -> __m512i {
+        unsafe {
+            let low = _mm512_and_si512(a, _mm512_set1_epi32(15));
+            let spread = _mm512_mullo_epi32(low, _mm512_set1_epi32(0x0204_0810));
+            _mm512_and_si512(spread, _mm512_set1_epi32(0x1010_1010))
+        }
+    }
+    #[inline(always)]
+    fn field(self, a: __m512i, mask: u32, offset: f32) -> __m512 {
+        unsafe {
+            let units = _mm512_castps_si512(_mm512_set1_ps(UNITS));
+            let placed =
+                _mm512_ternarylogic_epi32::<0xea>(a, _mm512_set1_epi32(mask as i32), units);
+            _mm512_sub_ps(_mm512_castsi512_ps(placed), _mm512_set1_ps(UNITS + offset))
+        }
+    }
+}

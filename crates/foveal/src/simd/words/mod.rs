@@ -1,0 +1,67 @@
+//! Vectors of 32-bit words and the small integers packed in them: what the quantised matrix kernels
+//! need beyond [`Simd`].
+//!
+//! A word holds up to eight small integers, its *fields*. [`Words::field`] makes one field of every
+//! word a number without shifting it down: its bits are laid under the exponent of 2²³, which is
+//! then subtracted, so that a field at bit `s` comes out as `2^s` times its value, exactly.
+
+use super::Simd;
+
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+/// 2²³ as a number: the low mantissa bits of its neighbours count units.
+const UNITS: f32 = 8_388_608.0;
+
+/// Packed small integers.
+pub(crate) trait Words: Simd {
+    /// `LANES` words of 32 bits.
+    type U: Copy;
+
+    /// # Safety
+    /// `p` is valid for reading `4 * LANES` bytes.
+    unsafe fn load_words(self, p: *const u8) -> Self::U;
+    /// The 32 bytes at `p`, repeated as often as they fit.
+    /// # Safety
+    /// `p` is valid for reading 32 bytes.
+    unsafe fn load_repeated(self, p: *const u8) -> Self::U;
+    /// `count <= LANES / 4` pieces of 16 bytes, `stride` bytes apart; the missing ones are zero.
+    /// # Safety
+    /// Each of the `count` pieces is readable.
+    unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> Self::U;
+    /// `count <= LANES / 4` words, `stride` bytes apart, each in four lanes; the missing ones are zero.
+    /// # Safety
+    /// Each of the `count` words is readable.
+    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> Self::U;
+    /// `count <= LANES / 4` binary16 numbers, `stride` bytes apart, each in four lanes; the missing
+    /// ones are zero.
+    /// # Safety
+    /// Each of the `count` numbers is readable.
+    unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> Self::F;
+
+    /// Exact binary16 to binary32.
+    fn widen_f16(self, bits: u16) -> f32;
+    /// Each number in four lanes; with eight lanes, numbers `2 * half` and `2 * half + 1`.
+    fn quads(self, x: [f32; 4], half: usize) -> Self::F;
+    /// Numbers 0 and 2, then 1 and 3, in eight lanes each; with eight lanes in all, number
+    /// `2 * half`, then `2 * half + 1`.
+    fn octets(self, x: [f32; 4], half: usize) -> [Self::F; 2];
+
+    /// Logical shift right.
+    fn shift_right<const N: u32>(self, a: Self::U) -> Self::U;
+    /// Shift left.
+    fn shift_left<const N: u32>(self, a: Self::U) -> Self::U;
+    /// Logical shift right, each lane by its own count below 32.
+    fn shift_right_each(self, a: Self::U, counts: Self::U) -> Self::U;
+    /// Bits of `b` where the mask is set, bits of `a` elsewhere.
+    fn merge(self, a: Self::U, b: Self::U, mask: u32) -> Self::U;
+    /// Moves bit `c` of the low four bits to bit `8 c + 4`; the other bits become zero.
+    fn scatter_bits(self, a: Self::U) -> Self::U;
+    /// The field under `mask`, which lies below bit 23, as it stands in the word, minus the whole
+    /// number `offset`.
+    fn field(self, a: Self::U, mask: u32, offset: f32) -> Self::F;
+}

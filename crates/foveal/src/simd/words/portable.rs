@@ -1,0 +1,84 @@
+//! Words as arrays.
+
+use super::{UNITS, Words};
+use crate::simd::portable::{Lanes8, Portable, f16_to_f32};
+
+impl Words for Portable {
+    type U = [u32; 8];
+
+    #[inline(always)]
+    unsafe fn load_words(self, p: *const u8) -> [u32; 8] {
+        // SAFETY: the caller promises 32 readable bytes.
+        unsafe { p.cast::<[u32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_repeated(self, p: *const u8) -> [u32; 8] {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { self.load_words(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> [u32; 8] {
+        let mut pieces = [[0u32; 4]; 2];
+        for (i, piece) in pieces.iter_mut().enumerate().take(count) {
+            // SAFETY: the caller promises `count` readable pieces.
+            *piece = unsafe { p.add(i * stride).cast::<[u32; 4]>().read_unaligned() };
+        }
+        std::array::from_fn(|i| pieces[i / 4][i % 4])
+    }
+    #[inline(always)]
+    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> [u32; 8] {
+        let mut words = [0u32; 2];
+        for (i, word) in words.iter_mut().enumerate().take(count) {
+            // SAFETY: the caller promises `count` readable words.
+            *word = unsafe { p.add(i * stride).cast::<u32>().read_unaligned() };
+        }
+        std::array::from_fn(|i| words[i / 4])
+    }
+    #[inline(always)]
+    unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> Lanes8 {
+        let mut x = [0.0; 4];
+        for (i, x) in x.iter_mut().enumerate().take(count.min(2)) {
+            // SAFETY: the caller promises `count` readable numbers.
+            *x = f16_to_f32(unsafe { p.add(i * stride).cast::<u16>().read_unaligned() });
+        }
+        self.quads(x, 0)
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, bits: u16) -> f32 {
+        f16_to_f32(bits)
+    }
+    #[inline(always)]
+    fn quads(self, x: [f32; 4], half: usize) -> Lanes8 {
+        Lanes8(std::array::from_fn(|i| x[2 * half + i / 4]))
+    }
+    #[inline(always)]
+    fn octets(self, x: [f32; 4], half: usize) -> [Lanes8; 2] {
+        [Lanes8([x[2 * half]; 8]), Lanes8([x[2 * half + 1]; 8])]
+    }
+
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: [u32; 8]) -> [u32; 8] {
+        a.map(|a| a >> N)
+    }
+    #[inline(always)]
+    fn shift_left<const N: u32>(self, a: [u32; 8]) -> [u32; 8] {
+        a.map(|a| a << N)
+    }
+    #[inline(always)]
+    fn shift_right_each(self, a: [u32; 8], counts: [u32; 8]) -> [u32; 8] {
+        std::array::from_fn(|i| a[i].wrapping_shr(counts[i]))
+    }
+    #[inline(always)]
+    fn merge(self, a: [u32; 8], b: [u32; 8], mask: u32) -> [u32; 8] {
+        std::array::from_fn(|i| (a[i] & !mask) | (b[i] & mask))
+    }
+    #[inline(always)]
+    fn scatter_bits(self, a: [u32; 8]) -> [u32; 8] {
+        a.map(|a| (a & 15).wrapping_mul(0x0204_0810) & 0x1010_1010)
+    }
+    #[inline(always)]
+    fn field(self, a: [u32; 8], mask: u32, offset: f32) -> Lanes8 {
+        Lanes8(a.map(|a| f32::from_bits((a & mask) | UNITS.to_bits()) - (UNITS + offset)))
+    }
+}
