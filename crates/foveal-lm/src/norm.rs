@@ -1,0 +1,21 @@
+//! Root-mean-square norms with their weights: `y = x / √(mean(x²) + ε) · w` (Zhang and Sennrich 2019).
+
+use foveal::nn;
+
+/// The weights of a norm over rows of `weight.len()` numbers.
+#[derive(Clone, Debug)]
+pub(crate) struct Norm {
+    weight: Vec<f32>,
+    epsilon: f32,
+}
+
+impl Norm {
+    pub(crate) fn new(weight: Vec<f32>, epsilon: f32) -> Norm {
+        Norm { weight, epsilon }
+    }
+
+    /// Normalises each row of `x` into `y`.
+    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
+        nn::rms_norm(x, &self.weight, self.epsilon, y);
+    }
+}
