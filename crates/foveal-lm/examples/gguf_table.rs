@@ -23,7 +23,9 @@ fn print(weights: &Weights) -> Result<(), Error> {
     if let Description::Gguf(metadata) = weights.description() {
         for key in metadata.keys() {
             match metadata.require(key)? {
-                Value::Str(text) => println!("{key} = {:.60?}", text),
+                Value::Str(text) => {
+                    println!("{key} = {:?}", text.chars().take(60).collect::<String>())
+                }
                 value => println!("{key} = {value}"),
             }
         }

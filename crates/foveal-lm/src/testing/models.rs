@@ -180,7 +180,9 @@ fn unpack(package: &str, folder: &Path) -> io::Result<PathBuf> {
 }
 
 fn run(command: &mut Command) -> io::Result<()> {
-    let output = command.output()?;
+    let output = command
+        .output()
+        .map_err(|error| io::Error::other(format!("cannot run {command:?}: {error}")))?;
     if output.status.success() {
         return Ok(());
     }
