@@ -42,8 +42,11 @@ pub enum Error {
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,
     /// A state that was made by another model.
-    #[error("the state has {found}, the model needs {expected}; make it with Model::state")]
-    State { expected: String, found: String },
+    #[error("the state has {found} layers, the model {expected}; make it with Model::state")]
+    State { expected: usize, found: usize },
+    /// A text longer than its state has room for.
+    #[error("{tokens} more tokens after {position} don't fit in a state for {room}")]
+    StateFull { position: usize, room: usize, tokens: usize },
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

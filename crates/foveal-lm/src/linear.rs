@@ -26,6 +26,16 @@ impl Linear {
         Linear { weight, bias }
     }
 
+    /// Numbers of an input row.
+    pub(crate) fn in_features(&self) -> usize {
+        self.weight.in_features()
+    }
+
+    /// Numbers of an output row.
+    pub(crate) fn out_features(&self) -> usize {
+        self.weight.out_features()
+    }
+
     /// Projects each row of `x`, `[rows, in_features]`, into `y`, `[rows, out_features]`.
     pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], run: &mut Run<'_>) -> Result<(), Error> {
         let (out_features, in_features) = (self.weight.out_features(), self.weight.in_features());

@@ -12,7 +12,6 @@
 //! `context` tokens: no distance occurs that training had not, and memory stops growing.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use foveal::projection::dequantize_row;
 use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache};
@@ -24,6 +23,7 @@ use crate::linear::{Linear, Run};
 use crate::mixer::LayerState;
 use crate::names::Parts;
 use crate::norm::Norm;
+use crate::ropes::Ropes;
 use crate::weights::{Weight, Weights};
 
 /// Prompt tokens that go through the layers together, at most.
@@ -265,6 +265,3 @@ impl Scratch {
         &self.logits
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -18,4 +18,9 @@ impl Norm {
     pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
         nn::rms_norm(x, &self.weight, self.epsilon, y);
     }
+
+    /// Normalises each row of `x` in place.
+    pub(crate) fn forward_in_place(&self, x: &mut [f32]) {
+        nn::rms_norm_in_place(x, &self.weight, self.epsilon);
+    }
 }

@@ -2,10 +2,8 @@
 
 mod stop;
 
-use foveal::Phase;
-
 use crate::Error;
-use crate::model::{Logits, Model, Scratch, State};
+use crate::model::{Model, Scratch, State, Step};
 use crate::sample::{Sampler, Sampling};
 use crate::tokenizer::{Encode, StreamDecoder, Tokenizer};
 use stop::Stops;
@@ -123,7 +121,7 @@ impl<'a> Generator<'a> {
         let mut sampler = Sampler::new(options.sampling)?;
         prompt.iter().for_each(|&token| sampler.accept(token));
         let mut scratch = Scratch::new();
-        model.forward(prompt, (Phase::Prompt, Logits::Last), state, &mut scratch)?;
+        model.forward(prompt, Step::PROMPT, state, &mut scratch)?;
         Ok(Generator {
             model,
             tokenizer,
@@ -151,8 +149,7 @@ impl<'a> Generator<'a> {
 
     fn step(&mut self) -> Result<Piece, Error> {
         if let Some(token) = self.pending.take() {
-            let step = (Phase::Generated, Logits::Last);
-            self.model.forward(&[token], step, self.state, &mut self.scratch)?;
+            self.model.forward(&[token], Step::GENERATED, self.state, &mut self.scratch)?;
         }
         let token = self.sampler.sample(self.scratch.logits())?;
         self.sampler.accept(token);

@@ -1,6 +1,6 @@
 //! Token mixing: the part of a layer through which tokens see each other.
 
-mod attention;
+pub(crate) mod attention;
 
 pub use attention::GroupedQueryAttention;
 

@@ -113,7 +113,8 @@ impl Bpe {
     fn encode_line(&self, line: &str, scratch: &mut Word, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         scratch.clear();
         for character in line.chars() {
-            let character = &*character.encode_utf8(&mut [0; 4]);
+            let mut buffer = [0; 4];
+            let character = &*character.encode_utf8(&mut buffer);
             match vocabulary.text_id(character) {
                 Some(token) => scratch.push(Some(token)),
                 None => character.bytes().for_each(|byte| scratch.push(self.byte_ids[usize::from(byte)])),

@@ -219,9 +219,9 @@ impl Vocabulary {
         }
         self.ends.extend(self.roles.eos);
         self.ends.extend(self.roles.eot);
-        let plain = EXCEPTIONS.iter().filter(|(_, with)| with.iter().all(|text| self.id(text).is_some()));
-        for (text, kind) in plain.map(|(exception, _)| exception) {
-            if let Some(id) = self.ids.get(*text).copied().filter(|id| self.ends.remove(id)) {
+        for ((text, kind), others) in EXCEPTIONS {
+            let id = self.id(text).filter(|_| others.iter().all(|other| self.id(other).is_some()));
+            if let Some(id) = id.filter(|id| self.ends.remove(id)) {
                 self.kinds[id as usize] = *kind;
             }
         }
