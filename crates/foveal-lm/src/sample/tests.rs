@@ -67,7 +67,7 @@ fn the_pool_keeps_what_sorting_keeps() {
     use super::candidates::largest;
     for (keep, levels) in [(1, 3), (2, 2), (7, 50), (40, 1000), (999, 5), (1000, 9), (2000, 9)] {
         let logits: Vec<f32> =
-            noise(1000, keep as u64).iter().map(|x| (x * levels as f32).round()).collect();
+            noise(1000, keep as u64).iter().map(|x| (x * levels as f32).round() + 0.0).collect();
         let mut expected: Vec<usize> = (0..1000).collect();
         expected.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
         expected.truncate(keep);
