@@ -1,2 +1,62 @@
-//! The `foveal` command.
-fn main() {}
+//! The `foveal` command: runs and inspects language models.
+
+#![forbid(unsafe_code)]
+
+mod generate;
+mod inspect;
+mod list;
+mod numbers;
+mod output;
+mod source;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Language models with any attention, on the CPU.
+#[derive(Debug, Parser)]
+#[command(name = "foveal", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Generate(generate::Arguments),
+    Inspect(inspect::Arguments),
+    List(list::Arguments),
+}
+
+impl Command {
+    fn run(&self) -> anyhow::Result<()> {
+        match self {
+            Command::Generate(arguments) => generate::run(arguments),
+            Command::Inspect(arguments) => inspect::run(arguments),
+            Command::List(arguments) => list::run(arguments),
+        }
+    }
+}
+
+/// The exit code of a failure at run time. Usage errors have clap's 2.
+const FAILURE: u8 = 1;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // A closed pipe is nothing to complain about to it.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(FAILURE));
+        }
+    };
+    match arguments.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has seen enough.
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::note(&format!("foveal: {}", output::sentence(&error)));
+            ExitCode::from(FAILURE)
+        }
+    }
+}

@@ -1,9 +1,26 @@
 //! Language models built on the `foveal` attention engine.
+//!
+//! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
+//! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together.
 
 #![deny(unsafe_code)]
 
 pub mod atomic_file;
+mod block;
+pub mod config;
+mod error;
+pub mod generate;
+mod linear;
+pub mod mixer;
+pub mod model;
+mod names;
+mod norm;
+mod ropes;
+pub mod sample;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;
 pub mod weights;
+
+pub use error::Error;
+pub use model::Model;

@@ -63,6 +63,7 @@ pub mod plan;
 pub mod position;
 mod problem;
 pub mod projection;
+pub mod registry;
 mod simd;
 mod tensor;
 mod workspace;

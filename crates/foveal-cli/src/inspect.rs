@@ -1,0 +1,112 @@
+//! `foveal inspect`: what is in a model's file.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use foveal_lm::config::ModelConfig;
+use foveal_lm::weights::{TensorInfo, Weights};
+use serde_json::{Value, json};
+
+use crate::{numbers, output, source};
+
+/// Show what is in a model's file: its architecture, its attention layer by layer, and its tensors.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// A GGUF file, a safetensors file, or a folder with config.json; the built-in model if left out.
+    file: Option<PathBuf>,
+
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let weights = source::open(arguments.file.as_deref())?;
+    let config = ModelConfig::read(&weights).map_err(|error| output::sentence(&error.into()));
+    if arguments.json {
+        return Ok(output::print_json(&as_json(&weights, config.as_ref()))?);
+    }
+    let mut text = match &config {
+        Ok(config) => describe(config),
+        Err(problem) => format!("can't be run      {problem}\n"),
+    };
+    let parameters: usize = weights.tensors().iter().map(TensorInfo::elements).sum();
+    let bytes: usize = weights.tensors().iter().filter_map(|tensor| tensor.bytes).sum();
+    writeln!(text, "parameters        {parameters} in {}", numbers::bytes(bytes))?;
+    writeln!(text, "tensors           {}\n", weights.tensors().len())?;
+    weights.tensors().iter().for_each(|tensor| text += &line(tensor));
+    Ok(output::print(&text)?)
+}
+
+fn describe(config: &ModelConfig) -> String {
+    let attention = &config.attention;
+    format!(
+        "architecture      {}\n\
+         layers            {}, width {}, feed-forward {}\n\
+         attention         {} heads, {} key/value heads, head dimension {}\n\
+         reach by layer    {}\n\
+         context           {} tokens\n\
+         vocabulary        {} tokens\n\
+         KV per token      {}\n",
+        config.architecture,
+        config.layers.len(),
+        config.width,
+        config.feed_forward,
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        reaches(config),
+        config.context,
+        config.vocab,
+        numbers::bytes(config.kv_bytes_per_token()),
+    )
+}
+
+/// The reach of each layer, equal neighbours together: `5 × window(512), full, …`.
+fn reaches(config: &ModelConfig) -> String {
+    let runs = config.layers.chunk_by(|a, b| a.reach == b.reach).map(|run| match run.len() {
+        1 => run[0].reach.to_string(),
+        len => format!("{len} × {}", run[0].reach),
+    });
+    runs.collect::<Vec<_>>().join(", ")
+}
+
+fn line(tensor: &TensorInfo) -> String {
+    let name = output::one_line(&tensor.name);
+    let (shape, element) = (format!("{:?}", tensor.shape), tensor.element.to_string());
+    let bytes = tensor.bytes.map_or_else(|| "?".to_owned(), |bytes| bytes.to_string());
+    format!("{name:<40} {shape:>16} {element:<6} {bytes:>12}\n")
+}
+
+fn as_json(weights: &Weights, config: Result<&ModelConfig, &String>) -> Value {
+    let tensors = weights.tensors().iter().map(|tensor| {
+        json!({
+            "name": &*tensor.name,
+            "shape": tensor.shape,
+            "format": tensor.element.to_string(),
+            "bytes": tensor.bytes,
+        })
+    });
+    json!({
+        "config": config.ok().map(config_json),
+        "problem": config.err(),
+        "parameters": weights.tensors().iter().map(TensorInfo::elements).sum::<usize>(),
+        "bytes": weights.tensors().iter().filter_map(|tensor| tensor.bytes).sum::<usize>(),
+        "tensors": tensors.collect::<Vec<_>>(),
+    })
+}
+
+fn config_json(config: &ModelConfig) -> Value {
+    json!({
+        "architecture": config.architecture.name(),
+        "layers": config.layers.iter().map(|layer| layer.reach.to_string()).collect::<Vec<_>>(),
+        "width": config.width,
+        "feed_forward": config.feed_forward,
+        "heads": config.attention.heads,
+        "kv_heads": config.attention.kv_heads,
+        "head_dim": config.attention.head_dim,
+        "context": config.context,
+        "vocab": config.vocab,
+        "kv_bytes_per_token": config.kv_bytes_per_token(),
+    })
+}

@@ -1,0 +1,193 @@
+//! The description of a model in GGUF metadata: keys `ARCH.*`, as llama.cpp writes them.
+
+use super::{
+    Activation, Architecture, AttentionConfig, LayerConfig, ModelConfig, Reach, RopeConfig,
+    RopeLayout, RopeScaling,
+};
+use crate::Error;
+use crate::weights::gguf::{FromValue, Metadata};
+use crate::weights::{self, Weights};
+
+const LLAMA_ROPE_BASE: f64 = 10_000.0;
+/// Gemma 3's windowed layers; not in the metadata.
+const GEMMA_LOCAL_ROPE_BASE: f64 = 10_000.0;
+/// Gemma 3: one layer in so many reaches the whole context.
+const GEMMA_PATTERN: usize = 6;
+/// The number of layers of Gemma 3 27B, whose scale is that of `width / heads`.
+const GEMMA_27B_LAYERS: usize = 62;
+
+pub(super) fn read(metadata: &Metadata, weights: &Weights) -> Result<ModelConfig, Error> {
+    let name: &str = metadata.require("general.architecture")?;
+    let architecture = match name {
+        "llama" => Architecture::Llama,
+        "qwen2" => Architecture::Qwen2,
+        "qwen3" => Architecture::Qwen3,
+        "gemma3" => Architecture::Gemma3,
+        _ => return Err(Error::Architecture { found: name.to_owned() }),
+    };
+    let keys = Keys { metadata, weights, architecture };
+    keys.refuse_unsupported()?;
+    keys.model()
+}
+
+/// The metadata of one model.
+struct Keys<'a> {
+    metadata: &'a Metadata,
+    weights: &'a Weights,
+    architecture: Architecture,
+}
+
+impl<'a> Keys<'a> {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    fn get<T: FromValue<'a>>(&self, name: &str) -> Result<Option<T>, Error> {
+        Ok(self.metadata.get(&self.key(name))?)
+    }
+
+    fn require<T: FromValue<'a>>(&self, name: &str) -> Result<T, Error> {
+        Ok(self.metadata.require(&self.key(name))?)
+    }
+
+    /// A count that may be given layer by layer, if it is the same for all.
+    fn uniform(&self, name: &str) -> Result<Option<usize>, Error> {
+        let key = self.key(name);
+        match self.metadata.get::<usize>(&key) {
+            Err(weights::Error::WrongType { .. }) => {}
+            number => return Ok(number?),
+        }
+        let each: Vec<usize> = self.metadata.require(&key)?;
+        match each.split_first() {
+            Some((first, rest)) if rest.iter().all(|count| count == first) => Ok(Some(*first)),
+            _ => Err(Error::UnsupportedConfig { key, found: "different counts".to_owned() }),
+        }
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), Error> {
+        for name in ["expert_count", "attention.causal"] {
+            let key = self.key(name);
+            let found = match name {
+                "attention.causal" => (self.metadata.get(&key)? == Some(false)).then(|| "false".into()),
+                _ => self.metadata.get::<u64>(&key)?.filter(|&n| n > 0).map(|n| n.to_string()),
+            };
+            if let Some(found) = found {
+                return Err(Error::UnsupportedConfig { key, found });
+            }
+        }
+        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if let Some(cap) = self.get::<f64>(name)?.filter(|&cap| cap != 0.0) {
+                return Err(Error::UnsupportedConfig { key: self.key(name), found: cap.to_string() });
+            }
+        }
+        Ok(())
+    }
+
+    fn model(&self) -> Result<ModelConfig, Error> {
+        let gemma = self.architecture == Architecture::Gemma3;
+        let width: usize = self.require("embedding_length")?;
+        let layers: usize = self.require("block_count")?;
+        // Before anything is allocated for them.
+        super::positive("number of layers", layers as f64, 4096.0)?;
+        Ok(ModelConfig {
+            architecture: self.architecture,
+            vocab: self.vocab()?,
+            context: self.require("context_length")?,
+            width,
+            feed_forward: self.uniform("feed_forward_length")?.unwrap_or(0),
+            attention: self.attention(width, layers)?,
+            layers: self.layers(layers)?,
+            activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+            norm_epsilon: self.require("attention.layer_norm_rms_epsilon")?,
+            norm_offset: 0.0,
+            post_norms: gemma,
+            embedding_scale: if gemma { (width as f32).sqrt() } else { 1.0 },
+            tied_head: !self.weights.contains("output.weight"),
+        })
+    }
+
+    /// The rows of the embedding: the metadata's own count is optional and may be of another vocabulary.
+    fn vocab(&self) -> Result<usize, Error> {
+        Ok(self.weights.tensor("token_embd.weight")?.out_features())
+    }
+
+    fn attention(&self, width: usize, layers: usize) -> Result<AttentionConfig, Error> {
+        let heads = self.uniform("attention.head_count")?.unwrap_or(0);
+        if heads == 0 {
+            return Err(Error::config(&self.key("attention.head_count"), heads, "at least 1"));
+        }
+        let head_dim = match self.get("attention.key_length")? {
+            Some(head_dim) => head_dim,
+            None if width.is_multiple_of(heads) => width / heads,
+            None => {
+                let expected = format!("a divisor of the embedding length {width}");
+                return Err(Error::config(&self.key("attention.head_count"), heads, expected));
+            }
+        };
+        self.same_as_head_dim("attention.value_length", head_dim)?;
+        self.same_as_head_dim("rope.dimension_count", head_dim)?;
+        let scaled_dim = match self.architecture {
+            Architecture::Gemma3 if layers == GEMMA_27B_LAYERS => width / heads,
+            _ => head_dim,
+        };
+        Ok(AttentionConfig {
+            heads,
+            kv_heads: self.uniform("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            scale: 1.0 / (scaled_dim as f32).sqrt(),
+            rope_layout: match self.architecture {
+                Architecture::Llama => RopeLayout::Interleaved,
+                _ => RopeLayout::HalfSplit,
+            },
+            qk_norm: matches!(self.architecture, Architecture::Qwen3 | Architecture::Gemma3),
+            qkv_bias: self.weights.contains("blk.0.attn_q.bias"),
+            output_bias: self.weights.contains("blk.0.attn_output.bias"),
+        })
+    }
+
+    fn same_as_head_dim(&self, name: &str, head_dim: usize) -> Result<(), Error> {
+        match self.get::<usize>(name)? {
+            Some(found) if found != head_dim => Err(Error::UnsupportedConfig {
+                key: self.key(name),
+                found: format!("{found} (with heads of {head_dim})"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn layers(&self, count: usize) -> Result<Vec<LayerConfig>, Error> {
+        let full = LayerConfig { reach: Reach::Full, rope: self.rope()? };
+        if self.architecture != Architecture::Gemma3 {
+            return Ok(vec![full; count]);
+        }
+        let local = LayerConfig {
+            reach: Reach::Window(self.require("attention.sliding_window")?),
+            rope: RopeConfig { base: GEMMA_LOCAL_ROPE_BASE, scaling: RopeScaling::None },
+        };
+        let is_full = |layer: usize| layer % GEMMA_PATTERN == GEMMA_PATTERN - 1;
+        Ok((0..count).map(|i| if is_full(i) { full.clone() } else { local.clone() }).collect())
+    }
+
+    fn rope(&self) -> Result<RopeConfig, Error> {
+        let base = self.get("rope.freq_base")?.unwrap_or(LLAMA_ROPE_BASE);
+        Ok(RopeConfig { base, scaling: self.rope_scaling()? })
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling, Error> {
+        if self.weights.contains("rope_freqs.weight") {
+            return Ok(RopeScaling::Divisors(self.weights.tensor("rope_freqs.weight")?.to_f32()));
+        }
+        match self.get::<&str>("rope.scaling.type")?.unwrap_or("none") {
+            "none" => Ok(RopeScaling::None),
+            "linear" => Ok(RopeScaling::Linear { factor: self.require("rope.scaling.factor")? }),
+            "yarn" => Ok(RopeScaling::Yarn {
+                factor: self.require("rope.scaling.factor")?,
+                original_context: self.require("rope.scaling.original_context_length")?,
+            }),
+            found => Err(Error::UnsupportedConfig {
+                key: self.key("rope.scaling.type"),
+                found: format!("{found:?}"),
+            }),
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! What a model is made of: one description, read from GGUF metadata or from a Hugging Face `config.json`.
+//!
+//! Every number in a [`ModelConfig`] has been checked: counts are positive and bounded, heads divide, floats are
+//! finite. What this crate doesn't compute is refused here, by name, and never ignored.
+
+mod gguf;
+mod hugging_face;
+
+use crate::Error;
+use crate::weights::{Description, Weights};
+
+/// The families of models that can be assembled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// Llama and what shares its layers, such as SmolLM2 and Mistral in GGUF.
+    Llama,
+    /// Mistral: Llama with a window on every layer.
+    Mistral,
+    /// Qwen 2: Llama with biases on queries, keys and values.
+    Qwen2,
+    /// Qwen 3: Llama with normalised queries and keys.
+    Qwen3,
+    /// Gemma 3: windows with every sixth layer full, four norms a layer.
+    Gemma3,
+}
+
+impl Architecture {
+    /// All families.
+    pub const ALL: [Architecture; 5] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Gemma3,
+    ];
+
+    /// The name, as GGUF's `general.architecture` has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Mistral => "mistral",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
+            Architecture::Gemma3 => "gemma3",
+        }
+    }
+}
+
+impl std::fmt::Display for Architecture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The nonlinearity of a feed-forward layer, `down(activation(gate(x)) · up(x))`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// GELU by its tanh form.
+    GeluTanh,
+}
+
+/// Which numbers of a head a rotary embedding pairs up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RopeLayout {
+    /// `i` with `i + dim/2`.
+    HalfSplit,
+    /// `2i` with `2i + 1`.
+    Interleaved,
+}
+
+/// How a rotary embedding's frequencies were stretched for longer contexts.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Every frequency divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3's: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// The divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths longer than `original_context / low` are divided.
+        low: f64,
+        /// Wavelengths shorter than `original_context / high` are kept.
+        high: f64,
+        /// Tokens of context in training.
+        original_context: usize,
+    },
+    /// YaRN with its usual ramp (32 to 1 rotations) and attention factor `0.1·ln(factor) + 1`.
+    Yarn {
+        /// The divisor of the low frequencies.
+        factor: f64,
+        /// Tokens of context in training.
+        original_context: usize,
+    },
+    /// A divisor for each frequency, `rotary_dim / 2` of them, from GGUF's `rope_freqs.weight`.
+    Divisors(Vec<f32>),
+}
+
+/// The rotary position embedding of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// The base θ: frequency `i` is `θ^(−2i / dim)`.
+    pub base: f64,
+    /// How the frequencies were stretched.
+    pub scaling: RopeScaling,
+}
+
+/// Which earlier tokens a layer's attention reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reach {
+    /// All of the context.
+    Full,
+    /// This many newest tokens, the query's own included.
+    Window(usize),
+}
+
+impl std::fmt::Display for Reach {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Reach::Full => f.write_str("full"),
+            Reach::Window(width) => write!(f, "window({width})"),
+        }
+    }
+}
+
+/// What differs between the layers of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerConfig {
+    /// How far the attention reaches.
+    pub reach: Reach,
+    /// Its positions.
+    pub rope: RopeConfig,
+}
+
+/// The attention of every layer: query heads grouped over key/value heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionConfig {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; they divide the query heads.
+    pub kv_heads: usize,
+    /// Numbers in a head; even.
+    pub head_dim: usize,
+    /// The factor of a score.
+    pub scale: f32,
+    /// Which numbers are rotated together.
+    pub rope_layout: RopeLayout,
+    /// Whether queries and keys are normalised, head by head, before they are rotated.
+    pub qk_norm: bool,
+    /// Whether the query, key and value projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub output_bias: bool,
+}
+
+impl AttentionConfig {
+    /// Numbers of a token's queries.
+    pub fn q_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Numbers of a token's keys; of its values too.
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// What a model is made of.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ModelConfig {
+    /// The family.
+    pub architecture: Architecture,
+    /// Tokens in the vocabulary.
+    pub vocab: usize,
+    /// Tokens of context in training; attention reaches no further.
+    pub context: usize,
+    /// Numbers of a token between layers.
+    pub width: usize,
+    /// Inner width of the feed-forward layers.
+    pub feed_forward: usize,
+    /// The attention of every layer.
+    pub attention: AttentionConfig,
+    /// The layers, from the first.
+    pub layers: Vec<LayerConfig>,
+    /// The nonlinearity of the feed-forward layers.
+    pub activation: Activation,
+    /// What the norms add to the mean square.
+    pub norm_epsilon: f32,
+    /// What is added to every stored norm weight: 1 for Gemma in Hugging Face form, else 0.
+    pub norm_offset: f32,
+    /// Whether the outputs of attention and feed-forward are normalised before they are added.
+    pub post_norms: bool,
+    /// The factor of a token's embedding.
+    pub embedding_scale: f32,
+    /// Whether the output head is the embedding.
+    pub tied_head: bool,
+}
+
+impl ModelConfig {
+    /// Reads and checks the description in a model's file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoConfig`] for a lone safetensors file, [`Error::Architecture`] for a family that can't be assembled,
+    /// [`Error::Config`] for a value that no model has, [`Error::UnsupportedConfig`] for a part that this crate
+    /// doesn't compute, and [`Error::Weights`] for missing keys and keys of the wrong type.
+    pub fn read(weights: &Weights) -> Result<ModelConfig, Error> {
+        let config = match weights.description() {
+            Description::Gguf(metadata) => gguf::read(metadata, weights)?,
+            Description::Config(json) => hugging_face::read(json)?,
+            Description::None => return Err(Error::NoConfig),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// How many tokens a layer's attention reaches, its own included: its window, or the whole context.
+    pub fn reach(&self, layer: &LayerConfig) -> usize {
+        match layer.reach {
+            Reach::Full => self.context,
+            Reach::Window(width) => width.min(self.context),
+        }
+    }
+
+    /// Bytes of keys and values that one more token adds, over all layers, in f32.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        self.layers.len() * 2 * self.attention.kv_dim() * size_of::<f32>()
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let attention = &self.attention;
+        for (key, found, limit) in [
+            ("vocabulary size", self.vocab, 1 << 24),
+            ("context length", self.context, 1 << 30),
+            ("embedding length", self.width, 1 << 20),
+            ("feed-forward length", self.feed_forward, 1 << 22),
+            ("number of layers", self.layers.len(), 1 << 12),
+            ("number of heads", attention.heads, 1 << 12),
+            ("number of key/value heads", attention.kv_heads, 1 << 12),
+            ("head dimension", attention.head_dim, 1 << 12),
+        ] {
+            if found == 0 || found > limit {
+                return Err(Error::config(key, found, format!("1 to {limit}")));
+            }
+        }
+        if !attention.heads.is_multiple_of(attention.kv_heads) {
+            let expected = format!("a divisor of the {} heads", attention.heads);
+            return Err(Error::config("number of key/value heads", attention.kv_heads, expected));
+        }
+        if !attention.head_dim.is_multiple_of(2) {
+            return Err(Error::config("head dimension", attention.head_dim, "an even number"));
+        }
+        self.check_numbers()
+    }
+
+    fn check_numbers(&self) -> Result<(), Error> {
+        positive("norm epsilon", self.norm_epsilon.into(), 1.0)?;
+        positive("attention scale", self.attention.scale.into(), 1e6)?;
+        positive("embedding scale", self.embedding_scale.into(), 1e6)?;
+        for layer in &self.layers {
+            if layer.reach == Reach::Window(0) {
+                return Err(Error::config("attention window", 0, "at least 1"));
+            }
+            layer.rope.check(self.attention.head_dim)?;
+        }
+        Ok(())
+    }
+}
+
+impl RopeConfig {
+    fn check(&self, rotary_dim: usize) -> Result<(), Error> {
+        positive("rope base", self.base, 1e12)?;
+        let factors = match &self.scaling {
+            RopeScaling::None => vec![],
+            RopeScaling::Linear { factor } => vec![*factor],
+            RopeScaling::Llama3 { factor, low, high, original_context } => {
+                if low >= high {
+                    let expected = format!("below the high-frequency factor {high}");
+                    return Err(Error::config("rope low-frequency factor", low, expected));
+                }
+                vec![*factor, *low, *high, *original_context as f64]
+            }
+            RopeScaling::Yarn { factor, original_context } => {
+                vec![*factor, *original_context as f64]
+            }
+            RopeScaling::Divisors(divisors) => {
+                if divisors.len() != rotary_dim / 2 {
+                    let expected = (rotary_dim / 2).to_string();
+                    return Err(Error::config("rope_freqs.weight length", divisors.len(), expected));
+                }
+                divisors.iter().map(|&divisor| divisor.into()).collect()
+            }
+        };
+        factors.into_iter().try_for_each(|factor| positive("rope scaling", factor, 1e12))
+    }
+}
+
+fn positive(key: &str, found: f64, limit: f64) -> Result<(), Error> {
+    if found > 0.0 && found <= limit {
+        return Ok(());
+    }
+    Err(Error::config(key, found, format!("above 0 and at most {limit}")))
+}
+

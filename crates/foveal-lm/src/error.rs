@@ -1,0 +1,70 @@
+//! What can go wrong between a model's file and its text.
+
+use crate::config::Architecture;
+use crate::{tokenizer, weights};
+
+/// Why a model can't be assembled or run: what was found, what was expected, and what to do where that helps.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "each message says what its fields are")]
+pub enum Error {
+    /// The file.
+    #[error(transparent)]
+    Weights(#[from] weights::Error),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// A kernel refused a call.
+    #[error(transparent)]
+    Kernel(#[from] foveal::Error),
+    /// A lone safetensors file.
+    #[error("the file doesn't describe its model; open the folder that has its config.json")]
+    NoConfig,
+    /// A family of models that can't be assembled.
+    #[error(
+        "the architecture {found:?} is not supported; supported are {}",
+        Architecture::ALL.map(Architecture::name).join(", ")
+    )]
+    Architecture { found: String },
+    /// A value of the model's description that no model has.
+    #[error("the model's {key} is {found}, expected {expected}")]
+    Config { key: String, found: String, expected: String },
+    /// A part of a model that this crate doesn't compute.
+    #[error("the model sets {key} to {found}, which is not supported")]
+    UnsupportedConfig { key: String, found: String },
+    /// A token that the model doesn't have.
+    #[error("token {found} is outside the model's vocabulary of {vocab}")]
+    Token { found: u32, vocab: usize },
+    /// Too many tokens in one call for the generated phase.
+    #[error("{found} generated tokens in one call, at most {limit} expected")]
+    TooManyTokens { found: usize, limit: usize },
+    /// Nothing to continue.
+    #[error("the prompt is empty and the model has no token to begin with; give it some text")]
+    EmptyPrompt,
+    /// A state that was made by another model.
+    #[error("the state has {found} layers, the model {expected}; make it with Model::state")]
+    State { expected: usize, found: usize },
+    /// A text longer than its state has room for.
+    #[error("{tokens} more tokens after {position} don't fit in a state for {room}")]
+    StateFull { position: usize, room: usize, tokens: usize },
+    /// A sampling parameter outside its range.
+    #[error("{name} is {found}, expected {expected}")]
+    Sampling { name: &'static str, found: String, expected: &'static str },
+    /// Logits that no token can be chosen from.
+    #[error("the logit of token {token} is {found}; the model's file may be damaged")]
+    Logit { token: usize, found: f32 },
+    /// No logits, or none above −∞.
+    #[error("no token has a finite logit; the model's file may be damaged")]
+    NoCandidate,
+}
+
+impl Error {
+    pub(crate) fn config(
+        key: &str,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> Error {
+        let (key, found, expected) = (key.to_owned(), found.to_string(), expected.into());
+        Error::Config { key, found, expected }
+    }
+}

@@ -1,0 +1,194 @@
+//! Text that goes on where a prompt ended, token by token.
+
+mod stop;
+
+use crate::Error;
+use crate::model::{Model, Scratch, State, Step};
+use crate::sample::{Sampler, Sampling};
+use crate::tokenizer::{Encode, StreamDecoder, Tokenizer};
+use stop::Stops;
+
+/// When to stop, and how to choose.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Options {
+    /// The most tokens to make, the end token included.
+    pub max_tokens: usize,
+    /// Strings that end the text; they are not part of it. Empty ones count for nothing.
+    pub stop: Vec<String>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// [`Options::max_tokens`] were made.
+    MaxTokens,
+    /// The model gave a token that ends a text or a turn.
+    EndToken,
+    /// One of [`Options::stop`] came.
+    StopString,
+}
+
+impl StopReason {
+    /// The reason in one word: `max_tokens`, `end_token` or `stop_string`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            StopReason::MaxTokens => "max_tokens",
+            StopReason::EndToken => "end_token",
+            StopReason::StopString => "stop_string",
+        }
+    }
+}
+
+/// One generated token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The token.
+    pub token: u32,
+    /// The text that became certain with it, whole characters; may be empty, or more than the token's own.
+    pub text: String,
+}
+
+/// The tokens of `text` for a model to continue, with its begin token where it wants one.
+///
+/// # Errors
+///
+/// [`Error::EmptyPrompt`] when nothing is left to begin with; [`Error::Tokenizer`].
+pub fn prompt_tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
+    let mut tokens = tokenizer.encode(text, Encode::PROMPT)?;
+    if tokens.is_empty() {
+        tokens.push(tokenizer.bos().ok_or(Error::EmptyPrompt)?);
+    }
+    Ok(tokens)
+}
+
+/// Makes tokens until there is a reason to stop; an iterator over [`Piece`]s.
+///
+/// The texts of all pieces make up the whole text. After an error there are no more pieces.
+///
+/// ```no_run
+/// use foveal_lm::generate::{Generator, Options, prompt_tokens};
+/// use foveal_lm::{Model, tokenizer::Tokenizer, weights::{Description, Weights}};
+///
+/// let weights = Weights::open("model.gguf".as_ref())?;
+/// let model = Model::new(&weights)?;
+/// let Description::Gguf(metadata) = weights.description() else { return Ok(()) };
+/// let tokenizer = Tokenizer::from_gguf(metadata)?;
+///
+/// let prompt = prompt_tokens(&tokenizer, "Alice was beginning to")?;
+/// let options = Options { max_tokens: 100, ..Options::default() };
+/// let mut state = model.state(prompt.len() + options.max_tokens)?;
+/// for piece in Generator::new(&model, &tokenizer, &mut state, &prompt, &options)? {
+///     print!("{}", piece?.text);
+/// }
+/// # Ok::<(), foveal_lm::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Generator<'a> {
+    model: &'a Model,
+    tokenizer: &'a Tokenizer,
+    state: &'a mut State,
+    scratch: Scratch,
+    sampler: Sampler,
+    decoder: StreamDecoder<'a>,
+    stops: Stops,
+    left: usize,
+    /// Chosen, but not yet seen by the model.
+    pending: Option<u32>,
+    stopped: Option<StopReason>,
+    failed: bool,
+}
+
+impl<'a> Generator<'a> {
+    /// Lets the model read `prompt` and gets ready to go on. `state` may hold earlier tokens of the same text, and goes
+    /// on to hold this one's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::EmptyPrompt`], [`Error::Sampling`], and those of [`Model::forward`].
+    pub fn new(
+        model: &'a Model,
+        tokenizer: &'a Tokenizer,
+        state: &'a mut State,
+        prompt: &[u32],
+        options: &Options,
+    ) -> Result<Generator<'a>, Error> {
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let mut sampler = Sampler::new(options.sampling)?;
+        prompt.iter().for_each(|&token| sampler.accept(token));
+        let mut scratch = Scratch::new();
+        model.forward(prompt, Step::PROMPT, state, &mut scratch)?;
+        Ok(Generator {
+            model,
+            tokenizer,
+            state,
+            scratch,
+            sampler,
+            decoder: StreamDecoder::after_prompt(tokenizer),
+            stops: Stops::new(&options.stop),
+            left: options.max_tokens,
+            pending: None,
+            stopped: (options.max_tokens == 0).then_some(StopReason::MaxTokens),
+            failed: false,
+        })
+    }
+
+    /// Why the text ended; `None` while it goes on, and after an error.
+    pub fn stopped(&self) -> Option<StopReason> {
+        self.stopped
+    }
+
+    /// What the model holds of the text.
+    pub fn state(&self) -> &State {
+        self.state
+    }
+
+    fn step(&mut self) -> Result<Piece, Error> {
+        if let Some(token) = self.pending.take() {
+            self.model.forward(&[token], Step::GENERATED, self.state, &mut self.scratch)?;
+        }
+        let token = self.sampler.sample(self.scratch.logits())?;
+        self.sampler.accept(token);
+        self.left -= 1;
+        if self.tokenizer.is_end(token) {
+            return Ok(self.finish(token, StopReason::EndToken, String::new()));
+        }
+        let (text, stop) = self.stops.push(&self.decoder.push(token)?);
+        if stop {
+            self.stopped = Some(StopReason::StopString);
+        } else if self.left == 0 {
+            return Ok(self.finish(token, StopReason::MaxTokens, text));
+        }
+        self.pending = Some(token);
+        Ok(Piece { token, text })
+    }
+
+    /// The last piece, with all that was held back.
+    fn finish(&mut self, token: u32, reason: StopReason, mut text: String) -> Piece {
+        let rest = std::mem::replace(&mut self.decoder, StreamDecoder::after_prompt(self.tokenizer));
+        let (certain, stop) = self.stops.push(&rest.finish());
+        text.push_str(&certain);
+        text.push_str(&self.stops.finish());
+        self.stopped = Some(if stop { StopReason::StopString } else { reason });
+        Piece { token, text }
+    }
+}
+
+impl Iterator for Generator<'_> {
+    type Item = Result<Piece, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed || self.stopped.is_some() {
+            return None;
+        }
+        let piece = self.step();
+        self.failed = piece.is_err();
+        Some(piece)
+    }
+}
+
+impl std::iter::FusedIterator for Generator<'_> {}

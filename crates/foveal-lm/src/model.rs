@@ -1,0 +1,266 @@
+//! A decoder-only language model, assembled from its configuration.
+//!
+//! ```text
+//! x = scale · embedding[tokens]      x ← blockᵢ(x) for each layer      logits = head(norm(x))
+//! ```
+//!
+//! Weights stay in their file's form and place. A prompt is read in chunks that end at multiples of [`CHUNK`] of the
+//! text's own position, so that neither memory nor any bit of the result depends on how it is cut into calls. Only the
+//! tokens whose logits are asked for meet the head.
+//!
+//! **Beyond the context** that a model was trained with, positions go on to grow and every token sees the newest
+//! `context` tokens: no distance occurs that training had not, and memory stops growing.
+
+use std::path::Path;
+
+use foveal::position::Rope;
+use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache};
+
+use crate::Error;
+use crate::block::{self, Block};
+use crate::config::ModelConfig;
+use crate::linear::{Linear, Run};
+use crate::mixer::LayerState;
+use crate::names::Parts;
+use crate::norm::Norm;
+use crate::ropes::Ropes;
+use crate::weights::Weights;
+
+/// Prompt tokens that go through the layers together, at most.
+pub const CHUNK: usize = cache::TILE;
+
+/// A language model: its configuration and its weights, which stay in the file.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    cpu: Cpu,
+    embedding: Linear,
+    ropes: Vec<Rope>,
+    blocks: Vec<Block>,
+    final_norm: Norm,
+    head: Linear,
+}
+
+/// What a model holds of one text: the keys and values of its tokens, layer by layer.
+#[derive(Debug)]
+pub struct State {
+    layers: Vec<LayerState>,
+    position: usize,
+    /// Tokens that the text may have; `usize::MAX` when it may go on for ever.
+    room: usize,
+}
+
+/// Buffers of a call, kept for the next; any number of states may share them, one at a time.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    x: Vec<f32>,
+    activations: block::Activations,
+    last: Vec<f32>,
+    logits: Vec<f32>,
+    workspace: Workspace,
+}
+
+/// Which tokens of a call get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Logits {
+    /// None: the call fills the state.
+    None,
+    /// The last one.
+    Last,
+    /// All of them: `vocab` numbers each, so let calls be short.
+    All,
+}
+
+/// What kind of step a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Step {
+    /// Whether the tokens were given or generated; see [`Phase`]. Generated tokens come up to 64 a call.
+    pub phase: Phase,
+    /// Which of them get logits.
+    pub logits: Logits,
+}
+
+impl Step {
+    /// A prompt, of which the last token gets logits.
+    pub const PROMPT: Step = Step { phase: Phase::Prompt, logits: Logits::Last };
+    /// A generated token.
+    pub const GENERATED: Step = Step { phase: Phase::Generated, logits: Logits::Last };
+}
+
+impl Model {
+    /// Opens a model's file or folder and assembles it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Weights::open`] and [`Model::new`].
+    pub fn load(path: &Path) -> Result<Model, Error> {
+        Model::new(&Weights::open(path)?)
+    }
+
+    /// Assembles a model. Copies norms and biases only; the rest stays in its file.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ModelConfig::read`]; [`Error::Weights`] for a tensor that is missing, has another shape than the
+    /// configuration implies, or a format that isn't supported; [`Error::Kernel`].
+    pub fn new(weights: &Weights) -> Result<Model, Error> {
+        let config = ModelConfig::read(weights)?;
+        let cpu = Cpu::detect()?;
+        let parts = Parts::new(weights, &config);
+        let mut ropes = Ropes::new(&config);
+        let block = |layer| Block::new(&parts, layer, ropes.layer(layer)?, cpu);
+        let blocks = (0..config.layers.len()).map(block).collect::<Result<_, Error>>()?;
+        let (embedding, head) = (parts.embedding()?, parts.head()?);
+        let final_norm = parts.final_norm()?;
+        let ropes = ropes.into_all();
+        Ok(Model { cpu, embedding, ropes, blocks, final_norm, head, config })
+    }
+
+    /// What the model is made of.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A state for a text of up to `tokens` tokens, or of any length if `tokens` is the model's context or more.
+    /// Reserves memory for the keys and values of so many, which the system provides as they come.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kernel`] when they would not fit in the address space.
+    pub fn state(&self, tokens: usize) -> Result<State, Error> {
+        let layers = self.blocks.iter().map(|block| block.mixer.state(tokens));
+        let layers = layers.collect::<Result<_, Error>>()?;
+        let room = if tokens >= self.config.context { usize::MAX } else { tokens };
+        Ok(State { layers, position: 0, room })
+    }
+
+    /// Reads `tokens` on from where `state` is, and leaves the logits that `step` asks for in `scratch`.
+    ///
+    /// Each token's result depends on the tokens before it and on its phase, and on nothing else: not on how a prompt
+    /// is cut into calls, not on other states, not on the number of threads. Allocates only to make `scratch` larger.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Token`], [`Error::TooManyTokens`], [`Error::State`] and [`Error::StateFull`]; nothing has changed then.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        step: Step,
+        state: &mut State,
+        scratch: &mut Scratch,
+    ) -> Result<(), Error> {
+        self.check(tokens, step, state)?;
+        scratch.logits.clear();
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let room = CHUNK - state.position % CHUNK;
+            let (chunk, later) = rest.split_at(room.min(rest.len()));
+            self.forward_chunk(chunk, step.phase, state, scratch)?;
+            let asked = match step.logits {
+                Logits::All => chunk.len(),
+                Logits::Last if later.is_empty() => 1,
+                Logits::Last | Logits::None => 0,
+            };
+            self.append_logits(asked, scratch)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn check(&self, tokens: &[u32], step: Step, state: &State) -> Result<(), Error> {
+        let vocab = self.config.vocab;
+        if let Some(&found) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(Error::Token { found, vocab });
+        }
+        if step.phase == Phase::Generated && tokens.len() > MAX_GENERATED_ROWS {
+            return Err(Error::TooManyTokens { found: tokens.len(), limit: MAX_GENERATED_ROWS });
+        }
+        if state.layers.len() != self.blocks.len() {
+            let (expected, found) = (self.blocks.len(), state.layers.len());
+            return Err(Error::State { expected, found });
+        }
+        if tokens.len() > state.room - state.position {
+            let State { position, room, .. } = *state;
+            return Err(Error::StateFull { position, room, tokens: tokens.len() });
+        }
+        Ok(())
+    }
+
+    fn forward_chunk(
+        &self,
+        tokens: &[u32],
+        phase: Phase,
+        state: &mut State,
+        scratch: &mut Scratch,
+    ) -> Result<(), Error> {
+        self.embed(tokens, &mut scratch.x)?;
+        let positions = state.position..state.position + tokens.len();
+        scratch.activations.set_positions(&self.ropes, positions)?;
+        let workspace = &mut scratch.workspace;
+        let mut run = Run { cpu: self.cpu, phase, workspace };
+        for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
+            block.forward(&mut scratch.x, layer, &mut scratch.activations, &mut run)?;
+        }
+        state.position += tokens.len();
+        Ok(())
+    }
+
+    fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<(), Error> {
+        x.resize(tokens.len() * self.config.width, 0.0);
+        self.embedding.embed(tokens, x, self.cpu)?;
+        x.iter_mut().for_each(|x| *x *= self.config.embedding_scale);
+        Ok(())
+    }
+
+    /// Projects the last `count` tokens of the chunk to logits.
+    ///
+    /// Always by the row kernels: they read the head once for up to 64 tokens, and a token gets the same bits whether
+    /// its logits are asked for alone or with others.
+    fn append_logits(&self, count: usize, scratch: &mut Scratch) -> Result<(), Error> {
+        let Scratch { x, last, logits, workspace, .. } = scratch;
+        let width = self.config.width;
+        let x = &x[x.len() - count * width..];
+        for rows in x.chunks(MAX_GENERATED_ROWS * width) {
+            last.resize(rows.len(), 0.0);
+            self.final_norm.forward(rows, last, self.cpu)?;
+            let start = logits.len();
+            logits.resize(start + rows.len() / width * self.config.vocab, 0.0);
+            let phase = Phase::Generated;
+            let mut run = Run { cpu: self.cpu, phase, workspace };
+            self.head.forward(last, &mut logits[start..], &mut run)?;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Tokens read so far: the position of the next.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Forgets everything and keeps the memory; the next token has position 0.
+    pub fn reset(&mut self) {
+        self.layers.iter_mut().for_each(LayerState::clear);
+        self.position = 0;
+    }
+
+    /// Bytes of the keys and values that are held.
+    pub fn kv_bytes(&self) -> usize {
+        use cache::KvStore;
+        let bytes = |layer: &LayerState| (layer.end() - layer.start()) * layer.bytes_per_token();
+        self.layers.iter().map(bytes).sum()
+    }
+}
+
+impl Scratch {
+    /// No buffers yet.
+    pub fn new() -> Scratch {
+        Scratch::default()
+    }
+
+    /// The logits of the last call, `vocab` for each token that was to have some, in order.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+}

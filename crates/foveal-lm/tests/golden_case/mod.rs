@@ -1,0 +1,70 @@
+//! Golden outputs of whole models: `tests/golden/manifest.json` and the files beside it.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+/// One case: what the manifest says, and its tensors.
+pub struct Case {
+    pub name: String,
+    pub tolerance: f32,
+    bytes: Vec<u8>,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+impl Case {
+    /// The cases whose name begins with `prefix`; there is one at least.
+    pub fn all(prefix: &str) -> Vec<Case> {
+        let text = std::fs::read_to_string(folder().join("manifest.json")).unwrap();
+        let manifest: Value = serde_json::from_str(&text).unwrap();
+        let entries = manifest["cases"].as_array().unwrap();
+        let chosen = entries.iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix));
+        let cases: Vec<Case> = chosen.map(Case::read).collect();
+        assert!(!cases.is_empty(), "no case {prefix}");
+        cases
+    }
+
+    fn read(entry: &Value) -> Case {
+        Case {
+            name: entry["name"].as_str().unwrap().to_owned(),
+            tolerance: entry["tolerance"]["f32"].as_f64().unwrap() as f32,
+            bytes: std::fs::read(folder().join(entry["file"].as_str().unwrap())).unwrap(),
+        }
+    }
+
+    fn data<const N: usize>(&self, name: &str, dtype: safetensors::Dtype) -> Vec<[u8; N]> {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let tensor = file.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), dtype, "{name}");
+        tensor.data().as_chunks().0.to_vec()
+    }
+
+    pub fn tokens(&self, name: &str) -> Vec<u32> {
+        let ids = self.data(name, safetensors::Dtype::I64);
+        ids.into_iter().map(|id| i64::from_le_bytes(id).try_into().unwrap()).collect()
+    }
+
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        let numbers = self.data(name, safetensors::Dtype::F32);
+        numbers.into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    pub fn doubles(&self, name: &str) -> Vec<f32> {
+        let numbers = self.data(name, safetensors::Dtype::F64);
+        numbers.into_iter().map(|number| f64::from_le_bytes(number) as f32).collect()
+    }
+}
+
+/// The largest difference; NaN counts as infinite.
+pub fn difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |most, d| if d <= most { most } else { d })
+}
+
+pub fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
