@@ -149,7 +149,10 @@ fn prompt(argument: &str) -> anyhow::Result<String> {
     }
     let mut bytes = Vec::new();
     let input = std::io::stdin().lock();
-    input.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).context("cannot read standard input")?;
+    input
+        .take(MAX_PROMPT_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .context("cannot read standard input")?;
     anyhow::ensure!(
         bytes.len() as u64 <= MAX_PROMPT_BYTES,
         "the prompt on standard input is longer than 64 MiB; give a shorter one"
@@ -168,8 +171,9 @@ fn warn_beyond_context(model: &Model, tokens: usize) {
 
 impl Arguments {
     fn options(&self) -> Options {
-        let &Arguments { max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, .. } =
-            self;
+        let &Arguments {
+            max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, ..
+        } = self;
         let sampling = Sampling {
             temperature,
             top_k,
@@ -186,8 +190,8 @@ impl Arguments {
 impl Figures {
     fn summary(&self) -> String {
         let resident = resident_bytes();
-        let resident =
-            resident.map_or_else(String::new, |bytes| format!(", {} resident", numbers::bytes(bytes)));
+        let resident = resident
+            .map_or_else(String::new, |bytes| format!(", {} resident", numbers::bytes(bytes)));
         format!(
             "prompt: {} tokens, {:.1} tok/s; generated: {} tokens, {:.1} tok/s, ended by {}; \
              memory: {} of keys and values{resident}",

@@ -6,7 +6,11 @@ use std::num::NonZeroUsize;
 /// A number in a range, for clap: refuses NaN and infinities.
 fn within(text: &str, allowed: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
     let number: f32 = text.parse().map_err(|_| format!("expected a number, {expected}"))?;
-    if number.is_finite() && allowed(number) { Ok(number) } else { Err(format!("expected {expected}")) }
+    if number.is_finite() && allowed(number) {
+        Ok(number)
+    } else {
+        Err(format!("expected {expected}"))
+    }
 }
 
 pub(crate) fn temperature(text: &str) -> Result<f32, String> {

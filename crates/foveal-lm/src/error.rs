@@ -59,11 +59,7 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn config(
-        key: &str,
-        found: impl ToString,
-        expected: impl Into<String>,
-    ) -> Error {
+    pub(crate) fn config(key: &str, found: impl ToString, expected: impl Into<String>) -> Error {
         let (key, found, expected) = (key.to_owned(), found.to_string(), expected.into());
         Error::Config { key, found, expected }
     }

@@ -84,7 +84,9 @@ pub enum Error {
         limit: usize,
     },
     /// A workspace that is smaller than the plan needs.
-    #[error("the workspace holds {got} bytes, the plan needs {expected}; make it with Workspace::for_plan")]
+    #[error(
+        "the workspace holds {got} bytes, the plan needs {expected}; make it with Workspace::for_plan"
+    )]
     WorkspaceTooSmall {
         /// Bytes needed.
         expected: usize,

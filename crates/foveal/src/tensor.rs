@@ -40,7 +40,11 @@ impl Shape {
 
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "[batch {}, seq {}, heads {}, dim {}]", self.batch, self.seq, self.heads, self.dim)
+        write!(
+            f,
+            "[batch {}, seq {}, heads {}, dim {}]",
+            self.batch, self.seq, self.heads, self.dim
+        )
     }
 }
 
@@ -196,7 +200,8 @@ impl<'a, E> Rows<'a, E> {
         assert!(rows.start <= rows.end && rows.end <= self.count);
         let Rows { stride, width, .. } = *self;
         let (count, at) = (rows.len(), rows.start * stride);
-        let end = if count == 0 { at.min(self.data.len()) } else { at + (count - 1) * stride + width };
+        let end =
+            if count == 0 { at.min(self.data.len()) } else { at + (count - 1) * stride + width };
         Rows { data: &self.data[at.min(end)..end], stride, count, width }
     }
 

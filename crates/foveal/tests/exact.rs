@@ -99,10 +99,19 @@ fn all_small_shapes() {
 
 #[test]
 fn shapes_around_every_block_size() {
-    for (n, &(queries, keys)) in
-        [(5, 63), (6, 64), (7, 65), (47, 255), (48, 256), (49, 257), (64, 512), (97, 300), (13, 1100)]
-            .iter()
-            .enumerate()
+    for (n, &(queries, keys)) in [
+        (5, 63),
+        (6, 64),
+        (7, 65),
+        (47, 255),
+        (48, 256),
+        (49, 257),
+        (64, 512),
+        (97, 300),
+        (13, 1100),
+    ]
+    .iter()
+    .enumerate()
     {
         let dim = [64, 80, 128, 40, 15, 96, 256, 32, 1][n];
         let value_dim = [64, 48, 128, 80, 130, 96, 256, 1, 33][n];
@@ -145,7 +154,8 @@ fn packed_documents_do_not_see_each_other() {
 
 #[test]
 fn any_scale() {
-    let sizes = Sizes { batch: 1, queries: 9, keys: 70, heads: 2, kv_heads: 1, dim: 8, value_dim: 8 };
+    let sizes =
+        Sizes { batch: 1, queries: 9, keys: 70, heads: 2, kv_heads: 1, dim: 8, value_dim: 8 };
     let (q, k, v) = sizes.tensors::<f32>(5);
     for scale in [1.0f32, -0.7, 0.0, 3e3] {
         let (out, lse) = reference((&q, &k, &v), &Mask::causal(), f64::from(scale));
@@ -162,6 +172,10 @@ fn any_scale() {
             }
         }
     }
-    assert!(Attention::new().scale(Scale::Value(f32::NAN)).plan(q.shape(), k.shape(), v.shape()).is_err());
+    assert!(
+        Attention::new()
+            .scale(Scale::Value(f32::NAN))
+            .plan(q.shape(), k.shape(), v.shape())
+            .is_err()
+    );
 }
-

@@ -46,7 +46,12 @@ fn cache<E: Element>(k: TensorRef<'_, f32>, v: TensorRef<'_, f32>) -> Contiguous
 }
 
 /// Feeds a prompt in pieces, forgetting what `window` can't reach.
-fn in_pieces(attention: &Attention, qkv: &[Tensor<f32>; 3], cuts: &[usize], window: usize) -> Vec<f32> {
+fn in_pieces(
+    attention: &Attention,
+    qkv: &[Tensor<f32>; 3],
+    cuts: &[usize],
+    window: usize,
+) -> Vec<f32> {
     let [q, k, v] = qkv;
     let mut cache = ContiguousCache::<f32>::new(KV_HEADS, (DIM, DIM), 1024).unwrap();
     let mut out = vec![];
@@ -70,7 +75,12 @@ fn how_a_prompt_is_cut() {
             let attention = Attention::new().mask(mask).cpu(cpu);
             let whole = attention.forward(q.view(), k.view(), v.view()).unwrap().out.into_vec();
             for cuts in [&[0, 1, 700][..], &[0, 255, 257, 513, 700], &[0, 48, 350, 699, 700]] {
-                assert_eq!(in_pieces(&attention, &qkv, cuts, window), whole, "{} {cuts:?}", cpu.level);
+                assert_eq!(
+                    in_pieces(&attention, &qkv, cuts, window),
+                    whole,
+                    "{} {cuts:?}",
+                    cpu.level
+                );
             }
         }
     }
@@ -185,13 +195,25 @@ fn what_a_row_may_not_see() {
         let clean = attention.forward(q.view(), k.view(), v.view()).unwrap();
         for first in [1, 6, 100, 255, 256, 299] {
             for with in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30] {
-                for (k, v) in [(spoiled(k, first, with), v.clone()), (k.clone(), spoiled(v, first, with))] {
+                for (k, v) in
+                    [(spoiled(k, first, with), v.clone()), (k.clone(), spoiled(v, first, with))]
+                {
                     let got = attention.forward(q.view(), k.view(), v.view()).unwrap();
                     let row = HEADS * DIM;
                     let what = format!("{} from {first} on {with}", cpu.level);
-                    assert_eq!(got.out.as_slice()[..first * row], clean.out.as_slice()[..first * row], "{what}");
-                    assert_eq!(got.lse.as_slice()[..first * HEADS], clean.lse.as_slice()[..first * HEADS], "{what}");
-                    if !with.is_finite() && got.out.as_slice()[first * row..].iter().all(|x| x.is_finite()) {
+                    assert_eq!(
+                        got.out.as_slice()[..first * row],
+                        clean.out.as_slice()[..first * row],
+                        "{what}"
+                    );
+                    assert_eq!(
+                        got.lse.as_slice()[..first * HEADS],
+                        clean.lse.as_slice()[..first * HEADS],
+                        "{what}"
+                    );
+                    if !with.is_finite()
+                        && got.out.as_slice()[first * row..].iter().all(|x| x.is_finite())
+                    {
                         panic!("{what}: nothing of it arrived at the rows that see it");
                     }
                 }

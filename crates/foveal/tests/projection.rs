@@ -12,7 +12,8 @@ struct Random(u64);
 
 impl Random {
     fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 >> 33
     }
 
@@ -33,11 +34,17 @@ struct Stored {
 }
 
 impl Stored {
-    fn random(format: Format, out_features: usize, in_features: usize, random: &mut Random) -> Self {
+    fn random(
+        format: Format,
+        out_features: usize,
+        in_features: usize,
+        random: &mut Random,
+    ) -> Self {
         let blocks = out_features * in_features / format.block_len();
         let mut bytes = Vec::new();
         for _ in 0..blocks {
-            let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| random.bits() as u8).collect();
+            let mut block: Vec<u8> =
+                (0..format.block_bytes()).map(|_| random.bits() as u8).collect();
             let halves: &[usize] = match format {
                 Format::Q8_0 | Format::Q4_0 | Format::Q5_0 => &[0],
                 Format::Q4_1 | Format::Q4_K => &[0, 2],
@@ -243,8 +250,9 @@ fn many_matrices_give_what_they_give_alone() {
             let mut projections: Vec<_> = matrices
                 .iter()
                 .zip(&mut results)
-                .map(|(&weights, y)| {
-                    Projection { weights, output: Output { data: y, stride: gap } }
+                .map(|(&weights, y)| Projection {
+                    weights,
+                    output: Output { data: y, stride: gap },
                 })
                 .collect();
             let mut workspace = Workspace::new();

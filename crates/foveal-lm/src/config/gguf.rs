@@ -68,7 +68,9 @@ impl<'a> Keys<'a> {
         for name in ["expert_count", "attention.causal"] {
             let key = self.key(name);
             let found = match name {
-                "attention.causal" => (self.metadata.get(&key)? == Some(false)).then(|| "false".into()),
+                "attention.causal" => {
+                    (self.metadata.get(&key)? == Some(false)).then(|| "false".into())
+                }
                 _ => self.metadata.get::<u64>(&key)?.filter(|&n| n > 0).map(|n| n.to_string()),
             };
             if let Some(found) = found {
@@ -77,7 +79,10 @@ impl<'a> Keys<'a> {
         }
         for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
             if let Some(cap) = self.get::<f64>(name)?.filter(|&cap| cap != 0.0) {
-                return Err(Error::UnsupportedConfig { key: self.key(name), found: cap.to_string() });
+                return Err(Error::UnsupportedConfig {
+                    key: self.key(name),
+                    found: cap.to_string(),
+                });
             }
         }
         Ok(())

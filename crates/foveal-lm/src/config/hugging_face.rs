@@ -250,7 +250,8 @@ impl<'a> Fields<'a> {
     }
 
     fn yarn(&self) -> Result<RopeScaling, Error> {
-        let own = ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
+        let own =
+            ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
         if let Some(key) = own.into_iter().find(|key| self.get(key).is_some()) {
             let found = self.json[key].to_string();
             return Err(Error::UnsupportedConfig { key: key.to_owned(), found });

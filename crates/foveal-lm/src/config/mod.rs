@@ -296,7 +296,11 @@ impl RopeConfig {
             RopeScaling::Divisors(divisors) => {
                 if divisors.len() != rotary_dim / 2 {
                     let expected = (rotary_dim / 2).to_string();
-                    return Err(Error::config("rope_freqs.weight length", divisors.len(), expected));
+                    return Err(Error::config(
+                        "rope_freqs.weight length",
+                        divisors.len(),
+                        expected,
+                    ));
                 }
                 divisors.iter().map(|&divisor| divisor.into()).collect()
             }
@@ -311,4 +315,3 @@ fn positive(key: &str, found: f64, limit: f64) -> Result<(), Error> {
     }
     Err(Error::config(key, found, format!("above 0 and at most {limit}")))
 }
-

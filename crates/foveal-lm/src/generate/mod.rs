@@ -169,7 +169,8 @@ impl<'a> Generator<'a> {
 
     /// The last piece, with all that was held back.
     fn finish(&mut self, token: u32, reason: StopReason, mut text: String) -> Piece {
-        let rest = std::mem::replace(&mut self.decoder, StreamDecoder::after_prompt(self.tokenizer));
+        let rest =
+            std::mem::replace(&mut self.decoder, StreamDecoder::after_prompt(self.tokenizer));
         let (certain, stop) = self.stops.push(&rest.finish());
         text.push_str(&certain);
         text.push_str(&self.stops.finish());

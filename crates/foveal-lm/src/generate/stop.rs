@@ -53,7 +53,8 @@ mod tests {
     use super::Stops;
 
     fn run(stops: &[&str], pieces: &[&str]) -> (Vec<String>, bool) {
-        let mut watch = Stops::new(&stops.iter().map(|stop| (*stop).to_owned()).collect::<Vec<_>>());
+        let mut watch =
+            Stops::new(&stops.iter().map(|stop| (*stop).to_owned()).collect::<Vec<_>>());
         let mut out = Vec::new();
         for piece in pieces {
             let (text, stopped) = watch.push(piece);
@@ -68,7 +69,10 @@ mod tests {
 
     #[test]
     fn without_stops_text_passes_at_once() {
-        assert_eq!(run(&[], &["a", "", "b"]), (vec!["a".into(), "".into(), "b".into(), "".into()], false));
+        assert_eq!(
+            run(&[], &["a", "", "b"]),
+            (vec!["a".into(), "".into(), "b".into(), "".into()], false)
+        );
         assert_eq!(run(&[""], &["a"]), (vec!["a".into(), "".into()], false));
     }
 

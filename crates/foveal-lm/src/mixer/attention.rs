@@ -86,7 +86,12 @@ impl GroupedQueryAttention {
             query: parts.linear(layer, Part::Query, [q_dim, width], config.qkv_bias)?,
             key: parts.linear(layer, Part::Key, [kv_dim, width], config.qkv_bias)?,
             value: parts.linear(layer, Part::Value, [kv_dim, width], config.qkv_bias)?,
-            output: parts.linear(layer, Part::AttentionOutput, [width, q_dim], config.output_bias)?,
+            output: parts.linear(
+                layer,
+                Part::AttentionOutput,
+                [width, q_dim],
+                config.output_bias,
+            )?,
             query_norm: norm(Part::QueryNorm)?,
             key_norm: norm(Part::KeyNorm)?,
             rope,
@@ -128,8 +133,7 @@ impl GroupedQueryAttention {
             buffer.resize(tokens * len, 0.0);
         }
 
-        let all =
-            [(&self.query, &mut q[..]), (&self.key, &mut k[..]), (&self.value, &mut v[..])];
+        let all = [(&self.query, &mut q[..]), (&self.key, &mut k[..]), (&self.value, &mut v[..])];
         forward_together(x, all, run)?;
         if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
             query_norm.forward_in_place(q, run.cpu)?;

@@ -21,11 +21,7 @@ fn order(a: &Candidate, b: &Candidate) -> Ordering {
 ///
 /// One pass that keeps a pool of at most `2 · keep`: when it is full its better half stays, and what is no better
 /// than that half's last doesn't enter.
-pub(super) fn largest(
-    logits: &[f32],
-    keep: usize,
-    out: &mut Vec<Candidate>,
-) -> Result<(), Error> {
+pub(super) fn largest(logits: &[f32], keep: usize, out: &mut Vec<Candidate>) -> Result<(), Error> {
     let keep = if keep == 0 { logits.len() } else { keep.min(logits.len()) };
     out.clear();
     let mut bar = f32::NEG_INFINITY;
@@ -56,7 +52,8 @@ pub(super) fn probabilities(candidates: &mut [Candidate], temperature: f32) {
     let largest = f64::from(first.logit);
     let mut sum = 0.0;
     for candidate in &mut *candidates {
-        candidate.probability = exp((f64::from(candidate.logit) - largest) / f64::from(temperature));
+        candidate.probability =
+            exp((f64::from(candidate.logit) - largest) / f64::from(temperature));
         sum += candidate.probability;
     }
     candidates.iter_mut().for_each(|candidate| candidate.probability /= sum);

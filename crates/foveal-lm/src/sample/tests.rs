@@ -141,7 +141,8 @@ fn top_p_counts_the_probabilities_that_top_k_left() {
 
 #[test]
 fn the_penalty_divides_positive_logits_and_multiplies_others_once() {
-    let mut greedy = sampler(Sampling { repeat_penalty: 2.0, repeat_window: 2, ..Sampling::greedy() });
+    let mut greedy =
+        sampler(Sampling { repeat_penalty: 2.0, repeat_window: 2, ..Sampling::greedy() });
     let logits = [3.0, 2.0, -1.0];
     assert_eq!(greedy.sample(&logits).unwrap(), 0);
     greedy.accept(0);

@@ -22,7 +22,8 @@ impl Case {
         let text = std::fs::read_to_string(folder().join("manifest.json")).unwrap();
         let manifest: Value = serde_json::from_str(&text).unwrap();
         let entries = manifest["cases"].as_array().unwrap();
-        let chosen = entries.iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix));
+        let chosen =
+            entries.iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix));
         let cases: Vec<Case> = chosen.map(Case::read).collect();
         assert!(!cases.is_empty(), "no case {prefix}");
         cases
@@ -62,7 +63,10 @@ impl Case {
 /// The largest difference; NaN counts as infinite.
 pub fn difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |most, d| if d <= most { most } else { d })
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |most, d| if d <= most { most } else { d })
 }
 
 pub fn argmax(logits: &[f32]) -> u32 {

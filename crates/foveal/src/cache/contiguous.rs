@@ -61,9 +61,10 @@ impl<E: Element> ContiguousCache<E> {
     pub fn append<F: Element>(&mut self, k: TensorRef<'_, F>, v: TensorRef<'_, F>) -> Result<()> {
         let tokens = k.shape().seq;
         let expected = Shape { batch: 1, seq: tokens, heads: self.kv_heads, dim: self.key_dim };
-        for (what, dim, got) in
-            [("appended keys", self.key_dim, k.shape()), ("appended values", self.value_dim, v.shape())]
-        {
+        for (what, dim, got) in [
+            ("appended keys", self.key_dim, k.shape()),
+            ("appended values", self.value_dim, v.shape()),
+        ] {
             let expected = Shape { dim, ..expected };
             if got != expected {
                 return Err(Error::ShapeMismatch { what, expected, got });
@@ -87,15 +88,15 @@ impl<E: Element> ContiguousCache<E> {
     /// Gives up whole tiles of positions below `before`: what no later query will see. What remains
     /// moves to the front of its memory; nothing is allocated.
     pub fn forget(&mut self, before: usize) {
-        let dropped = (before / TILE * TILE).saturating_sub(self.start).min(self.held / TILE * TILE);
+        let dropped =
+            (before / TILE * TILE).saturating_sub(self.start).min(self.held / TILE * TILE);
         if dropped == 0 {
             return;
         }
         let kept = dropped..self.held;
         for head in 0..self.kv_heads {
             let at = head * self.capacity;
-            for (data, dim) in
-                [(&mut self.keys, self.key_dim), (&mut self.values, self.value_dim)]
+            for (data, dim) in [(&mut self.keys, self.key_dim), (&mut self.values, self.value_dim)]
             {
                 data.copy_within((at + kept.start) * dim..(at + kept.end) * dim, at * dim);
             }
@@ -148,7 +149,9 @@ impl<E: Element> KvStore for ContiguousCache<E> {
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
-        assert!(head < self.kv_heads && self.start <= positions.start && positions.end <= self.end());
+        assert!(
+            head < self.kv_heads && self.start <= positions.start && positions.end <= self.end()
+        );
         let at = positions.start - self.start..positions.end - self.start;
         KvTile {
             keys: E::kv_rows(self.rows(&self.keys, self.key_dim, head, at.clone())),

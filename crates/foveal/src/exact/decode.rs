@@ -82,16 +82,11 @@ pub(crate) fn parts(sizes: &Sizes) -> usize {
 pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &mut [f32]) {
     let layout = Layout::new(&problem.sizes);
     let (partials, scratch) = floats.split_at_mut(layout.partials());
-    let shape = Shape {
-        batch: layout.units,
-        seq: layout.spans,
-        heads: layout.rows,
-        dim: layout.partial,
-    };
+    let shape =
+        Shape { batch: layout.units, seq: layout.spans, heads: layout.rows, dim: layout.partial };
     let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
     {
-        let mut partials =
-            TensorMut::new(partials, shape).expect("the workspace has this shape");
+        let mut partials = TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
         let parts = layout.units * layout.passes * layout.spans;
         for_each_part(parts, scratch.chunks_exact_mut(layout.scratch), |part, scratch| {

@@ -70,7 +70,16 @@ impl Layout {
         let local = if shared { 0 } else { tile_floats };
         let rows = ROWS * (sizes.q.dim.next_multiple_of(16) + padded(sizes.value_dim) + 16 + 1);
         let scratch = rows + GROUP * KEY_TILE + local;
-        Layout { fold, segments: group / fold, tiles, key_tiles, shared, tile_floats, wave, scratch }
+        Layout {
+            fold,
+            segments: group / fold,
+            tiles,
+            key_tiles,
+            shared,
+            tile_floats,
+            wave,
+            scratch,
+        }
     }
 
     fn shared_floats(&self) -> usize {

@@ -36,10 +36,7 @@ impl Band {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
-        Band {
-            behind: tighter(self.behind, other.behind),
-            ahead: tighter(self.ahead, other.ahead),
-        }
+        Band { behind: tighter(self.behind, other.behind), ahead: tighter(self.ahead, other.ahead) }
     }
 }
 

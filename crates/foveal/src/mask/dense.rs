@@ -83,9 +83,7 @@ impl Pattern for Dense {
                 _ => Some(Coverage::Partial),
             };
             match (&mut open, coverage) {
-                (Some((range, c)), Some(coverage))
-                    if *c == coverage && range.end == span.start =>
-                {
+                (Some((range, c)), Some(coverage)) if *c == coverage && range.end == span.start => {
                     range.end = span.end;
                 }
                 _ => {
@@ -129,14 +127,13 @@ impl Pattern for Dense {
             return Ok(());
         }
         let show = |e: Extent| {
-            format!("{} sequences, {} heads, {} queries, {} keys", e.batch, e.heads, e.queries, e.keys)
+            format!(
+                "{} sequences, {} heads, {} queries, {} keys",
+                e.batch, e.heads, e.queries, e.keys
+            )
         };
-        let own = Extent {
-            batch: self.batch,
-            heads: self.heads,
-            queries: self.queries,
-            keys: self.keys,
-        };
+        let own =
+            Extent { batch: self.batch, heads: self.heads, queries: self.queries, keys: self.keys };
         Err(Error::MaskShape { what: "a dense mask", expected: show(own), got: show(extent) })
     }
 }

@@ -129,7 +129,8 @@ impl Simd for Avx2 {
         unsafe {
             let pairs = _mm256_hadd_ps(a, a);
             let quads = _mm256_hadd_ps(pairs, pairs);
-            let total = _mm_add_ss(_mm256_castps256_ps128(quads), _mm256_extractf128_ps::<1>(quads));
+            let total =
+                _mm_add_ss(_mm256_castps256_ps128(quads), _mm256_extractf128_ps::<1>(quads));
             _mm_cvtss_f32(total)
         }
     }

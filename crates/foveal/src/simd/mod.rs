@@ -5,6 +5,15 @@
 //! `target_feature` shell and picks the shell by the [`Level`] that the caller carries. Options of
 //! a mechanism are data; the copies of a kernel are levels × storage types, nothing else.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "tiles of registers are indexed by row and vector, as the formulas are"
+)]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "kernels take their arguments as `dispatch!` hands them on"
+)]
+
 mod level;
 mod portable;
 
@@ -22,11 +31,11 @@ pub(crate) mod row;
 pub(crate) mod tile;
 mod words;
 
-pub use level::Level;
 pub(crate) use level::Kind;
+pub use level::Level;
+pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use {avx2::Avx2, avx512::Avx512};
-pub(crate) use portable::Portable;
 
 /// Vectors of `f32` and what kernels do with them.
 ///

@@ -63,7 +63,8 @@ fn blend_kernel<S: Simd>(s: S, to: &mut [f32], keep: f32, from: &[f32], add: f32
         // SAFETY: n elements are left in both.
         unsafe {
             let p = to.as_mut_ptr().add(i);
-            let x = s.fma(s.load_part(from.as_ptr().add(i), n), add, s.mul(s.load_part(p, n), keep));
+            let x =
+                s.fma(s.load_part(from.as_ptr().add(i), n), add, s.mul(s.load_part(p, n), keep));
             s.store_part(p, x, n);
         }
         i += n;

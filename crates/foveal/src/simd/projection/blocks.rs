@@ -200,7 +200,8 @@ impl Packed for Q5_0 {
         // SAFETY: `count` blocks of 22 bytes start at `first`; the table has 16 >= LANES words.
         let (scale, fifth, low, counts) = unsafe {
             let p = row.add(22 * first);
-            let (scale, fifth) = (s.load_f16_quads(p, 22, count), s.load_quads(p.add(2), 22, count));
+            let (scale, fifth) =
+                (s.load_f16_quads(p, 22, count), s.load_quads(p.add(2), 22, count));
             let low = s.load_pieces(p.add(6), 22, count);
             (scale, fifth, low, s.load_words(COUNTS.as_ptr().cast()))
         };
@@ -254,11 +255,7 @@ impl Packed for Q4_K {
         let scales = scales.to_le_bytes().map(|scale| d * f32::from(scale));
         let minima = minima.to_le_bytes().map(|minimum| m * f32::from(minimum));
         let minima = std::array::from_fn(|i| 8.0 * scales[i] - minima[i]);
-        Chunk {
-            q: nibbles(s, low),
-            scale: s.octets(scales, half),
-            minimum: s.octets(minima, half),
-        }
+        Chunk { q: nibbles(s, low), scale: s.octets(scales, half), minimum: s.octets(minima, half) }
     }
 }
 

@@ -5,8 +5,8 @@
 //! not matter whether it is rounded before the minimum is added.
 
 use crate::projection::Format;
-use crate::simd::words::Words;
 use crate::simd::dispatch;
+use crate::simd::words::Words;
 
 dispatch! {
     /// Writes the values of whole blocks; `bytes` holds exactly those of `out`.
@@ -51,12 +51,7 @@ fn blocks<const BYTES: usize, const LEN: usize>(
 }
 
 #[inline(always)]
-fn sixteen_bits<S: Words>(
-    s: S,
-    bytes: &[u8],
-    out: &mut [f32],
-    load: impl Fn(*const u16) -> S::F,
-) {
+fn sixteen_bits<S: Words>(s: S, bytes: &[u8], out: &mut [f32], load: impl Fn(*const u16) -> S::F) {
     for (x, y) in bytes.chunks(2 * S::LANES).zip(out.chunks_mut(S::LANES)) {
         if y.len() == S::LANES {
             // SAFETY: the chunk holds LANES numbers.
@@ -141,10 +136,7 @@ fn q4_k<S: Words>(s: S, block: &[u8; 144], y: &mut [f32; 256]) {
         let (scale, minimum) = if r < 4 {
             (packed[r] & 63, packed[r + 4] & 63)
         } else {
-            (
-                packed[r + 4] & 15 | packed[r - 4] >> 6 << 4,
-                packed[r + 4] >> 4 | packed[r] >> 6 << 4,
-            )
+            (packed[r + 4] & 15 | packed[r - 4] >> 6 << 4, packed[r + 4] >> 4 | packed[r] >> 6 << 4)
         };
         (d * f32::from(scale), -(m * f32::from(minimum)))
     };
