@@ -18,7 +18,8 @@ pub fn cpus() -> impl Iterator<Item = Cpu> {
 pub fn tokens<E: Element>(x: &Tensor<E>, range: std::ops::Range<usize>) -> TensorRef<'_, E> {
     let Shape { heads, dim, .. } = x.shape();
     let shape = Shape { batch: 1, seq: range.len(), heads, dim };
-    TensorRef::new(&x.as_slice()[range.start * heads * dim..range.end * heads * dim], shape).unwrap()
+    TensorRef::new(&x.as_slice()[range.start * heads * dim..range.end * heads * dim], shape)
+        .unwrap()
 }
 
 /// splitmix64, mapped to (-1, 1).
