@@ -43,7 +43,7 @@
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
 //! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |
-//! | [`reference`] | the definition in f64 | |
+//! | [`mod@reference`] | the definition in f64 | |
 //!
 //! # Features
 //!

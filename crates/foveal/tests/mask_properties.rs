@@ -1,8 +1,11 @@
 //! Every pattern's fast answers against its definition: `live` and `fill` agree with `allows`.
 
+mod support;
+
 use foveal::Mask;
 use foveal::mask::{Band, Coverage, Dense, Documents, Extent, FILL_LIMIT, Pattern, Site};
 use std::ops::Range;
+use support::Random;
 
 const SITES: [Site; 3] = [
     Site { batch: 0, q_head: 0, kv_head: 0 },
@@ -22,38 +25,25 @@ impl Pattern for EveryThird {
     }
 }
 
-/// Small deterministic random numbers (SplitMix64).
-struct Random(u64);
+/// Cumulative lengths of `count` documents, some of them empty.
+fn random_starts(random: &mut Random, count: usize, total: usize) -> Vec<usize> {
+    let mut starts: Vec<_> = (1..count).map(|_| random.below(total + 1)).collect();
+    starts.extend([0, total]);
+    starts.sort_unstable();
+    starts
+}
 
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ z >> 31) % n.max(1) as u64) as usize
+/// A random mask of which about `percent` of 100 is visible, in runs so that words of all zeros and of
+/// all ones occur.
+fn random_dense(random: &mut Random, extent: Extent, percent: usize) -> Mask {
+    let len = extent.batch * extent.heads * extent.queries * extent.keys;
+    let mut visible = Vec::with_capacity(len);
+    while visible.len() < len {
+        let run = 1 + random.below(extent.keys);
+        let value = random.below(100) < percent;
+        visible.extend((0..run.min(len - visible.len())).map(|_| value));
     }
-
-    /// Cumulative lengths of `count` documents, some of them empty.
-    fn starts(&mut self, count: usize, total: usize) -> Vec<usize> {
-        let mut starts: Vec<_> = (1..count).map(|_| self.below(total + 1)).collect();
-        starts.extend([0, total]);
-        starts.sort_unstable();
-        starts
-    }
-
-    /// One random mask, of which about `percent` of 100 is visible, in blocks so that words of all
-    /// zeros and of all ones occur.
-    fn dense(&mut self, extent: Extent, percent: usize) -> Mask {
-        let len = extent.batch * extent.heads * extent.queries * extent.keys;
-        let mut visible = Vec::with_capacity(len);
-        while visible.len() < len {
-            let run = 1 + self.below(extent.keys);
-            let value = self.below(100) < percent;
-            visible.extend((0..run.min(len - visible.len())).map(|_| value));
-        }
-        Dense::new(&visible, extent).unwrap().into()
-    }
+    Dense::new(&visible, extent).unwrap().into()
 }
 
 /// All patterns for `queries` rows and `keys` keys, with names for messages.
@@ -63,9 +53,9 @@ fn patterns(queries: usize, keys: usize, random: &mut Random) -> Vec<Mask> {
     masks.extend(bands().map(|band| Mask::band(band.behind, band.ahead)));
     masks.extend(documents(queries, keys, random));
     let extent = |batch, heads| Extent { batch, heads, queries, keys };
-    masks.push(random.dense(extent(1, 1), 50));
-    masks.push(random.dense(extent(BATCH, 1), 90));
-    masks.push(random.dense(extent(BATCH, HEADS), 10));
+    masks.push(random_dense(random, extent(1, 1), 50));
+    masks.push(random_dense(random, extent(BATCH, 1), 90));
+    masks.push(random_dense(random, extent(BATCH, HEADS), 10));
     masks.extend(compositions(&masks, random));
     masks
 }
@@ -84,9 +74,9 @@ fn documents(queries: usize, keys: usize, random: &mut Random) -> Vec<Mask> {
             masks.push(documents.clone().into());
             masks.extend(bands().map(|band| Mask::from(documents.clone().within(band))));
         };
-        add(&random.starts(count, queries), &random.starts(count, keys));
+        add(&random_starts(random, count, queries), &random_starts(random, count, keys));
         if queries == keys {
-            let starts = random.starts(count, queries);
+            let starts = random_starts(random, count, queries);
             add(&starts, &starts);
         }
     }
@@ -168,7 +158,7 @@ fn sub_ranges(end: usize) -> impl Iterator<Item = Range<usize>> {
 
 #[test]
 fn live_and_fill_agree_with_allows_on_all_small_sizes() {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     for (queries, keys) in (0..=9).flat_map(|t| (0..=9).map(move |s| (t, s))) {
         for (n, mask) in patterns(queries, keys, &mut random).iter().enumerate() {
             let case = Case { mask, at: SITES[n % SITES.len()], queries, keys };
@@ -182,7 +172,7 @@ fn live_and_fill_agree_with_allows_on_all_small_sizes() {
 
 #[test]
 fn live_and_fill_agree_with_allows_around_tiles_and_words() {
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     for (queries, keys) in
         [(255, 256), (256, 255), (257, 260), (260, 257), (300, 300), (1, 300), (64, 65), (300, 129)]
     {
@@ -230,7 +220,7 @@ fn typed_masks_name_full_ranges_and_skip_what_nobody_sees() {
 
 #[test]
 fn heads_with_one_pattern_have_one_pattern() {
-    let mut random = Random(3);
+    let mut random = Random::new(3);
     let (queries, keys) = (7, 9);
     for mask in patterns(queries, keys, &mut random).iter().filter(|mask| mask.same_for_all_heads())
     {
@@ -259,9 +249,10 @@ fn typed_masks_mean_what_their_names_say() {
 
 #[test]
 fn documents_are_what_they_would_be_alone() {
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     for (queries, keys) in [(9, 9), (9, 12), (12, 7)] {
-        let (query_starts, key_starts) = (random.starts(4, queries), random.starts(4, keys));
+        let (query_starts, key_starts) =
+            (random_starts(&mut random, 4, queries), random_starts(&mut random, 4, keys));
         for band in bands() {
             let packed =
                 Mask::from(Documents::new(&query_starts, &key_starts).unwrap().within(band));

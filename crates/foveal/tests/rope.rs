@@ -259,7 +259,9 @@ fn parameters_outside_their_ranges_are_refused() {
         let rope = Rope::new(good).unwrap();
         assert!(rope.with_frequency_factors(&[x as f32; 8]).is_err());
     }
-    refused(RopeConfig { theta: 1e-300, rotary_dim: 16, ..good });
+    // A frequency that overflows, and one that vanishes.
+    refused(RopeConfig { scaling: RopeScaling::Linear { factor: 1e-310 }, ..good });
+    refused(RopeConfig { scaling: RopeScaling::Ntk { factor: 1e308 }, ..good });
     assert!(Rope::new(good).unwrap().with_frequency_factors(&[1.0; 7]).is_err());
 }
 

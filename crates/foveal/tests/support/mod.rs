@@ -6,7 +6,7 @@ pub mod golden;
 pub mod layer;
 pub mod rope;
 
-use foveal::mask::{Pattern, Site};
+use foveal::reference::{Input, Partial};
 use foveal::{Cpu, Element, Level, Mask, Shape, Tensor, TensorRef, Threads};
 
 /// Every level of this processor, with one thread.
@@ -55,34 +55,12 @@ pub fn reference<E: Element>(
     mask: &Mask,
     scale: f64,
 ) -> (Vec<f64>, Vec<f64>) {
-    let (qs, ks, vs) = (q.shape(), k.shape(), v.shape());
-    let mut out = vec![];
-    let mut lse = vec![];
-    for b in 0..qs.batch {
-        for t in 0..qs.seq {
-            for h in 0..qs.heads {
-                let g = h / (qs.heads / ks.heads);
-                let at = Site { batch: b, q_head: h, kv_head: g };
-                let i = t as isize + ks.seq as isize - qs.seq as isize;
-                let seen: Vec<_> = (0..ks.seq).filter(|&j| mask.allows(at, i, j)).collect();
-                let dot = |j: usize| -> f64 {
-                    let (x, y) = (q.view().row(b, t, h), k.view().row(b, j, g));
-                    let products = x.iter().zip(y);
-                    products.map(|(x, y)| f64::from(x.to_f32()) * f64::from(y.to_f32())).sum()
-                };
-                let scores: Vec<f64> = seen.iter().map(|&j| scale * dot(j)).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-                lse.push(if seen.is_empty() { f64::NEG_INFINITY } else { max + sum.ln() });
-                for d in 0..vs.dim {
-                    let weighed = seen.iter().zip(&scores).map(|(&j, s)| {
-                        (s - max).exp() / sum * f64::from(v.view().row(b, j, g)[d].to_f32())
-                    });
-                    out.push(weighed.sum());
-                }
-            }
-        }
-    }
+    let shapes = [q.shape(), k.shape(), v.shape()];
+    let data = [q, k, v]
+        .map(|x| -> Vec<f64> { x.as_slice().iter().map(|x| f64::from(x.to_f32())).collect() });
+    let input = |n: usize| Input { data: &data[n], shape: shapes[n] };
+    let Partial { out, lse } =
+        foveal::reference::attention([input(0), input(1), input(2)], scale, mask).unwrap();
     (out, lse)
 }
 
