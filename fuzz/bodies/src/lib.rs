@@ -9,10 +9,12 @@
 mod attention;
 mod cache;
 mod numbers;
+mod tokenizer;
 mod weights;
 
 pub use attention::attention;
 pub use cache::cache;
+pub use tokenizer::tokenizer;
 pub use weights::{gguf, safetensors};
 
 /// A target's name, which is that of its folder of seeds, and its body.
