@@ -1,2 +1,53 @@
-//! Project tasks: test, ci, bench, fuzz.
-fn main() {}
+//! The project's own commands: `cargo xtask`.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod ci;
+mod docs;
+mod fuzz;
+mod ledger;
+mod rules;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  test [FILTER...]           all tests: the workspace, its examples in the documentation, the kernels without threads,
+                             the kernels with each forced level; with FILTER, the workspace's tests of these names
+  ci                         what .ci/run runs: format, lints, documentation, rules, package, tests
+  rules                      what no lint checks: where intrinsics, unsafe and machine paths may be, how long files are
+  docs [--check]             write the README's table of mechanisms (or only compare it)
+  fuzz [TARGET...] [--runs N] [--time SECONDS]
+                             run libFuzzer on all targets or some, a million inputs each
+  bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
+";
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let command = arguments.next();
+    let rest: Vec<String> = arguments.collect();
+    let done = match command.as_deref() {
+        Some("test") => test::run(&rest),
+        Some("ci") => ci::run(&rest),
+        Some("rules") => rules::run(&rest),
+        Some("docs") => docs::run(&rest),
+        Some("fuzz") => fuzz::run(&rest),
+        Some("bench") => bench::run(&rest),
+        Some("help" | "--help" | "-h") | None => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Some(other) => Err(anyhow::anyhow!("there is no command {other:?}\n\n{USAGE}")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

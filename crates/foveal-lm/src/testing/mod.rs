@@ -1,7 +1,9 @@
 //! What this workspace's tests and benches share. Not part of the public interface.
 
+mod consistency;
 mod models;
 mod sources;
 
+pub use consistency::{read_gguf, read_safetensors};
 pub use models::{Model, fetch_model};
 pub use sources::fetch_vocabularies;

@@ -1,9 +1,9 @@
-//! GGUF files put together by hand, independently of the crate's writer, and what must hold of whatever opens.
+//! GGUF files put together by hand, independently of the crate's writer.
 
 use std::path::{Path, PathBuf};
 
-use foveal_lm::weights::gguf::{Array, Gguf, Value};
-use foveal_lm::weights::{ElementType, Error, Safetensors, TensorInfo, Weight};
+use foveal_lm::weights::Error;
+use foveal_lm::weights::gguf::Gguf;
 
 pub(crate) const U32: u32 = 4;
 pub(crate) const F32: u32 = 6;
@@ -90,53 +90,6 @@ pub(crate) fn small_file() -> Vec<u8> {
     let mut data: Vec<u8> = (0..288 + 16).map(|i| i as u8).collect();
     data[288..].copy_from_slice(&[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0xc0]);
     fields.data(&data)
-}
-
-/// Reads all there is to read; every byte range must be in its file and every shape must fit its bytes.
-pub(crate) fn assert_consistent(file: &Gguf, len: usize) {
-    assert!(file.alignment().is_power_of_two());
-    for key in file.metadata().keys() {
-        if let Value::Array(array) = file.metadata().require(key).expect("a listed key is there") {
-            walk(array);
-        }
-    }
-    assert_tensors(file.tensors(), len, |name| file.tensor(name));
-}
-
-pub(crate) fn assert_consistent_safetensors(file: &Safetensors, len: usize) {
-    assert_tensors(file.tensors(), len, |name| file.tensor(name));
-}
-
-fn assert_tensors(
-    tensors: &[TensorInfo],
-    len: usize,
-    open: impl Fn(&str) -> Result<Weight, Error>,
-) {
-    for info in tensors {
-        assert!(info.offset + info.bytes.unwrap_or(0) <= len, "{info:?}");
-        match (open(&info.name), info.element) {
-            (Ok(weight), ElementType::Known(format)) => {
-                assert_eq!(weight.format(), format);
-                assert_eq!(weight.shape(), info.shape);
-                assert_eq!(weight.bytes().len(), weight.out_features() * weight.row_bytes());
-                assert_eq!(weight.to_f32().len(), info.elements());
-                assert_eq!(weight.row(weight.out_features()), None);
-            }
-            (Err(Error::Unsupported { .. }), ElementType::Unsupported { .. }) => {}
-            (opened, _) => panic!("{info:?} opens as {opened:?}"),
-        }
-    }
-}
-
-fn walk(array: Array<'_>) {
-    assert_eq!(array.iter().len(), array.len());
-    for element in array.iter() {
-        match element {
-            Ok(Value::Array(inner)) => walk(inner),
-            Ok(_) | Err(Error::Utf8 { .. }) => {}
-            Err(other) => panic!("{other}"),
-        }
-    }
 }
 
 /// A folder for one test, empty at its start.

@@ -1,0 +1,34 @@
+//! `cargo xtask test`: every test there is, with cargo alone, or with nextest where that is installed.
+
+use crate::run::{self, cargo};
+use anyhow::{Result, bail};
+
+/// Levels to force on the tests that leave the choice to the environment.
+const LEVELS: &[&str] = &["portable", "avx2"];
+
+pub(crate) fn run(filters: &[String]) -> Result<()> {
+    workspace(filters)?;
+    if !filters.is_empty() {
+        return Ok(());
+    }
+    run::run(&mut cargo(&["test", "--release", "--workspace", "--doc"]))?;
+    run::run(&mut cargo(&["test", "--release", "-p", "foveal", "--no-default-features", "--tests"]))?;
+    for level in LEVELS.iter().filter(|level| available(level)) {
+        run::run(cargo(&["test", "--release", "-p", "foveal", "--tests"]).env("FOVEAL_SIMD", level))?;
+    }
+    Ok(())
+}
+
+/// Unit and integration tests.
+fn workspace(filters: &[String]) -> Result<()> {
+    if run::has("nextest") {
+        return run::run(cargo(&["nextest", "run", "--release", "--workspace"]).args(filters));
+    }
+    let mut command = cargo(&["test", "--release", "--workspace", "--lib", "--bins", "--tests"]);
+    match filters {
+        [] => {}
+        [filter] => drop(command.arg(filter)),
+        _ => bail!("cargo test takes one filter; install cargo-nextest for several"),
+    }
+    run::run(&mut command)
+}
