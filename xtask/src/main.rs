@@ -6,7 +6,6 @@ mod bench;
 mod ci;
 mod docs;
 mod fuzz;
-mod ledger;
 mod rules;
 mod run;
 mod test;

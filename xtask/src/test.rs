@@ -3,18 +3,23 @@
 use crate::run::{self, cargo};
 use anyhow::{Result, bail};
 
-/// Levels to force on the tests that leave the choice to the environment.
-const LEVELS: &[&str] = &["portable", "avx2"];
-
 pub(crate) fn run(filters: &[String]) -> Result<()> {
     workspace(filters)?;
     if !filters.is_empty() {
         return Ok(());
     }
     run::run(&mut cargo(&["test", "--release", "--workspace", "--doc"]))?;
-    run::run(&mut cargo(&["test", "--release", "-p", "foveal", "--no-default-features", "--tests"]))?;
-    for level in LEVELS.iter().filter(|level| available(level)) {
-        run::run(cargo(&["test", "--release", "-p", "foveal", "--tests"]).env("FOVEAL_SIMD", level))?;
+    run::run(&mut cargo(&[
+        "test",
+        "--release",
+        "-p",
+        "foveal",
+        "--no-default-features",
+        "--tests",
+    ]))?;
+    for level in foveal::Level::available() {
+        let mut command = cargo(&["test", "--release", "-p", "foveal", "--test", "dispatch"]);
+        run::run(command.env("FOVEAL_SIMD", level.name()))?;
     }
     Ok(())
 }

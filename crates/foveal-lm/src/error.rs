@@ -59,7 +59,12 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn config(key: &str, found: impl ToString, expected: impl Into<String>) -> Error {
+    #[allow(clippy::needless_pass_by_value, reason = "numbers and literals come as they are")]
+    pub(crate) fn config(
+        key: &str,
+        found: impl std::fmt::Display,
+        expected: impl Into<String>,
+    ) -> Error {
         let (key, found, expected) = (key.to_owned(), found.to_string(), expected.into());
         Error::Config { key, found, expected }
     }

@@ -84,7 +84,7 @@ dispatch! {
 #[inline(always)]
 fn gelu_gate_kernel<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
     // ½ (1 + tanh z) = sigmoid(2 z), z = √(2/π) (g + 0.044715 g³).
-    const TWICE: f32 = 1.595_769;
+    const TWICE: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
     assert_eq!(gate.len(), up.len());
     for at in (0..gate.len()).step_by(S::LANES) {
         let g = load(s, gate, at);
