@@ -334,7 +334,7 @@ fn calls_that_do_not_fit_are_refused_and_write_nothing() {
     let x = vec![1.0; 65 * 64];
     let mut y = vec![7.0; 65 * 4];
     let mut workspace = Workspace::new();
-    let mut refuse = |rows, x: &[f32], y: &mut [f32], stride, workspace: &mut Workspace| {
+    let refuse = |rows, x: &[f32], y: &mut [f32], stride, workspace: &mut Workspace| {
         let input = Input { data: x, rows, stride: 64 };
         let error = project(&matrix, input, Output { data: y, stride }, call, workspace);
         error.unwrap_err()
