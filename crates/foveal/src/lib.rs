@@ -66,6 +66,8 @@ pub mod projection;
 pub mod registry;
 mod simd;
 mod tensor;
+#[doc(hidden)]
+pub mod testing;
 mod workspace;
 
 pub use cpu::{Cpu, MAX_GENERATED_ROWS, Phase};

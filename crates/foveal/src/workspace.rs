@@ -39,6 +39,9 @@ impl Workspace {
 
     /// The first `count` numbers, aligned to a cache line.
     pub(crate) fn floats(&mut self, count: usize) -> Result<&mut [f32]> {
+        if count == 0 {
+            return Ok(&mut []);
+        }
         let got = self.bytes();
         let skip = self.buffer.as_ptr().align_offset(ALIGNMENT);
         let too_small = Error::WorkspaceTooSmall { expected: count * 4, got };

@@ -1,6 +1,11 @@
 //! Golden outputs of whole models: `tests/golden/manifest.json` and the files beside it.
 
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "shared by tests that each use some of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    reason = "shared by tests that each use some of it"
+)]
 
 use std::path::{Path, PathBuf};
 

@@ -25,6 +25,7 @@ mod avx512;
 pub(crate) mod decode;
 pub(crate) mod math;
 pub(crate) mod nn;
+pub(crate) mod peak;
 pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;

@@ -1,0 +1,59 @@
+//! What the processor can do at most: loops of nothing but multiplications and additions, and of
+//! nothing but loads. Benches measure kernels against them.
+
+use super::{Simd, dispatch};
+
+/// Rows of accumulators, as in the tile kernels.
+const ROWS: usize = 6;
+/// Vectors that one pass of the reading loop loads.
+const STREAMS: usize = 8;
+
+dispatch! {
+    /// Runs `passes` passes of independent `a * b + c` on registers; returns how many floating-point
+    /// operations that was (two each) and a number that depends on all of them.
+    pub(crate) fn multiply_add(passes: usize) -> (u64, f32) = multiply_add_kernel
+}
+
+#[inline(always)]
+fn multiply_add_kernel<S: Simd>(s: S, passes: usize) -> (u64, f32) {
+    match S::TILE_VECTORS {
+        4 => multiply_add_columns::<S, 4>(s, passes),
+        2 => multiply_add_columns::<S, 2>(s, passes),
+        _ => multiply_add_columns::<S, 1>(s, passes),
+    }
+}
+
+#[inline(always)]
+fn multiply_add_columns<S: Simd, const V: usize>(s: S, passes: usize) -> (u64, f32) {
+    let (a, b) = std::hint::black_box((0.999_f32, 0.001_f32));
+    let (a, b) = (s.splat(a), s.splat(b));
+    let mut sums = [[b; V]; ROWS];
+    for _ in 0..passes {
+        for row in &mut sums {
+            for sum in row {
+                *sum = s.fma(*sum, a, b);
+            }
+        }
+    }
+    let total = sums.as_flattened().iter().fold(s.splat(0.0), |total, &sum| s.add(total, sum));
+    (2 * (ROWS * V * S::LANES) as u64 * passes as u64, s.sum(total))
+}
+
+dispatch! {
+    /// Loads every number once, front to back; returns one that depends on all of them.
+    pub(crate) fn read(numbers: &[f32]) -> f32 = read_kernel
+}
+
+#[inline(always)]
+fn read_kernel<S: Simd>(s: S, numbers: &[f32]) -> f32 {
+    let mut sums = [s.splat(0.0); STREAMS];
+    let stretches = numbers.chunks_exact(STREAMS * S::LANES);
+    let rest: f32 = stretches.remainder().iter().sum();
+    for stretch in stretches {
+        for (sum, vector) in sums.iter_mut().zip(stretch.chunks_exact(S::LANES)) {
+            // SAFETY: the chunk holds LANES numbers.
+            *sum = s.add(*sum, unsafe { s.load(vector.as_ptr()) });
+        }
+    }
+    rest + s.sum(sums.iter().fold(s.splat(0.0), |total, &sum| s.add(total, sum)))
+}
