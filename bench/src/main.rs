@@ -10,6 +10,7 @@ mod peer;
 
 use anyhow::{Context, Result, bail};
 use case::Case;
+use foveal::cache::{ContiguousCache, KvStore};
 use foveal::mask::{Pattern, Site};
 use foveal::plan::Inputs;
 use foveal::{Attention, Cpu, Level, Phase, Shape, Tensor, Threads, Workspace, testing};
@@ -93,10 +94,18 @@ fn measure(
     };
     let mut out = Tensor::<f32>::zeros(plan.out_shape())?;
     let mut workspace = Workspace::for_plan(&plan);
+    let decode = case.phase() == Phase::Generated;
+    let caches = if decode { caches(&k, &v)? } else { vec![] };
+    let stores: Vec<&dyn KvStore> = caches.iter().map(|cache| cache as &dyn KvStore).collect();
     let mut once = || -> Result<f64> {
         let inputs = Inputs { q: q.view(), k: k.view(), v: v.view() };
         let start = Instant::now();
-        plan.forward(inputs, out.view_mut(), None, &mut workspace)?;
+        if decode {
+            let outputs = (out.view_mut(), None);
+            plan.forward_cached(q.view(), &stores, outputs, &mut workspace)?;
+        } else {
+            plan.forward(inputs, out.view_mut(), None, &mut workspace)?;
+        }
         Ok(start.elapsed().as_secs_f64())
     };
     let estimate = once()?.min(once()?);
@@ -107,7 +116,6 @@ fn measure(
     if let Some(torch) = torch.as_deref_mut() {
         torch.load(case, options.threads.get())?;
     }
-    let decode = case.phase() == Phase::Generated;
     let (mut ours, mut theirs, mut ratios, mut shares) = (vec![], vec![], vec![], vec![]);
     for _ in 0..options.rounds {
         let ceiling = if decode { bandwidth(cpu.level, memory) } else { multiply_add(cpu.level) };
@@ -127,6 +135,22 @@ fn measure(
     }
     print_line(case, decode, [ours, theirs, ratios, shares]);
     Ok(())
+}
+
+/// One cache per sequence, filled: what decoding reads.
+fn caches(k: &Tensor<f32>, v: &Tensor<f32>) -> Result<Vec<ContiguousCache<f32>>> {
+    let Shape { batch, seq, heads, dim } = k.shape();
+    let mut caches = vec![];
+    for b in 0..batch {
+        let mut cache = ContiguousCache::new(heads, (dim, dim), seq)?;
+        let one = Shape { batch: 1, ..k.shape() };
+        let of =
+            |x: &Tensor<f32>| x.as_slice()[b * seq * heads * dim..][..seq * heads * dim].to_vec();
+        let (k, v) = (Tensor::from_vec(of(k), one)?, Tensor::from_vec(of(v), one)?);
+        cache.append(k.view(), v.view())?;
+        caches.push(cache);
+    }
+    Ok(caches)
 }
 
 fn out_copy(
