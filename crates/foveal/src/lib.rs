@@ -82,3 +82,8 @@ pub use problem::{Attention, Forward, Scale};
 pub use simd::Level;
 pub use tensor::{Rows, Shape, Strides, Tensor, TensorMut, TensorRef};
 pub use workspace::Workspace;
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
