@@ -20,8 +20,8 @@ pub enum Error {
         /// Elements found.
         got: usize,
     },
-    /// A shape whose element count or strides overflow the address space.
-    #[error("{what}: the shape {shape} with its strides is larger than the address space")]
+    /// A shape whose element count, strides or workspace overflow the address space.
+    #[error("{what}: the shape {shape}, with its strides or what a call on it needs, is larger than the address space")]
     ShapeOverflow {
         /// Which tensor.
         what: &'static str,

@@ -67,6 +67,7 @@ impl<'a> Plan<'a> {
         if phase == Phase::Generated && q.seq > MAX_GENERATED_ROWS {
             return Err(Error::TooManyRows { got: q.seq, limit: MAX_GENERATED_ROWS });
         }
+        check_countable([q, k], v.dim, phase)?;
         let plan = Plan {
             mask: attention.masked_by(),
             cpu: attention.resolved_cpu()?,
@@ -292,4 +293,22 @@ impl Workspace {
 
 fn expect(what: &'static str, expected: Shape, got: Shape) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, got }) }
+}
+
+/// Refuses sizes of which the parts or the workspace could not be counted. Dims are checked before.
+fn check_countable([q, k]: [Shape; 2], value_dim: usize, phase: Phase) -> Result<()> {
+    /// So many floats still have fewer than `usize::MAX` bytes.
+    const LIMIT: usize = usize::MAX >> 4;
+    // Beyond the numbers themselves: padding of a row, and of the keys to whole tiles and spans.
+    let row = q.dim + value_dim + 64;
+    let keys = k.seq.saturating_add(512);
+    // Generated rows keep a partial result for each span of keys.
+    let spans = if phase == Phase::Generated { keys } else { 1 };
+    let sizes = [("queries", q, [q.seq, spans]), ("keys", k, [keys, 1])];
+    for (what, shape, [seq, times]) in sizes {
+        let factors = [shape.batch, shape.heads, seq, times].map(|n| n.max(1));
+        let count = factors.iter().try_fold(row, |count, &n| count.checked_mul(n));
+        count.filter(|&n| n <= LIMIT).ok_or(Error::ShapeOverflow { what, shape })?;
+    }
+    Ok(())
 }

@@ -77,8 +77,8 @@ impl Attention {
     /// keys that a call with this plan will see. Neither allocates nor looks at data.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`], [`Error::HeadGrouping`], [`Error::MaskShape`],
-    /// [`Error::InvalidParameter`].
+    /// [`Error::ShapeMismatch`], [`Error::HeadGrouping`], [`Error::InvalidParameter`], and
+    /// [`Error::ShapeOverflow`] for sizes beyond the address space.
     pub fn plan(&self, q: Shape, k: Shape, v: Shape) -> Result<Plan<'_>> {
         Plan::new(self, [q, k, v], Phase::Prompt)
     }

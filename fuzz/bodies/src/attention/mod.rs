@@ -12,8 +12,8 @@ use foveal::cache::{ContiguousCache, KvStore};
 use foveal::mask::{Extent, Pattern};
 use foveal::plan::{Inputs, MAX_DIM};
 use foveal::{
-    Attention, Cpu, Element, MAX_GENERATED_ROWS, Phase, Plan, Result, Scale, Shape, TensorRef,
-    Threads, Workspace,
+    Attention, Cpu, Element, Error, MAX_GENERATED_ROWS, Phase, Plan, Result, Scale, Shape,
+    TensorRef, Threads, Workspace,
 };
 use half::{bf16, f16};
 use memory::{Memory, bits};
@@ -51,6 +51,7 @@ impl<E: Element> Call<'_, E> {
         let attention = Attention::new().mask(case.mask.clone()).scale(case.scale).cpu(case.cpu);
         let planned = plan(&attention, case.phase, [case.q, case.k, case.v]);
         let plan = match planned {
+            Err(Error::ShapeOverflow { .. }) if !case.runs() => return,
             Err(error) => return assert!(!valid(case), "{error}"),
             Ok(plan) => plan,
         };

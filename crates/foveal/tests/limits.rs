@@ -1,0 +1,48 @@
+//! Sizes that no memory holds are refused when a call is planned.
+
+use foveal::{Attention, Error, Shape, Workspace};
+
+const SMALL: Shape = Shape { batch: 1, seq: 3, heads: 2, dim: 8 };
+const HUGE: [usize; 4] = [usize::MAX, usize::MAX / 2, isize::MAX as usize, 1 << 60];
+
+fn is_overflow<T>(result: foveal::Result<T>) -> bool {
+    matches!(result, Err(Error::ShapeOverflow { .. }))
+}
+
+#[test]
+fn sizes_beyond_the_address_space_are_refused() {
+    let attention = Attention::new();
+    for n in HUGE {
+        let keys = Shape { seq: n, ..SMALL };
+        assert!(is_overflow(attention.plan(SMALL, keys, keys)), "{n} keys");
+        assert!(is_overflow(attention.plan_decode(SMALL, keys, keys)), "{n} keys");
+        let queries = Shape { seq: n, ..SMALL };
+        assert!(is_overflow(attention.plan(queries, SMALL, SMALL)), "{n} queries");
+        let heads = Shape { heads: n - n % 2, ..SMALL };
+        assert!(is_overflow(attention.plan(heads, SMALL, SMALL)), "{n} heads");
+        let batch = Shape { batch: n, ..SMALL };
+        assert!(is_overflow(attention.plan(batch, batch, batch)), "{n} sequences");
+    }
+}
+
+#[test]
+fn an_empty_axis_does_not_hide_a_huge_one() {
+    let attention = Attention::new();
+    for n in HUGE {
+        let shape = Shape { batch: 0, seq: n, ..SMALL };
+        assert!(is_overflow(attention.plan(shape, shape, shape)), "{n}");
+        let shape = Shape { heads: 0, seq: n, ..SMALL };
+        assert!(is_overflow(attention.plan(shape, shape, shape)), "{n}");
+    }
+}
+
+#[test]
+fn a_million_tokens_and_a_thousand_sequences_are_planned() {
+    let shape = Shape { batch: 1024, seq: 1 << 20, heads: 128, dim: 256 };
+    let attention = Attention::new();
+    assert!(attention.plan(shape, shape, shape).is_ok());
+    let one = Shape { seq: 1, ..shape };
+    assert!(attention.plan_decode(one, shape, shape).is_ok());
+    let small = attention.plan(SMALL, SMALL, SMALL).unwrap();
+    assert!(Workspace::for_plan(&small).bytes() >= small.workspace_bytes());
+}
