@@ -1,6 +1,6 @@
 //! Sizes that no memory holds are refused when a call is planned.
 
-use foveal::{Attention, Error, Shape, Workspace};
+use foveal::{Attention, Error, Shape, Tensor, Workspace};
 
 const SMALL: Shape = Shape { batch: 1, seq: 3, heads: 2, dim: 8 };
 const HUGE: [usize; 4] = [usize::MAX, usize::MAX / 2, isize::MAX as usize, 1 << 60];
@@ -45,4 +45,18 @@ fn a_million_tokens_and_a_thousand_sequences_are_planned() {
     assert!(attention.plan_decode(one, shape, shape).is_ok());
     let small = attention.plan(SMALL, SMALL, SMALL).unwrap();
     assert!(Workspace::for_plan(&small).bytes() >= small.workspace_bytes());
+}
+
+#[test]
+fn no_query_heads_over_some_keys_are_an_empty_result() {
+    let attention = Attention::new();
+    let q = Tensor::<f32>::zeros(Shape { heads: 0, ..SMALL }).unwrap();
+    let kv = Tensor::<f32>::zeros(SMALL).unwrap();
+    for result in [
+        attention.forward(q.view(), kv.view(), kv.view()).unwrap(),
+        attention.decode(q.view(), kv.view(), kv.view()).unwrap(),
+    ] {
+        assert_eq!(result.out.shape(), q.shape());
+        assert!(result.lse.as_slice().is_empty());
+    }
 }

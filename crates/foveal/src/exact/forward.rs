@@ -60,7 +60,8 @@ impl Layout {
     fn new(sizes: &Sizes) -> Layout {
         let group = sizes.group().max(1);
         let fold = if sizes.same_heads { group } else { 1 };
-        let tiles = (sizes.q.seq * fold).div_ceil(ROWS);
+        // Without query heads there are no rows either.
+        let tiles = (sizes.q.seq * fold.min(sizes.q.heads)).div_ceil(ROWS);
         let key_tiles = sizes.keys.div_ceil(KEY_TILE).max(1);
         let shared = tiles * (group / fold) > 1;
         let tile_floats = KEY_TILE * (sizes.q.dim + sizes.value_dim);
