@@ -21,7 +21,9 @@ pub enum Error {
         got: usize,
     },
     /// A shape whose element count, strides or workspace overflow the address space.
-    #[error("{what}: the shape {shape}, with its strides or what a call on it needs, is larger than the address space")]
+    #[error(
+        "{what}: the shape {shape}, with its strides or what a call on it needs, is larger than the address space"
+    )]
     ShapeOverflow {
         /// Which tensor.
         what: &'static str,

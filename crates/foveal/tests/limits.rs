@@ -5,6 +5,7 @@ use foveal::{Attention, Error, Shape, Tensor, Workspace};
 const SMALL: Shape = Shape { batch: 1, seq: 3, heads: 2, dim: 8 };
 const HUGE: [usize; 4] = [usize::MAX, usize::MAX / 2, isize::MAX as usize, 1 << 60];
 
+#[allow(clippy::needless_pass_by_value, reason = "results come straight from calls")]
 fn is_overflow<T>(result: foveal::Result<T>) -> bool {
     matches!(result, Err(Error::ShapeOverflow { .. }))
 }
