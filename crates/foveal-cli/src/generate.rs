@@ -1,6 +1,6 @@
 //! `foveal generate`: continues a prompt.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,7 +19,8 @@ const MAX_PROMPT_BYTES: u64 = 64 << 20;
 
 /// Continue a prompt.
 ///
-/// Standard output carries the continuation alone, as it is made; figures go to standard error. Tokens are chosen by
+/// Standard output carries the continuation alone, as it is made (and a line break at the end, on a terminal); figures
+/// go to standard error. Tokens are chosen by
 /// repeat penalty, top-k, top-p, min-p and temperature, in this order, as llama.cpp does.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -109,7 +110,9 @@ fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.json {
         return Ok(output::print_json(&figures.as_json(&text))?);
     }
-    output::print("\n")?;
+    if std::io::stdout().is_terminal() {
+        output::print("\n")?;
+    }
     output::note(&figures.summary());
     Ok(())
 }
@@ -121,7 +124,7 @@ fn continue_prompt(
     mut give: impl FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Figures> {
     let options = arguments.options();
-    let mut state = model.state(prompt.len().saturating_add(options.max_tokens))?;
+    let mut state = model.state()?;
     let start = Instant::now();
     let mut generator = Generator::new(model, tokenizer, &mut state, prompt, &options)?;
     let prompt_seconds = start.elapsed().as_secs_f64();
@@ -188,6 +191,15 @@ impl Arguments {
 }
 
 impl Figures {
+    fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens, self.prompt_seconds)
+    }
+
+    /// The prompt has already paid for the first token.
+    fn generate_rate(&self) -> f64 {
+        rate(self.tokens.len().saturating_sub(1), self.generate_seconds)
+    }
+
     fn summary(&self) -> String {
         let resident = resident_bytes();
         let resident = resident
@@ -196,9 +208,9 @@ impl Figures {
             "prompt: {} tokens, {:.1} tok/s; generated: {} tokens, {:.1} tok/s, ended by {}; \
              memory: {} of keys and values{resident}",
             self.prompt_tokens,
-            rate(self.prompt_tokens, self.prompt_seconds),
+            self.prompt_rate(),
             self.tokens.len(),
-            rate(self.tokens.len(), self.generate_seconds),
+            self.generate_rate(),
             self.stop.map_or("nothing", StopReason::name),
             numbers::bytes(self.kv_bytes),
         )
@@ -211,7 +223,9 @@ impl Figures {
             "stop": self.stop.map(StopReason::name),
             "prompt_tokens": self.prompt_tokens,
             "prompt_seconds": self.prompt_seconds,
+            "prompt_tokens_per_second": self.prompt_rate(),
             "generate_seconds": self.generate_seconds,
+            "generate_tokens_per_second": self.generate_rate(),
             "kv_bytes": self.kv_bytes,
             "resident_bytes": resident_bytes(),
         })

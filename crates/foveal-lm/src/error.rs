@@ -44,9 +44,6 @@ pub enum Error {
     /// A state that was made by another model.
     #[error("the state has {found} layers, the model {expected}; make it with Model::state")]
     State { expected: usize, found: usize },
-    /// A text longer than its state has room for.
-    #[error("{tokens} more tokens after {position} don't fit in a state for {room}")]
-    StateFull { position: usize, room: usize, tokens: usize },
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

@@ -46,8 +46,6 @@ pub struct Model {
 pub struct State {
     layers: Vec<LayerState>,
     position: usize,
-    /// Tokens that the text may have; `usize::MAX` when it may go on for ever.
-    room: usize,
 }
 
 /// Buffers of a call, kept for the next; any number of states may share them, one at a time.
@@ -121,27 +119,25 @@ impl Model {
         &self.config
     }
 
-    /// A state for a text of up to `tokens` tokens, or of any length if `tokens` is the model's context or more.
-    /// Reserves memory for the keys and values of so many, which the system provides as they come.
+    /// A state that holds no tokens. It grows as they come, up to what the layers' reach needs, and no further however
+    /// long the text.
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`] when they would not fit in the address space.
-    pub fn state(&self, tokens: usize) -> Result<State, Error> {
-        let layers = self.blocks.iter().map(|block| block.mixer.state(tokens));
-        let layers = layers.collect::<Result<_, Error>>()?;
-        let room = if tokens >= self.config.context { usize::MAX } else { tokens };
-        Ok(State { layers, position: 0, room })
+    /// [`Error::Kernel`] when a layer's keys are larger than the address space.
+    pub fn state(&self) -> Result<State, Error> {
+        let layers = self.blocks.iter().map(|block| block.mixer.state());
+        Ok(State { layers: layers.collect::<Result<_, Error>>()?, position: 0 })
     }
 
     /// Reads `tokens` on from where `state` is, and leaves the logits that `step` asks for in `scratch`.
     ///
     /// Each token's result depends on the tokens before it and on its phase, and on nothing else: not on how a prompt
-    /// is cut into calls, not on other states, not on the number of threads. Allocates only to make `scratch` larger.
+    /// is cut into calls, not on other states, not on the number of threads. Allocates only to make `state` or `scratch` larger.
     ///
     /// # Errors
     ///
-    /// [`Error::Token`], [`Error::TooManyTokens`], [`Error::State`] and [`Error::StateFull`]; nothing has changed then.
+    /// [`Error::Token`], [`Error::TooManyTokens`] and [`Error::State`]; nothing has changed then.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -178,10 +174,6 @@ impl Model {
         if state.layers.len() != self.blocks.len() {
             let (expected, found) = (self.blocks.len(), state.layers.len());
             return Err(Error::State { expected, found });
-        }
-        if tokens.len() > state.room - state.position {
-            let State { position, room, .. } = *state;
-            return Err(Error::StateFull { position, room, tokens: tokens.len() });
         }
         Ok(())
     }

@@ -79,7 +79,7 @@ pub fn prompt_tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Erro
 ///
 /// let prompt = prompt_tokens(&tokenizer, "Alice was beginning to")?;
 /// let options = Options { max_tokens: 100, ..Options::default() };
-/// let mut state = model.state(prompt.len() + options.max_tokens)?;
+/// let mut state = model.state()?;
 /// for piece in Generator::new(&model, &tokenizer, &mut state, &prompt, &options)? {
 ///     print!("{}", piece?.text);
 /// }

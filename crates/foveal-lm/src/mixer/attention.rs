@@ -10,6 +10,7 @@
 
 use std::ops::Range;
 
+use foveal::cache::KvStore;
 use foveal::position::{Rope, RopeTable};
 use foveal::{Attention, Cpu, Mask, Phase, Scale, Shape, TensorMut, TensorRef, cache};
 
@@ -102,12 +103,25 @@ impl GroupedQueryAttention {
         })
     }
 
-    /// Room for a text of `tokens` tokens, or of any length once that exceeds the reach: the tokens that a query still
-    /// sees, the tile that is being filled and the one that is being left.
-    pub(crate) fn state(&self, tokens: usize) -> Result<LayerState, Error> {
-        let most = self.reach.saturating_add(2 * cache::TILE);
+    /// A state that holds no tokens; it grows as they come.
+    pub(crate) fn state(&self) -> Result<LayerState, Error> {
         let AttentionConfig { kv_heads, head_dim, .. } = self.config;
-        Ok(LayerState::new(kv_heads, (head_dim, head_dim), tokens.min(most))?)
+        Ok(LayerState::new(kv_heads, (head_dim, head_dim), 0)?)
+    }
+
+    /// Gives up what no query from `position` on can see, and makes room for `tokens` more.
+    ///
+    /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
+    fn make_room(&self, state: &mut LayerState, tokens: usize) -> Result<(), Error> {
+        let position = state.end();
+        state.forget((position + 1).saturating_sub(self.reach));
+        if state.room() < tokens {
+            let needed = position - state.start() + tokens;
+            let most = self.reach.saturating_add(2 * cache::TILE);
+            let doubled = needed.next_power_of_two().max(cache::TILE);
+            state.grow(doubled.min(most).max(needed))?;
+        }
+        Ok(())
     }
 
     /// Mixes the tokens `x`, `[tokens, width]`, into `y` of the same shape, and appends them to `state`.
@@ -121,7 +135,6 @@ impl GroupedQueryAttention {
     ) -> Result<(), Error> {
         let Activations { rotations, q, k, v, mixed } = activations;
         let AttentionConfig { heads, kv_heads, head_dim, .. } = self.config;
-        let position = cache::KvStore::end(state);
         let tokens = x.len() / self.query.in_features();
         let shape = |heads| Shape { batch: 1, seq: tokens, heads, dim: head_dim };
         for (buffer, len) in [
@@ -143,7 +156,7 @@ impl GroupedQueryAttention {
         rotation.rotate(run.cpu.level, TensorMut::new(q, shape(heads))?)?;
         rotation.rotate(run.cpu.level, TensorMut::new(k, shape(kv_heads))?)?;
 
-        state.forget((position + 1).saturating_sub(self.reach));
+        self.make_room(state, tokens)?;
         let (k, v) = (TensorRef::new(k, shape(kv_heads))?, TensorRef::new(v, shape(kv_heads))?);
         state.append(k, v)?;
         let q = TensorRef::new(q, shape(heads))?;
@@ -158,7 +171,7 @@ impl GroupedQueryAttention {
         out: TensorMut<'_, f32>,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let held = cache::KvStore::end(state) - cache::KvStore::start(state);
+        let held = state.end() - state.start();
         let keys = Shape { seq: held, heads: self.config.kv_heads, ..q.shape() };
         let plan = match run.phase {
             Phase::Prompt => self.attention.plan(q.shape(), keys, keys)?,
@@ -169,3 +182,6 @@ impl GroupedQueryAttention {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,8 @@
 //! keys[head][position − start]  values[head][position − start]
 //! ```
 //!
-//! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated once. A decoding step reads a
-//! head's rows from end to end.
+//! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated at once; [`ContiguousCache::grow`] moves to more.
+//! A decoding step reads a head's rows from end to end.
 
 use super::{KvStore, KvTile, TILE};
 use crate::element::{DType, Element};
@@ -34,14 +34,38 @@ impl<E: Element> ContiguousCache<E> {
     /// [`Error::ShapeOverflow`] if that is more than the address space.
     pub fn new(kv_heads: usize, dims: (usize, usize), capacity: usize) -> Result<Self> {
         let (key_dim, value_dim) = dims;
-        let room = |dim: usize| {
-            let shape = Shape { batch: 1, seq: capacity, heads: kv_heads, dim };
-            let overflow = Error::ShapeOverflow { what: "key/value cache", shape };
-            shape.checked_len().filter(|&n| n <= isize::MAX as usize / 4).ok_or(overflow)
-        };
-        let keys = vec![E::default(); room(key_dim)?];
-        let values = vec![E::default(); room(value_dim)?];
+        let shape = |dim| Shape { batch: 1, seq: capacity, heads: kv_heads, dim };
+        let (keys, values) = (zeros(shape(key_dim))?, zeros(shape(value_dim))?);
         Ok(Self { kv_heads, key_dim, value_dim, capacity, start: 0, held: 0, keys, values })
+    }
+
+    /// Makes the capacity at least `capacity` tokens. If it was less, allocates anew and copies what is held.
+    ///
+    /// # Errors
+    /// [`Error::ShapeOverflow`] if that is more than the address space; the cache is then unchanged.
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        let mut grown = Self::new(self.kv_heads, (self.key_dim, self.value_dim), capacity)?;
+        for head in 0..self.kv_heads {
+            let (from, to) = (head * self.capacity, head * capacity);
+            for (data, grown, dim) in [
+                (&self.keys, &mut grown.keys, self.key_dim),
+                (&self.values, &mut grown.values, self.value_dim),
+            ] {
+                let held = &data[from * dim..(from + self.held) * dim];
+                grown[to * dim..(to + self.held) * dim].copy_from_slice(held);
+            }
+        }
+        (grown.start, grown.held) = (self.start, self.held);
+        *self = grown;
+        Ok(())
+    }
+
+    /// Tokens that can be held at once.
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Tokens that can still be appended before something has to be forgotten.
@@ -117,6 +141,12 @@ impl<E: Element> ContiguousCache<E> {
     }
 }
 
+fn zeros<E: Element>(shape: Shape) -> Result<Vec<E>> {
+    let overflow = Error::ShapeOverflow { what: "key/value cache", shape };
+    let len = shape.checked_len().filter(|&n| n <= isize::MAX as usize / 4).ok_or(overflow)?;
+    Ok(vec![E::default(); len])
+}
+
 fn row_mut<E>(data: &mut [E], row: usize, dim: usize) -> &mut [E] {
     &mut data[row * dim..(row + 1) * dim]
 }
@@ -156,6 +186,47 @@ impl<E: Element> KvStore for ContiguousCache<E> {
         KvTile {
             keys: E::kv_rows(self.rows(&self.keys, self.key_dim, head, at.clone())),
             values: E::kv_rows(self.rows(&self.values, self.value_dim, head, at)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::KvRows;
+    use crate::tensor::Tensor;
+
+    /// Tokens whose numbers tell their position, head and place.
+    fn tokens(positions: Range<usize>, dim: usize) -> Tensor<f32> {
+        let shape = Shape { batch: 1, seq: positions.len(), heads: 2, dim };
+        let number = |t: usize, h: usize, d: usize| (t * 100 + h * 10 + d) as f32;
+        let heads = |t| (0..2).flat_map(move |h| (0..dim).map(move |d| number(t, h, d)));
+        Tensor::from_vec(positions.flat_map(heads).collect(), shape).unwrap()
+    }
+
+    #[test]
+    fn growing_keeps_what_is_held() {
+        let mut cache = ContiguousCache::<f32>::new(2, (3, 2), 0).unwrap();
+        let mut at = 0;
+        for end in [5, TILE + 1, 2 * TILE + 10] {
+            cache.grow(end - cache.start()).unwrap();
+            assert_eq!(cache.capacity(), end - cache.start());
+            cache.append(tokens(at..end, 3).view(), tokens(at..end, 2).view()).unwrap();
+            assert_eq!(cache.room(), 0);
+            cache.forget(end - 5);
+            at = end;
+        }
+        cache.grow(1).unwrap();
+        cache.grow(5 * TILE).unwrap();
+        assert_eq!((cache.start(), cache.end(), cache.capacity()), (2 * TILE, at, 5 * TILE));
+        for (head, position) in (0..2).flat_map(|head| (2 * TILE..at).map(move |at| (head, at))) {
+            let KvTile { keys, values } = cache.tile(head, position..position + 1);
+            let (KvRows::F32(keys), KvRows::F32(values)) = (keys, values) else {
+                panic!("stored as f32")
+            };
+            let (k, v) = (tokens(position..position + 1, 3), tokens(position..position + 1, 2));
+            assert_eq!(keys.row(0), k.view().row(0, 0, head));
+            assert_eq!(values.row(0), v.view().row(0, 0, head));
         }
     }
 }
