@@ -1,6 +1,6 @@
 //! What a model's tensors are called, in GGUF and in Hugging Face form.
 
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::weights::{Description, Weights};
 use crate::{Error, linear::Linear, norm::Norm};
 
@@ -85,8 +85,7 @@ impl<'a> Parts<'a> {
         if self.is_gguf() {
             return format!("blk.{layer}.{}.{kind}", part.gguf());
         }
-        let post_norms = self.config.architecture == Architecture::Gemma3;
-        format!("model.layers.{layer}.{}.{kind}", part.hugging_face(post_norms))
+        format!("model.layers.{layer}.{}.{kind}", part.hugging_face(self.config.post_norms))
     }
 
     fn global(&self, gguf: &'static str, hugging_face: &'static str) -> &'static str {

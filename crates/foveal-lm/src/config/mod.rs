@@ -315,3 +315,6 @@ fn positive(key: &str, found: f64, limit: f64) -> Result<(), Error> {
     }
     Err(Error::config(key, found, format!("above 0 and at most {limit}")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! Layers against what transformers computes in f64: `crates/foveal/tests/golden`.
+
+use foveal::position::{RopeConfig, RopeLayout, RopeScaling, Yarn};
+use foveal::projection::Format;
+use foveal::{Cpu, Workspace};
+use safetensors::SafeTensors;
+
+use super::*;
+use crate::weights::Weight;
+
+/// A golden layer: its file, and what the file doesn't say about it.
+struct Layer {
+    bytes: Vec<u8>,
+    config: AttentionConfig,
+    reach: usize,
+    rope: Rope,
+    /// What Gemma adds to its norms' weights.
+    norm_offset: f32,
+}
+
+#[derive(Clone, Copy)]
+struct Shapes {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+const TOLERANCE: f32 = 5e-5;
+
+impl Layer {
+    fn open(name: &str, shapes: Shapes, rope: (f64, RopeScaling)) -> Layer {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal/tests/golden");
+        let Shapes { heads, kv_heads, head_dim } = shapes;
+        let (theta, scaling) = rope;
+        let base = RopeConfig::new(head_dim, RopeLayout::HalfSplit);
+        Layer {
+            bytes: std::fs::read(format!("{folder}/{name}.safetensors")).unwrap(),
+            config: AttentionConfig {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                rope_layout: crate::config::RopeLayout::HalfSplit,
+                qk_norm: false,
+                qkv_bias: false,
+                output_bias: false,
+            },
+            reach: 1000,
+            rope: Rope::new(RopeConfig { theta, scaling, ..base }).unwrap(),
+            norm_offset: 0.0,
+        }
+    }
+
+    /// A tensor of f64 as f32, with its shape.
+    fn tensor(&self, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let tensor = file.tensor(name).ok()?;
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F64);
+        let numbers = tensor.data().as_chunks().0.iter();
+        Some((tensor.shape().to_vec(), numbers.map(|&x| f64::from_le_bytes(x) as f32).collect()))
+    }
+
+    fn linear(&self, part: &str) -> Linear {
+        let (shape, values) = self.tensor(&format!("{part}.weight")).unwrap();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let weight = Weight::new(part, &shape, Format::F32, bytes).unwrap();
+        Linear::new(weight, self.tensor(&format!("{part}.bias")).map(|(_, bias)| bias))
+    }
+
+    fn norm(&self, part: &str) -> Option<Norm> {
+        let (_, weight) = self.tensor(&format!("{part}.weight"))?;
+        let weight = weight.into_iter().map(|weight| weight + self.norm_offset).collect();
+        Some(Norm::new(weight, 1e-6))
+    }
+
+    fn mixer(&self, cpu: Cpu) -> GroupedQueryAttention {
+        GroupedQueryAttention {
+            config: self.config,
+            reach: self.reach,
+            query: self.linear("q_proj"),
+            key: self.linear("k_proj"),
+            value: self.linear("v_proj"),
+            output: self.linear("o_proj"),
+            query_norm: self.norm("q_norm"),
+            key_norm: self.norm("k_norm"),
+            rope: 0,
+            attention: Attention::new()
+                .mask(Mask::window(self.reach))
+                .scale(Scale::Value(self.config.scale))
+                .cpu(cpu),
+        }
+    }
+
+    /// The first of the positions, which go up by one.
+    fn first_position(&self) -> usize {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let ids = file.tensor("position_ids").unwrap();
+        usize::try_from(i64::from_le_bytes(*ids.data().first_chunk().unwrap())).unwrap()
+    }
+
+    /// Runs each sequence as calls of the given lengths, over and over, and compares.
+    fn check(&self, phase: Phase, lengths: &[usize]) {
+        let cpu = Cpu::detect().unwrap();
+        let mixer = self.mixer(cpu);
+        let (shape, x) = self.tensor("x").unwrap();
+        let (_, expected) = self.tensor("out").unwrap();
+        let [_, tokens, width] = shape[..] else { panic!("{shape:?}") };
+        let mut activations = Activations::default();
+        let mut workspace = Workspace::new();
+        let mut y = Vec::new();
+        for x in x.chunks(tokens * width) {
+            let mut state = mixer.state().unwrap();
+            let mut lengths = lengths.iter().cycle();
+            let mut at = 0;
+            while at < tokens {
+                let end = tokens.min(at + lengths.next().unwrap());
+                let first = self.first_position();
+                let positions = first + at..first + end;
+                activations.set_positions(std::slice::from_ref(&self.rope), positions).unwrap();
+                let mut run = Run { cpu, phase, workspace: &mut workspace };
+                let mut part = vec![f32::NAN; (end - at) * width];
+                let x = &x[at * width..end * width];
+                mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
+                y.extend(part);
+                at = end;
+            }
+        }
+        let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (i, (found, expected)) in y.iter().zip(&expected).enumerate() {
+            let off = (found - expected).abs();
+            assert!(off <= TOLERANCE * (1.0 + largest), "{i}: {found}, expected {expected}");
+        }
+        assert_eq!(y.len(), expected.len());
+    }
+
+    fn check_all(&self) {
+        for phase in [Phase::Prompt, Phase::Generated] {
+            for lengths in [&[64][..], &[1], &[3, 1, 2]] {
+                self.check(phase, lengths);
+            }
+        }
+    }
+}
+
+#[test]
+fn llama() {
+    let shapes = Shapes { heads: 4, kv_heads: 2, head_dim: 10 };
+    Layer::open("llama_gqa", shapes, (1e4, RopeScaling::None)).check_all();
+}
+
+#[test]
+fn one_key_value_head_with_biases_from_a_later_position() {
+    let shapes = Shapes { heads: 3, kv_heads: 1, head_dim: 8 };
+    let layer = Layer::open("llama_mqa_offset", shapes, (1e4, RopeScaling::None));
+    assert!(layer.first_position() > 0);
+    layer.check_all();
+}
+
+#[test]
+fn llama3_frequencies() {
+    let shapes = Shapes { heads: 4, kv_heads: 4, head_dim: 16 };
+    let scaling = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_context: 64.0,
+    };
+    Layer::open("llama_llama3_scaling", shapes, (1e4, scaling)).check_all();
+}
+
+#[test]
+fn yarn_frequencies() {
+    let shapes = Shapes { heads: 2, kv_heads: 1, head_dim: 16 };
+    let scaling = RopeScaling::Yarn(Yarn::new(4.0, 64.0));
+    Layer::open("llama_yarn_scaling", shapes, (1e4, scaling)).check_all();
+}
+
+#[test]
+fn qwen3() {
+    let shapes = Shapes { heads: 6, kv_heads: 3, head_dim: 12 };
+    Layer::open("qwen3_qknorm", shapes, (1e6, RopeScaling::None)).check_all();
+}
+
+#[test]
+fn gemma3_windowed_and_full() {
+    let shapes = Shapes { heads: 4, kv_heads: 1, head_dim: 20 };
+    for (name, theta, reach) in [("gemma3_local", 1e4, 4), ("gemma3_global", 1e6, 1000)] {
+        let layer = Layer::open(name, shapes, (theta, RopeScaling::None));
+        Layer { reach, norm_offset: 1.0, ..layer }.check_all();
+    }
+}
