@@ -1,21 +1,13 @@
 //! SmolLM2 and Gemma 3 against what transformers computes with the same, exactly dequantised weights.
 
-mod golden_case;
-
 use foveal_lm::Model;
 use foveal_lm::model::{Logits, Scratch, State, Step};
 use foveal_lm::testing::{self, fetch_model};
-use golden_case::{Case, argmax, difference};
+
+use crate::golden_case::{Case, argmax, difference, nll};
 
 /// Tokens whose logits are asked for at once: a vocabulary of 262144 takes a megabyte each.
 const SLICE: usize = 32;
-
-/// −ln softmax(logits)[token].
-fn nll(logits: &[f32], token: u32) -> f32 {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&x| f64::from(x - most).exp()).sum();
-    (sum.ln() + f64::from(most - logits[token as usize])) as f32
-}
 
 /// Reads the prompt and compares what every position predicts; leaves the last logits in `scratch`.
 fn check_prompt(case: &Case, model: &Model, state: &mut State, scratch: &mut Scratch) {
@@ -61,7 +53,7 @@ fn check_greedy(case: &Case, model: &Model, state: &mut State, scratch: &mut Scr
 fn check(file: testing::Model, prefix: &str) {
     let Some(path) = fetch_model(file) else { return };
     let model = Model::load(&path).unwrap();
-    let mut state = model.state(1024).unwrap();
+    let mut state = model.state().unwrap();
     let mut scratch = Scratch::new();
     for case in Case::all(prefix) {
         state.reset();

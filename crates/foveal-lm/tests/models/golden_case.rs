@@ -13,9 +13,9 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// One case: what the manifest says, and its tensors.
-pub struct Case {
-    pub name: String,
-    pub tolerance: f32,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) tolerance: f32,
     bytes: Vec<u8>,
 }
 
@@ -25,7 +25,7 @@ fn folder() -> PathBuf {
 
 impl Case {
     /// The cases whose name begins with `prefix`; there is one at least.
-    pub fn all(prefix: &str) -> Vec<Case> {
+    pub(crate) fn all(prefix: &str) -> Vec<Case> {
         let text = std::fs::read_to_string(folder().join("manifest.json")).unwrap();
         let manifest: Value = serde_json::from_str(&text).unwrap();
         let entries = manifest["cases"].as_array().unwrap();
@@ -51,24 +51,25 @@ impl Case {
         tensor.data().as_chunks().0.to_vec()
     }
 
-    pub fn tokens(&self, name: &str) -> Vec<u32> {
+    pub(crate) fn tokens(&self, name: &str) -> Vec<u32> {
         let ids = self.data(name, safetensors::Dtype::I64);
         ids.into_iter().map(|id| i64::from_le_bytes(id).try_into().unwrap()).collect()
     }
 
-    pub fn floats(&self, name: &str) -> Vec<f32> {
+    pub(crate) fn floats(&self, name: &str) -> Vec<f32> {
         let numbers = self.data(name, safetensors::Dtype::F32);
         numbers.into_iter().map(f32::from_le_bytes).collect()
     }
 
-    pub fn doubles(&self, name: &str) -> Vec<f32> {
+    /// Numbers that are stored as f64.
+    pub(crate) fn doubles(&self, name: &str) -> Vec<f32> {
         let numbers = self.data(name, safetensors::Dtype::F64);
         numbers.into_iter().map(|number| f64::from_le_bytes(number) as f32).collect()
     }
 }
 
 /// The largest difference; NaN counts as infinite.
-pub fn difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter()
         .zip(b)
@@ -76,6 +77,13 @@ pub fn difference(a: &[f32], b: &[f32]) -> f32 {
         .fold(0.0, |most, d| if d <= most { most } else { d })
 }
 
-pub fn argmax(logits: &[f32]) -> u32 {
+pub(crate) fn argmax(logits: &[f32]) -> u32 {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
+
+/// −ln softmax(logits)[token].
+pub(crate) fn nll(logits: &[f32], token: u32) -> f32 {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - most).exp()).sum();
+    (sum.ln() + f64::from(most - logits[token as usize])) as f32
 }

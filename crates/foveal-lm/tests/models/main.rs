@@ -1,0 +1,9 @@
+//! Whole models: against golden outputs, against each other, and against the laws that they should keep.
+
+mod formats;
+mod generation;
+mod golden_case;
+mod hostile;
+mod laws;
+mod real;
+mod small;
