@@ -40,8 +40,18 @@ impl Command {
 
 /// The exit code of a failure at run time. Usage errors have clap's 2.
 const FAILURE: u8 = 1;
+/// The exit code of a fault of the program itself, as in BSD's `sysexits.h`.
+const INTERNAL: u8 = 70;
 
 fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|fault| {
+        let fault = output::one_line(&fault.to_string());
+        output::note(&format!("foveal: internal error, please report it: {fault}"));
+    }));
+    std::panic::catch_unwind(run).unwrap_or(ExitCode::from(INTERNAL))
+}
+
+fn run() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

@@ -1,105 +1,271 @@
-//! The command as a user meets it: what goes to which stream, exit codes, damaged files.
+//! The `foveal` command as a user meets it: what it prints where, its exit codes, and files that are damaged.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-fn foveal(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_foveal")).args(arguments).output().unwrap()
+use serde_json::Value;
+
+const PROMPT: &str = "Alice was beginning to";
+/// The built-in model's most probable continuation.
+const GREEDY: &str = " the\nQueen to the Queen, and she found it was saying to herself, and";
+
+fn foveal(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_foveal"));
+    command.args(arguments).stdin(Stdio::null());
+    command
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
+fn run(arguments: &[&str]) -> Output {
+    foveal(arguments).output().unwrap()
 }
 
-#[test]
-fn stdout_carries_the_continuation_alone() {
-    let arguments =
-        ["generate", "--temperature", "0", "--max-tokens", "12", "Alice was beginning to"];
-    let first = foveal(&arguments);
-    assert!(first.status.success(), "{}", text(&first.stderr));
-    let continuation = text(&first.stdout);
-    assert!(!continuation.contains("Alice was beginning") && !continuation.trim().is_empty());
-    assert!(!text(&first.stderr).is_empty());
-    assert_eq!(foveal(&arguments).stdout, first.stdout);
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
 }
 
-#[test]
-fn a_seed_decides_the_text() {
-    let with =
-        |seed| foveal(&["generate", "--max-tokens", "30", "--seed", seed, "The Queen"]).stdout;
-    assert_eq!(with("1"), with("1"));
-    assert_ne!(with("1"), with("2"));
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
 }
 
-#[test]
-fn a_text_may_outgrow_the_context() {
-    let run = foveal(&["generate", "--max-tokens", "300", "--seed", "3", "--json", "The King"]);
-    assert!(run.status.success(), "{}", text(&run.stderr));
-    let json: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
-    assert!(json.is_object(), "{json}");
+fn greedy(more: &[&str]) -> Output {
+    run(&[&["generate", "--temperature", "0", "--max-tokens", "40"], more].concat())
 }
 
-#[test]
-fn a_prompt_comes_from_standard_input() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_foveal"))
-        .args(["generate", "--temperature", "0", "--max-tokens", "8", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(b"Alice was beginning to").unwrap();
-    let piped = child.wait_with_output().unwrap();
-    let direct =
-        foveal(&["generate", "--temperature", "0", "--max-tokens", "8", "Alice was beginning to"]);
-    assert_eq!(piped.stdout, direct.stdout);
+/// An error: the exit code, nothing on standard output, and one line that has `words`.
+#[track_caller]
+fn assert_fails(output: &Output, code: i32, words: &[&str]) {
+    let message = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    assert_eq!(stdout(output), "");
+    assert!(code == 2 || message.trim_end().lines().count() == 1, "{message}");
+    assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
 }
 
-#[test]
-fn bad_usage_ends_with_two_and_a_missing_file_with_one() {
-    assert_eq!(foveal(&["generate", "--temperature", "NaN", "x"]).status.code(), Some(2));
-    assert_eq!(foveal(&["nonsense"]).status.code(), Some(2));
-    let missing = foveal(&["generate", "--model", "no such file.gguf", "x"]);
-    assert_eq!(missing.status.code(), Some(1));
-    assert!(text(&missing.stderr).contains("no such file.gguf"));
-    assert!(missing.stdout.is_empty());
-}
+/// A folder that is removed when it is done with.
+struct Folder(PathBuf);
 
-#[test]
-fn the_registry_is_listed() {
-    let listed: serde_json::Value =
-        serde_json::from_slice(&foveal(&["list", "--json"]).stdout).unwrap();
-    assert!(listed.as_array().unwrap().iter().any(|mechanism| mechanism["name"] == "full"));
-}
-
-#[test]
-fn damaged_models_end_with_a_sentence() {
-    let whole = include_bytes!("../assets/glassllm-en.gguf");
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let file = folder.join("damaged.gguf");
-    let mut damaged: Vec<Vec<u8>> =
-        [0, 3, 24, 100, 5_000, 40_000, whole.len() - 1].map(|n| whole[..n].to_vec()).to_vec();
-    for at in [0, 5, 8, 16, 30, 77, 300, 1_000, 9_000] {
-        for bit in [0, 6] {
-            let mut flipped = whole.to_vec();
-            flipped[at] ^= 1 << bit;
-            damaged.push(flipped);
-        }
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        Folder(folder)
     }
-    for (n, bytes) in damaged.iter().enumerate() {
-        std::fs::write(&file, bytes).unwrap();
-        for arguments in [
-            &["inspect", file.to_str().unwrap()][..],
-            &["generate", "--max-tokens", "2", "--model", file.to_str().unwrap(), "x"],
-        ] {
-            let run = foveal(arguments);
-            let (code, said) = (run.status.code(), text(&run.stderr));
-            assert!(code.is_some_and(|code| code < 100), "case {n}: {code:?} {said}");
-            assert!(!said.contains("panicked"), "case {n}: {said}");
-            if code != Some(0) {
-                assert_eq!(said.trim().lines().count(), 1, "case {n}: {said}");
+
+    fn write(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.0.join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn built_in() -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/glassllm-en.gguf");
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn standard_output_has_the_continuation_alone() {
+    let output = greedy(&[PROMPT]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).starts_with(GREEDY), "{:?}", stdout(&output));
+    for figure in ["prompt: ", "generated: 40 tokens", "tok/s", "max_tokens", "keys and values"] {
+        assert!(stderr(&output).contains(figure), "{figure}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_prompt_may_come_from_standard_input() {
+    let mut command = foveal(&["generate", "--temperature", "0", "--max-tokens", "40", "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(PROMPT.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(stdout(&output), stdout(&greedy(&[PROMPT])));
+}
+
+#[test]
+fn a_prompt_that_is_not_text_is_refused() {
+    let mut command = foveal(&["generate", "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"caf\xe9").unwrap();
+    assert_fails(&child.wait_with_output().unwrap(), 1, &["UTF-8"]);
+}
+
+#[test]
+fn json_is_one_object_with_the_same_text() {
+    let output = greedy(&["--json", PROMPT]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["text"], stdout(&greedy(&[PROMPT])));
+    assert_eq!(json["tokens"].as_array().unwrap().len(), 40);
+    assert_eq!(json["stop"], "max_tokens");
+    for key in ["prompt_tokens", "kv_bytes"] {
+        assert!(json[key].as_u64().unwrap() > 0, "{key}");
+    }
+    for key in ["prompt_seconds", "generate_seconds"] {
+        assert!(json[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+}
+
+#[test]
+fn stop_strings_end_the_text() {
+    let output = greedy(&["--stop", "nowhere", "--stop", "Queen,", "--json", PROMPT]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (json["text"].as_str(), &json["stop"]),
+        (Some(" the\nQueen to the "), &"stop_string".into())
+    );
+}
+
+#[test]
+fn seeds_and_threads() {
+    let text = |more: &[&str]| {
+        let output = run(&[&["generate", "-n", "60", PROMPT], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stdout(&output).to_owned()
+    };
+    let one = text(&["--threads", "1"]);
+    assert_eq!(text(&["--threads", "3"]), one);
+    assert_eq!(text(&["--seed", "0"]), one);
+    assert_ne!(text(&["--seed", "1"]), one);
+}
+
+#[test]
+fn a_text_beyond_the_context_is_announced_once() {
+    let output = run(&["generate", "-n", "300", PROMPT]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stderr(&output).matches("with a context of 128").count(), 1);
+    assert!(!stderr(&greedy(&[PROMPT])).contains("context"));
+}
+
+#[test]
+fn usage_errors_are_refused_by_name() {
+    for (flag, bad) in [
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "-1"),
+        ("--temperature", "warm"),
+        ("--top-p", "0"),
+        ("--top-p", "1.5"),
+        ("--min-p", "1"),
+        ("--repeat-penalty", "0"),
+        ("--repeat-penalty", "-inf"),
+        ("--top-k", "-1"),
+        ("--threads", "0"),
+        ("--threads", "100000"),
+        ("--max-tokens", "many"),
+        ("--seed", "x"),
+    ] {
+        let argument = format!("{flag}={bad}");
+        assert_fails(&run(&["generate", &argument, PROMPT]), 2, &[flag]);
+    }
+    for wrong in [&["generate"][..], &["generate", "a", "b"], &["fly"], &[], &["inspect", "--jsn"]]
+    {
+        assert_eq!(run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn help_and_version_are_results() {
+    for arguments in [&["--help"][..], &["generate", "--help"], &["--version"]] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(0));
+        assert!(stdout(&output).contains("foveal"), "{}", stdout(&output));
+        assert_eq!(stderr(&output), "");
+    }
+}
+
+#[test]
+fn a_closed_standard_output_is_no_failure() {
+    for arguments in [&["generate", "-n", "500", PROMPT][..], &["inspect"], &["list"], &["--help"]]
+    {
+        let mut command = foveal(arguments);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+        assert!(!stderr(&output).contains("error"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn what_is_no_model_is_refused_in_one_sentence() {
+    let folder = Folder::new("no-model");
+    let (text, empty) =
+        (folder.write("text.txt", b"Hello, world!"), folder.write("empty.gguf", b""));
+    let here = folder.0.to_str().unwrap();
+    for (path, words) in [
+        ("/no/such/model.gguf", "No such file"),
+        (&text, "is not a model"),
+        (&empty, "is not a model"),
+        (here, "config.json"),
+    ] {
+        assert_fails(&run(&["generate", "--model", path, PROMPT]), 1, &["foveal: ", path, words]);
+        assert_fails(&run(&["inspect", path]), 1, &["foveal: ", path, words]);
+    }
+}
+
+#[test]
+fn damaged_files_are_refused_or_run() {
+    let (folder, whole) = (Folder::new("damaged"), built_in());
+    for length in [10, 500, 20_000, whole.len() / 2, whole.len() - 1] {
+        let path = folder.write("short.gguf", &whole[..length]);
+        assert_fails(&run(&["generate", "--model", &path, PROMPT]), 1, &["foveal: "]);
+    }
+    for at in (0..3000).step_by(61) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x41;
+        let path = folder.write("flipped.gguf", &bytes);
+        for arguments in
+            [&["generate", "-n", "3", "--model", &path, PROMPT][..], &["inspect", &path]]
+        {
+            let output = run(arguments);
+            match output.status.code() {
+                Some(0) => assert!(!stderr(&output).contains("foveal: "), "{}", stderr(&output)),
+                _ => assert_fails(&output, 1, &["foveal: "]),
             }
         }
+    }
+}
+
+#[test]
+fn inspect_shows_the_model() {
+    let output = run(&["inspect"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    for words in
+        ["llama", "4 heads, 2 key/value heads", "4 × full", "128 tokens", "token_embd.weight"]
+    {
+        assert!(stdout(&output).contains(words), "{words}: {}", stdout(&output));
+    }
+    let json: Value = serde_json::from_slice(&run(&["inspect", "--json"]).stdout).unwrap();
+    assert_eq!(json["config"]["kv_heads"], 2);
+    assert_eq!(json["config"]["layers"], serde_json::json!(["full", "full", "full", "full"]));
+    // Two vectors of 2 · 32 numbers in each of four layers.
+    assert_eq!(json["config"]["kv_bytes_per_token"], 2 * 64 * 4 * 4);
+    assert_eq!(json["parameters"], 852_608);
+    let embedding = json["tensors"].as_array().unwrap().iter();
+    let embedding = embedding.filter(|tensor| tensor["name"] == "token_embd.weight");
+    let embedding: Vec<&Value> = embedding.collect();
+    assert_eq!(embedding[0]["shape"], serde_json::json!([1024, 128]));
+    assert_eq!(embedding[0]["format"], "F16");
+}
+
+#[test]
+fn list_shows_the_registry() {
+    let text = run(&["list"]);
+    let json: Value = serde_json::from_slice(&run(&["list", "--json"]).stdout).unwrap();
+    let mechanisms = json.as_array().unwrap();
+    assert_eq!(mechanisms.len(), foveal::registry::MECHANISMS.len());
+    assert_eq!(stdout(&text).lines().count(), mechanisms.len());
+    for (mechanism, line) in mechanisms.iter().zip(stdout(&text).lines()) {
+        assert!(line.starts_with(mechanism["name"].as_str().unwrap()), "{line}");
     }
 }
