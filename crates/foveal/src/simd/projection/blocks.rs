@@ -111,9 +111,11 @@ pub(super) struct Chunk<S: Words> {
 pub(super) trait Packed: Copy + Send + Sync {
     const LAYOUT: Layout;
 
+    /// Where blocks are smaller than a chunk, `blocks` of them are there and the other weights are
+    /// zero.
     /// # Safety
-    /// `row` is valid for reading a row of `in_features` weights, some of which are in this chunk.
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S>;
+    /// `row` is valid for reading a row that has these blocks, or the block of this chunk.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S>;
 }
 
 #[inline(always)]
@@ -135,13 +137,6 @@ fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
     })
 }
 
-/// Where the 32-blocks of a chunk are, and how many there are of them.
-#[inline(always)]
-fn small_blocks<S: Words>(chunk: usize, in_features: usize) -> (usize, usize) {
-    let first = chunk * (S::LANES / 4);
-    (first, (in_features / 32 - first).min(S::LANES / 4))
-}
-
 /// 4-bit integers around 8.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Q4_0;
@@ -150,12 +145,11 @@ impl Packed for Q4_0 {
     const LAYOUT: Layout = SMALL;
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 18 bytes start at `first`.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 18 bytes start there.
         let (scale, low) = unsafe {
-            let p = row.add(18 * first);
-            (s.load_f16_quads(p, 18, count), s.load_pieces(p.add(2), 18, count))
+            let p = row.add(18 * chunk * (S::LANES / 4));
+            (s.load_f16_quads(p, 18, blocks), s.load_pieces(p.add(2), 18, blocks))
         };
         Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
@@ -169,13 +163,12 @@ impl Packed for Q4_1 {
     const LAYOUT: Layout = Layout { sums: 1, ..SMALL };
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 20 bytes start at `first`.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 20 bytes start there.
         let (scale, minimum, low) = unsafe {
-            let p = row.add(20 * first);
-            let scale = s.load_f16_quads(p, 20, count);
-            (scale, s.load_f16_quads(p.add(2), 20, count), s.load_pieces(p.add(4), 20, count))
+            let p = row.add(20 * chunk * (S::LANES / 4));
+            let scale = s.load_f16_quads(p, 20, blocks);
+            (scale, s.load_f16_quads(p.add(2), 20, blocks), s.load_pieces(p.add(4), 20, blocks))
         };
         let minimum = s.fma(scale, s.splat(8.0), minimum);
         Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [minimum; 2] }
@@ -193,16 +186,15 @@ impl Packed for Q5_0 {
     const LAYOUT: Layout = Layout { exponents: BYTES, ..SMALL };
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
         /// Element 4 `word` has its fifth bit at 4 `word`.
         static COUNTS: [u32; 16] = [0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12];
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 22 bytes start at `first`; the table has 16 >= LANES words.
+        // SAFETY: `blocks` blocks of 22 bytes start there; the table has 16 >= LANES words.
         let (scale, fifth, low, counts) = unsafe {
-            let p = row.add(22 * first);
+            let p = row.add(22 * chunk * (S::LANES / 4));
             let (scale, fifth) =
-                (s.load_f16_quads(p, 22, count), s.load_quads(p.add(2), 22, count));
-            let low = s.load_pieces(p.add(6), 22, count);
+                (s.load_f16_quads(p, 22, blocks), s.load_quads(p.add(2), 22, blocks));
+            let low = s.load_pieces(p.add(6), 22, blocks);
             (scale, fifth, low, s.load_words(COUNTS.as_ptr().cast()))
         };
         let even = s.shift_right_each(fifth, counts);

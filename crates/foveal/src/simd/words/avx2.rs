@@ -20,32 +20,31 @@ impl Words for Avx2 {
     #[inline(always)]
     unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> __m256i {
         unsafe {
-            let mut pieces = [_mm_setzero_si128(); 2];
-            for (i, piece) in pieces.iter_mut().enumerate().take(count) {
-                *piece = _mm_loadu_si128(p.add(i * stride).cast());
-            }
-            _mm256_set_m128i(pieces[1], pieces[0])
+            let [low, high] = std::array::from_fn(|i| match i < count {
+                true => _mm_loadu_si128(p.add(i * stride).cast()),
+                false => _mm_setzero_si128(),
+            });
+            _mm256_set_m128i(high, low)
         }
     }
     #[inline(always)]
     unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> __m256i {
         unsafe {
-            let mut words = [0u32; 2];
-            for (i, word) in words.iter_mut().enumerate().take(count) {
-                *word = p.add(i * stride).cast::<u32>().read_unaligned();
-            }
-            let [low, high] = words.map(|word| _mm_set1_epi32(word as i32));
+            let [low, high] = std::array::from_fn(|i| match i < count {
+                true => _mm_set1_epi32(p.add(i * stride).cast::<i32>().read_unaligned()),
+                false => _mm_setzero_si128(),
+            });
             _mm256_set_m128i(high, low)
         }
     }
     #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m256 {
         unsafe {
-            let mut halves = [0u16; 2];
-            for (i, half) in halves.iter_mut().enumerate().take(count) {
-                *half = p.add(i * stride).cast::<u16>().read_unaligned();
-            }
-            let pair = u32::from(halves[0]) | u32::from(halves[1]) << 16;
+            let [low, high] = std::array::from_fn(|i| match i < count {
+                true => u32::from(p.add(i * stride).cast::<u16>().read_unaligned()),
+                false => 0,
+            });
+            let pair = low | high << 16;
             let x = _mm_cvtph_ps(_mm_cvtsi32_si128(pair as i32));
             _mm256_set_m128(_mm_shuffle_ps::<0x55>(x, x), _mm_shuffle_ps::<0>(x, x))
         }

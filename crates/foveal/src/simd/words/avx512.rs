@@ -27,11 +27,10 @@ impl Words for Avx512 {
     #[inline(always)]
     unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> __m512i {
         unsafe {
-            let mut pieces = [_mm_setzero_si128(); 4];
-            for (i, piece) in pieces.iter_mut().enumerate().take(count) {
-                *piece = _mm_loadu_si128(p.add(i * stride).cast());
-            }
-            let [a, b, c, d] = pieces;
+            let [a, b, c, d] = std::array::from_fn(|i| match i < count {
+                true => _mm_loadu_si128(p.add(i * stride).cast()),
+                false => _mm_setzero_si128(),
+            });
             let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
             _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
         }
@@ -39,11 +38,10 @@ impl Words for Avx512 {
     #[inline(always)]
     unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> __m512i {
         unsafe {
-            let mut words = [0u32; 4];
-            for (i, word) in words.iter_mut().enumerate().take(count) {
-                *word = p.add(i * stride).cast::<u32>().read_unaligned();
-            }
-            let [a, b, c, d] = words.map(u64::from);
+            let [a, b, c, d] = std::array::from_fn(|i| match i < count {
+                true => u64::from(p.add(i * stride).cast::<u32>().read_unaligned()),
+                false => 0,
+            });
             let four = _mm_set_epi64x((c | d << 32) as i64, (a | b << 32) as i64);
             _mm512_permutexvar_epi32(quarter(), _mm512_castsi128_si512(four))
         }
@@ -51,11 +49,11 @@ impl Words for Avx512 {
     #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m512 {
         unsafe {
-            let mut four = 0u64;
-            for i in 0..count.min(4) {
-                let half = p.add(i * stride).cast::<u16>().read_unaligned();
-                four |= u64::from(half) << (16 * i);
-            }
+            let [a, b, c, d] = std::array::from_fn(|i| match i < count {
+                true => u64::from(p.add(i * stride).cast::<u16>().read_unaligned()),
+                false => 0,
+            });
+            let four = a | b << 16 | c << 32 | d << 48;
             let x = _mm_cvtph_ps(_mm_cvtsi64_si128(four as i64));
             _mm512_permutexvar_ps(quarter(), _mm512_castps128_ps512(x))
         }
