@@ -118,23 +118,34 @@ pub(super) trait Packed: Copy + Send + Sync {
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S>;
 }
 
+// Loops, not closures over arrays: the compiler does not always inline those into the code of a
+// level.
 #[inline(always)]
 fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
     let words = [low, s.shift_right::<16>(low)];
-    std::array::from_fn(|k| {
-        let shift = NIBBLES[k];
-        s.field(words[k / 4], 15 << shift, (8u32 << shift) as f32)
-    })
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        let (word, shift) = (words[k / 4], NIBBLES[k]);
+        q[k] = match shift {
+            0 => s.low_nibble(word),
+            _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
+        };
+    }
+    q
 }
 
 /// Bytes of even and odd `k`; the fields are the bits below twice the centre.
 #[inline(always)]
 fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
-    let words = [halves, halves.map(|half| s.shift_right::<16>(half))];
-    std::array::from_fn(|k| {
+    let upper = [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])];
+    let words = [halves, upper];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
         let shift = BYTES[k];
-        s.field(words[k / 4][k % 2], (2 * centre - 1) << shift, (centre << shift) as f32)
-    })
+        let (mask, offset) = ((2 * centre - 1) << shift, (centre << shift) as f32);
+        q[k] = s.field(words[k / 4][k % 2], mask, offset);
+    }
+    q
 }
 
 /// 4-bit integers around 8.
@@ -187,23 +198,14 @@ impl Packed for Q5_0 {
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
-        /// Element 4 `word` has its fifth bit at 4 `word`.
-        static COUNTS: [u32; 16] = [0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12];
-        // SAFETY: `blocks` blocks of 22 bytes start there; the table has 16 >= LANES words.
-        let (scale, fifth, low, counts) = unsafe {
+        // SAFETY: `blocks` blocks of 22 bytes start there.
+        let (scale, halves) = unsafe {
             let p = row.add(22 * chunk * (S::LANES / 4));
-            let (scale, fifth) =
-                (s.load_f16_quads(p, 22, blocks), s.load_quads(p.add(2), 22, blocks));
             let low = s.load_pieces(p.add(6), 22, blocks);
-            (scale, fifth, low, s.load_words(COUNTS.as_ptr().cast()))
+            let even = s.join_fifth(low, p.add(2), 22, blocks);
+            let odd = s.join_fifth(s.shift_right::<4>(low), p.add(4), 22, blocks);
+            (s.load_f16_quads(p, 22, blocks), [even, odd])
         };
-        let even = s.shift_right_each(fifth, counts);
-        let odd = s.shift_right::<16>(even);
-        // The rest of `even` above its four bits is dropped by scatter_bits, as is that of `odd`.
-        let halves = [
-            s.merge(low, s.scatter_bits(even), HIGH),
-            s.merge(s.shift_right::<4>(low), s.scatter_bits(odd), HIGH),
-        ];
         Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
 }
@@ -244,10 +246,11 @@ impl Packed for Q4_K {
                 c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030,
             ),
         };
-        let scales = scales.to_le_bytes().map(|scale| d * f32::from(scale));
-        let minima = minima.to_le_bytes().map(|minimum| m * f32::from(minimum));
-        let minima = std::array::from_fn(|i| 8.0 * scales[i] - minima[i]);
-        Chunk { q: nibbles(s, low), scale: s.octets(scales, half), minimum: s.octets(minima, half) }
+        let scale = s.octets(s.scaled_bytes(scales.to_le_bytes(), d), half);
+        let below = s.octets(s.scaled_bytes(minima.to_le_bytes(), -m), half);
+        let minimum =
+            [s.fma(scale[0], s.splat(8.0), below[0]), s.fma(scale[1], s.splat(8.0), below[1])];
+        Chunk { q: nibbles(s, low), scale, minimum }
     }
 }
 
@@ -272,7 +275,7 @@ impl Packed for Q6_K {
             let low = s.load_words(p.add(64 * part + 32 * half));
             let high = s.load_repeated(p.add(128 + 32 * part));
             let counts = s.load_words(COUNTS.as_ptr().add(8 * half).cast());
-            let scales = p.add(192 + 8 * part).cast::<[[i8; 4]; 2]>().read_unaligned();
+            let scales = p.add(192 + 8 * part).cast::<[[u8; 4]; 2]>().read_unaligned();
             let d = s.widen_f16(p.add(208).cast::<u16>().read_unaligned());
             (low, high, counts, scales, d)
         };
@@ -281,7 +284,10 @@ impl Packed for Q6_K {
             s.merge(low, s.shift_left::<4>(high), HIGH),
             s.merge(s.shift_right::<4>(low), high, HIGH),
         ];
-        let scale = scales.map(|four| s.quads(four.map(|scale| d * f32::from(scale)), half));
+        let scale = [
+            s.quads(s.scaled_bytes(scales[0], d), half),
+            s.quads(s.scaled_bytes(scales[1], d), half),
+        ];
         Chunk { q: bytes(s, halves, 32), scale, minimum: [s.splat(0.0); 2] }
     }
 }

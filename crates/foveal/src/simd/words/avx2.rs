@@ -20,31 +20,21 @@ impl Words for Avx2 {
     #[inline(always)]
     unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> __m256i {
         unsafe {
-            let [low, high] = std::array::from_fn(|i| match i < count {
+            let piece = |i: usize| match i < count {
                 true => _mm_loadu_si128(p.add(i * stride).cast()),
                 false => _mm_setzero_si128(),
-            });
-            _mm256_set_m128i(high, low)
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> __m256i {
-        unsafe {
-            let [low, high] = std::array::from_fn(|i| match i < count {
-                true => _mm_set1_epi32(p.add(i * stride).cast::<i32>().read_unaligned()),
-                false => _mm_setzero_si128(),
-            });
-            _mm256_set_m128i(high, low)
+            };
+            _mm256_set_m128i(piece(1), piece(0))
         }
     }
     #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m256 {
         unsafe {
-            let [low, high] = std::array::from_fn(|i| match i < count {
+            let half = |i: usize| match i < count {
                 true => u32::from(p.add(i * stride).cast::<u16>().read_unaligned()),
                 false => 0,
-            });
-            let pair = low | high << 16;
+            };
+            let pair = half(0) | half(1) << 16;
             let x = _mm_cvtph_ps(_mm_cvtsi32_si128(pair as i32));
             _mm256_set_m128(_mm_shuffle_ps::<0x55>(x, x), _mm_shuffle_ps::<0>(x, x))
         }
@@ -53,6 +43,16 @@ impl Words for Avx2 {
     #[inline(always)]
     fn widen_f16(self, bits: u16) -> f32 {
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+    }
+    #[inline(always)]
+    fn scaled_bytes(self, bytes: [u8; 4], factor: f32) -> [f32; 4] {
+        unsafe {
+            let wide = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(i32::from_le_bytes(bytes)));
+            let mut out = [0.0; 4];
+            let scaled = _mm_mul_ps(_mm_cvtepi32_ps(wide), _mm_set1_ps(factor));
+            _mm_storeu_ps(out.as_mut_ptr(), scaled);
+            out
+        }
     }
     #[inline(always)]
     fn quads(self, x: [f32; 4], half: usize) -> __m256 {
@@ -83,11 +83,18 @@ impl Words for Avx2 {
         }
     }
     #[inline(always)]
-    fn scatter_bits(self, a: __m256i) -> __m256i {
+    unsafe fn join_fifth(self, a: __m256i, p: *const u8, stride: usize, count: usize) -> __m256i {
         unsafe {
-            let low = _mm256_and_si256(a, _mm256_set1_epi32(15));
-            let spread = _mm256_mullo_epi32(low, _mm256_set1_epi32(0x0204_0810));
-            _mm256_and_si256(spread, _mm256_set1_epi32(0x1010_1010))
+            let bits = |i: usize| match i < count {
+                true => _mm_set1_epi16(p.add(i * stride).cast::<i16>().read_unaligned()),
+                false => _mm_setzero_si128(),
+            };
+            let byte = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0101_0101_0101_0101, 0));
+            let bytes = _mm256_shuffle_epi8(_mm256_set_m128i(bits(1), bits(0)), byte);
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+            let fifth = _mm256_and_si256(set, _mm256_set1_epi8(16));
+            _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8(15)), fifth)
         }
     }
     #[inline(always)]

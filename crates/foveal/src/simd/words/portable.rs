@@ -26,15 +26,6 @@ impl Words for Portable {
         std::array::from_fn(|i| pieces[i / 4][i % 4])
     }
     #[inline(always)]
-    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> [u32; 8] {
-        let mut words = [0u32; 2];
-        for (i, word) in words.iter_mut().enumerate().take(count) {
-            // SAFETY: the caller promises `count` readable words.
-            *word = unsafe { p.add(i * stride).cast::<u32>().read_unaligned() };
-        }
-        std::array::from_fn(|i| words[i / 4])
-    }
-    #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> Lanes8 {
         let mut x = [0.0; 4];
         for (i, x) in x.iter_mut().enumerate().take(count.min(2)) {
@@ -47,6 +38,10 @@ impl Words for Portable {
     #[inline(always)]
     fn widen_f16(self, bits: u16) -> f32 {
         f16_to_f32(bits)
+    }
+    #[inline(always)]
+    fn scaled_bytes(self, bytes: [u8; 4], factor: f32) -> [f32; 4] {
+        bytes.map(|byte| factor * f32::from(byte as i8))
     }
     #[inline(always)]
     fn quads(self, x: [f32; 4], half: usize) -> Lanes8 {
@@ -74,8 +69,17 @@ impl Words for Portable {
         std::array::from_fn(|i| (a[i] & !mask) | (b[i] & mask))
     }
     #[inline(always)]
-    fn scatter_bits(self, a: [u32; 8]) -> [u32; 8] {
-        a.map(|a| (a & 15).wrapping_mul(0x0204_0810) & 0x1010_1010)
+    unsafe fn join_fifth(self, a: [u32; 8], p: *const u8, stride: usize, count: usize) -> [u32; 8] {
+        let mut out = a.map(|a| a & 0x0f0f_0f0f);
+        for piece in 0..count.min(2) {
+            // SAFETY: the caller promises `count` readable pairs.
+            let bits = unsafe { p.add(piece * stride).cast::<u16>().read_unaligned() };
+            for j in 0..4 {
+                let four = u32::from(bits >> (4 * j) & 15);
+                out[4 * piece + j] |= four.wrapping_mul(0x0204_0810) & 0x1010_1010;
+            }
+        }
+        out
     }
     #[inline(always)]
     fn field(self, a: [u32; 8], mask: u32, offset: f32) -> Lanes8 {
