@@ -5,30 +5,38 @@
 //! projections beside a loop of fused multiply-adds in registers; and the projections of one token of
 //! a model with the shapes of SmolLM2-135M.
 //!
-//! `cargo run --release -p foveal --example projection_speed [rounds]`
+//! `cargo run --release -p foveal --example projection_speed [rounds] [part]` with the part `reading`,
+//! `arithmetic` or `token`; all without one.
 
 use foveal::projection::{
     Call, Format, Input, Matrix, MatrixShape, Output, Projection, project_many, workspace_bytes,
 };
-use foveal::{Cpu, Phase, Threads, Workspace};
+use foveal::testing::multiply_add;
+use foveal::{Cpu, Level, Phase, Threads, Workspace};
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let rounds = std::env::args().nth(1).map_or(Ok(9), |n| n.parse())?;
     let cpu = Cpu::detect()?;
     println!("level {}, best of {rounds}", cpu.level);
+    let part = std::env::args().nth(2);
+    let wanted = |name| part.as_deref().is_none_or(|part| part == name);
     // On a thread of the pool, as a program would that cares for speed: a call from outside puts its
     // thread to sleep and wakes it again.
     rayon::scope(|_| {
-        if std::env::args().nth(2).is_none() {
-            bandwidth(cpu, rounds)?;
+        if wanted("reading") {
+            reading(cpu, rounds)?;
+        }
+        if wanted("arithmetic") {
             arithmetic(cpu, rounds)?;
         }
-        token(cpu, rounds)
-    })?;
-    Ok(())
+        if wanted("token") {
+            token(cpu, rounds)?;
+        }
+        Ok(())
+    })
 }
 
 fn threads(n: usize) -> Threads {
@@ -57,7 +65,7 @@ fn read(bytes: &[u8]) -> u64 {
     lanes.iter().fold(0, |a, b| a ^ b)
 }
 
-fn bandwidth(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
+fn reading(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
     for count in [1, 2] {
         println!(
             "\none row, {count} threads: GB/s of 256 MiB of weights, of plain reading; of 512 KiB"
@@ -159,7 +167,7 @@ fn arithmetic(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
                 let mut bench = Bench::new(&[matrix], rows, call);
                 let (mut best, mut peak) = (f64::MAX, 0f64);
                 for _ in 0..rounds {
-                    peak = peak.max(peak_flops());
+                    peak = peak.max(peak_flops(cpu.level));
                     best = best.min(seconds(|| bench.run(&[matrix], call)));
                 }
                 let ours = 2.0 * (rows * 1536 * 576) as f64 / best / 1e9;
@@ -222,48 +230,8 @@ fn token(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
     Ok(())
 }
 
-#[cfg(target_arch = "x86_64")]
-fn peak_flops() -> f64 {
-    use std::arch::x86_64::*;
-    const STEPS: usize = 200_000;
-    const CHAINS: usize = 12;
-    #[target_feature(enable = "avx512f")]
-    fn wide() -> f32 {
-        let (a, b) = (_mm512_set1_ps(black_box(1.0)), _mm512_set1_ps(black_box(1e-9)));
-        let mut x = [_mm512_set1_ps(0.5); CHAINS];
-        for _ in 0..STEPS {
-            for x in &mut x {
-                *x = _mm512_fmadd_ps(*x, a, b);
-            }
-        }
-        x.into_iter().map(|x| _mm512_reduce_add_ps(x)).sum()
-    }
-    #[target_feature(enable = "avx2,fma")]
-    fn narrow() -> f32 {
-        let (a, b) = (_mm256_set1_ps(black_box(1.0)), _mm256_set1_ps(black_box(1e-9)));
-        let mut x = [_mm256_set1_ps(0.5); CHAINS];
-        for _ in 0..STEPS {
-            for x in &mut x {
-                *x = _mm256_fmadd_ps(*x, a, b);
-            }
-        }
-        x.into_iter().map(|x| _mm256_cvtss_f32(x)).sum()
-    }
-    let operations = (2 * STEPS * CHAINS) as f64;
-    if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the processor has the instructions.
-        let time = seconds(|| _ = black_box(unsafe { wide() }));
-        16.0 * operations / time / 1e9
-    } else if is_x86_feature_detected!("fma") {
-        // SAFETY: as above.
-        let time = seconds(|| _ = black_box(unsafe { narrow() }));
-        8.0 * operations / time / 1e9
-    } else {
-        f64::NAN
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn peak_flops() -> f64 {
-    f64::NAN
+fn peak_flops(level: Level) -> f64 {
+    let mut operations = 0;
+    let time = seconds(|| operations = black_box(multiply_add(level, 100_000)).0);
+    operations as f64 / time / 1e9
 }

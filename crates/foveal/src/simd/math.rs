@@ -2,9 +2,8 @@
 
 use super::Simd;
 
-/// 2^x for x ≤ 127: relative error ≤ 1.7e-7 (1.9e-7 on the portable level, which
-/// rounds products too), exactly 1 at 0, exactly 0 below −126 and
-/// at −∞; NaN stays NaN.
+/// 2^x for x ≤ 127: relative error ≤ 1.7e-7 (1.9e-7 on the portable level, which rounds products
+/// too), exactly 1 at 0, exactly 0 below −126 and at −∞; NaN stays NaN.
 ///
 /// x = k + f with k whole and |f| ≤ ½; 2^f by a polynomial of degree 5 whose constant term is
 /// fixed at 1 (minimax elsewhere, 1.1e-7), 2^k by an addition to the exponent field.
