@@ -1,8 +1,8 @@
 //! Packed blocks, a *chunk* of `8 * LANES` weights at a time.
 //!
-//! The weights of a chunk fill one vector of bytes (two, after their high bits were joined on), and
-//! weight `k = 2 c + p` of a lane lies in byte `c` of its word, in the low half for `p` = 0 and the
-//! high half for `p` = 1. They are never put in order; the inputs are, once per call, into the
+//! The weights of a chunk fill one vector of bytes (two, once high bits are joined on, or if they have
+//! eight bits), and weight `k = 2 c + p` of a lane lies in byte `c` of its word, in the low half for
+//! `p` = 0 and the high half for `p` = 1, or in the first vector and the second. They are never put in order; the inputs are, once per call, into the
 //! weights' order ([`Layout::pack`]). A chunk's part of a row's sum is, with centred integers
 //! q − c and the sums `X_p` of the inputs,
 //!
@@ -22,7 +22,7 @@ pub(super) struct Layout {
     piece_lanes: usize,
     /// Elements from one piece to the next.
     piece_stride: usize,
-    /// Elements from low halves to high halves.
+    /// Elements from `p` = 0 to `p` = 1; 0 stands for those of a vector of bytes.
     parity_stride: usize,
     /// Field `k` comes out of a word as `2^exponents[k]` times its value.
     exponents: [u32; 8],
@@ -43,7 +43,8 @@ pub(super) fn layout(format: Format) -> Option<Layout> {
         Format::Q5_0 => Some(Q5_0::LAYOUT),
         Format::Q4_K => Some(Q4_K::LAYOUT),
         Format::Q6_K => Some(Q6_K::LAYOUT),
-        Format::F32 | Format::F16 | Format::BF16 | Format::Q8_0 => None,
+        Format::Q8_0 => Some(Q8_0::LAYOUT),
+        Format::F32 | Format::F16 | Format::BF16 => None,
     }
 }
 
@@ -74,6 +75,8 @@ impl Layout {
         assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
         for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
             let base = self.base(chunk, S::LANES);
+            let parity_stride =
+                if self.parity_stride == 0 { 4 * S::LANES } else { self.parity_stride };
             let mut sums = [[0.0; 16]; 2];
             for k in 0..8 {
                 let (c, p) = (k / 2, k % 2);
@@ -81,7 +84,7 @@ impl Layout {
                 let vector = &mut out[k * S::LANES..][..S::LANES];
                 for (lane, out) in vector.iter_mut().enumerate() {
                     let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
-                    let at = piece * self.piece_stride + p * self.parity_stride + 4 * word + c;
+                    let at = piece * self.piece_stride + p * parity_stride + 4 * word + c;
                     let x = x.get(base + at).copied().unwrap_or(0.0);
                     *out = x * scale;
                     sums[p][lane] += x;
@@ -146,6 +149,35 @@ fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
         q[k] = s.field(words[k / 4][k % 2], mask, offset);
     }
     q
+}
+
+/// 8-bit integers around 0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q8_0;
+
+impl Packed for Q8_0 {
+    const LAYOUT: Layout =
+        Layout { piece_lanes: 8, piece_stride: 32, parity_stride: 0, exponents: BYTES, sums: 0 };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        let half = S::LANES / 8;
+        // SAFETY: `blocks` blocks of 34 bytes start there, `half` of them in the first vector.
+        let (scale, first, second) = unsafe {
+            let p = row.add(34 * chunk * 2 * half);
+            let first = s.load_large_pieces(p.add(2), 34, blocks.min(half));
+            let second = p.wrapping_add(2 + 34 * half);
+            let second = s.load_large_pieces(second, 34, blocks.saturating_sub(half));
+            (s.load_f16_octets(p, 34, blocks), first, second)
+        };
+        let upper = [s.shift_right::<16>(first), s.shift_right::<16>(second)];
+        let words = [[first, second], upper];
+        let mut q = [s.splat(0.0); 8];
+        for k in 0..8 {
+            q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
+        }
+        Chunk { q, scale, minimum: [s.splat(0.0); 2] }
+    }
 }
 
 /// 4-bit integers around 8.

@@ -151,56 +151,6 @@ unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
     }
 }
 
-/// 8-bit integers, one scale for 32, in order.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Q8_0;
-
-impl RowFormat for Q8_0 {
-    #[inline(always)]
-    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
-        let (mut even, mut odd) = ([s.splat(0.0); R], [s.splat(0.0); R]);
-        let blocks = x.in_features / 32;
-        for pair in 0..blocks / 2 {
-            // SAFETY: both blocks lie inside the row, and the caller's promise.
-            unsafe {
-                add_block(s, row, 2 * pair, x, &mut even);
-                add_block(s, row, 2 * pair + 1, x, &mut odd);
-            }
-        }
-        if blocks % 2 == 1 {
-            // SAFETY: as above, for the last block.
-            unsafe { add_block(s, row, blocks - 1, x, &mut even) };
-        }
-        std::array::from_fn(|r| s.add(even[r], odd[r]))
-    }
-}
-
-/// # Safety
-/// `row` has a block of this number, and `x` its 32 inputs in each of R rows.
-#[inline(always)]
-unsafe fn add_block<S: Words, const R: usize>(
-    s: S,
-    row: *const u8,
-    block: usize,
-    x: Inputs,
-    sums: &mut [S::F; R],
-) {
-    // SAFETY: a block has 34 bytes, and meets 32 inputs of each row.
-    unsafe {
-        let p = row.add(34 * block);
-        let scale = s.splat(s.widen_f16(p.cast::<u16>().read_unaligned()));
-        let q: [S::F; 4] = std::array::from_fn(|v| s.load_i8(p.add(2 + v * S::LANES % 32).cast()));
-        for (r, sum) in sums.iter_mut().enumerate() {
-            let at = x.data.add(r * x.stride + 32 * block);
-            let mut part = s.mul(q[0], s.load(at));
-            for v in 1..32 / S::LANES {
-                part = s.fma(q[v], s.load(at.add(v * S::LANES)), part);
-            }
-            *sum = s.fma(scale, part, *sum);
-        }
-    }
-}
-
 /// A plain number.
 trait Number: Copy + Send + Sync {
     const SIZE: usize;

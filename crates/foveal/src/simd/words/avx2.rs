@@ -1,6 +1,6 @@
 //! Words in 256-bit registers.
 
-use super::{UNITS, Words};
+use super::{UNITS, Words, flip, flipped};
 use crate::simd::avx2::Avx2;
 use std::arch::x86_64::*;
 
@@ -28,6 +28,10 @@ impl Words for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_large_pieces(self, p: *const u8, _stride: usize, count: usize) -> __m256i {
+        unsafe { if count > 0 { _mm256_loadu_si256(p.cast()) } else { _mm256_setzero_si256() } }
+    }
+    #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m256 {
         unsafe {
             let half = |i: usize| match i < count {
@@ -37,6 +41,19 @@ impl Words for Avx2 {
             let pair = half(0) | half(1) << 16;
             let x = _mm_cvtph_ps(_mm_cvtsi32_si128(pair as i32));
             _mm256_set_m128(_mm_shuffle_ps::<0x55>(x, x), _mm_shuffle_ps::<0>(x, x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_octets(self, p: *const u8, stride: usize, count: usize) -> [__m256; 2] {
+        unsafe {
+            let octet = |i: usize| match i < count {
+                true => {
+                    let half = p.add(i * stride).cast::<i16>().read_unaligned();
+                    _mm256_cvtph_ps(_mm_set1_epi16(half))
+                }
+                false => _mm256_setzero_ps(),
+            };
+            [octet(0), octet(1)]
         }
     }
 
@@ -103,6 +120,14 @@ impl Words for Avx2 {
             let masked = _mm256_and_si256(a, _mm256_set1_epi32(mask as i32));
             let units = _mm256_or_ps(_mm256_castsi256_ps(masked), _mm256_set1_ps(UNITS));
             _mm256_sub_ps(units, _mm256_set1_ps(UNITS + offset))
+        }
+    }
+    #[inline(always)]
+    fn signed_byte(self, a: __m256i, shift: u32) -> __m256 {
+        unsafe {
+            let masked = _mm256_and_si256(a, _mm256_set1_epi32(0xff << shift));
+            let placed = _mm256_xor_si256(masked, _mm256_set1_epi32(flip(shift) as i32));
+            _mm256_sub_ps(_mm256_castsi256_ps(placed), _mm256_set1_ps(flipped(shift)))
         }
     }
 }

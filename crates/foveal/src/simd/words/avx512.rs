@@ -1,6 +1,6 @@
 //! Words in 512-bit registers.
 
-use super::{UNITS, Words};
+use super::{UNITS, Words, flip, flipped};
 use crate::simd::avx512::Avx512;
 use std::arch::x86_64::*;
 
@@ -49,11 +49,31 @@ impl Words for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_large_pieces(self, p: *const u8, stride: usize, count: usize) -> __m512i {
+        unsafe {
+            let piece = |i: usize| match i < count {
+                true => _mm256_loadu_si256(p.add(i * stride).cast()),
+                false => _mm256_setzero_si256(),
+            };
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(piece(0)), piece(1))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> __m512 {
         unsafe {
             let four = sixteen_bits(p, stride, count);
             let x = _mm_cvtph_ps(_mm_cvtsi64_si128(four as i64));
             _mm512_permutexvar_ps(quarter(), _mm512_castps128_ps512(x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_octets(self, p: *const u8, stride: usize, count: usize) -> [__m512; 2] {
+        unsafe {
+            let four = _mm_cvtsi64_si128(sixteen_bits(p, stride, count) as i64);
+            let x = _mm512_castps128_ps512(_mm_cvtph_ps(four));
+            let first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+            [_mm512_permutexvar_ps(first, x), _mm512_permutexvar_ps(second, x)]
         }
     }
 
@@ -129,6 +149,16 @@ impl Words for Avx512 {
                 7.0,
             );
             _mm512_permutexvar_ps(a, values)
+        }
+    }
+    #[inline(always)]
+    fn signed_byte(self, a: __m512i, shift: u32) -> __m512 {
+        unsafe {
+            // (a & mask) ^ flip
+            let mask = _mm512_set1_epi32(0xff << shift);
+            let flip = _mm512_set1_epi32(flip(shift) as i32);
+            let placed = _mm512_ternarylogic_epi32::<0x6a>(a, mask, flip);
+            _mm512_sub_ps(_mm512_castsi512_ps(placed), _mm512_set1_ps(flipped(shift)))
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Words as arrays.
 
-use super::{UNITS, Words};
+use super::{UNITS, Words, flip, flipped};
 use crate::simd::portable::{Lanes8, Portable, f16_to_f32};
 
 impl Words for Portable {
@@ -26,6 +26,11 @@ impl Words for Portable {
         std::array::from_fn(|i| pieces[i / 4][i % 4])
     }
     #[inline(always)]
+    unsafe fn load_large_pieces(self, p: *const u8, _stride: usize, count: usize) -> [u32; 8] {
+        // SAFETY: the caller promises `count` readable pieces.
+        if count > 0 { unsafe { self.load_words(p) } } else { [0; 8] }
+    }
+    #[inline(always)]
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> Lanes8 {
         let mut x = [0.0; 4];
         for (i, x) in x.iter_mut().enumerate().take(count.min(2)) {
@@ -33,6 +38,16 @@ impl Words for Portable {
             *x = f16_to_f32(unsafe { p.add(i * stride).cast::<u16>().read_unaligned() });
         }
         self.quads(x, 0)
+    }
+    #[inline(always)]
+    unsafe fn load_f16_octets(self, p: *const u8, stride: usize, count: usize) -> [Lanes8; 2] {
+        let mut out = [Lanes8([0.0; 8]); 2];
+        for (i, out) in out.iter_mut().enumerate().take(count) {
+            // SAFETY: the caller promises `count` readable numbers.
+            let bits = unsafe { p.add(i * stride).cast::<u16>().read_unaligned() };
+            *out = Lanes8([f16_to_f32(bits); 8]);
+        }
+        out
     }
 
     #[inline(always)]
@@ -84,5 +99,13 @@ impl Words for Portable {
     #[inline(always)]
     fn field(self, a: [u32; 8], mask: u32, offset: f32) -> Lanes8 {
         Lanes8(a.map(|a| f32::from_bits((a & mask) | UNITS.to_bits()) - (UNITS + offset)))
+    }
+    #[inline(always)]
+    fn signed_byte(self, a: [u32; 8], shift: u32) -> Lanes8 {
+        let mut out = Lanes8([0.0; 8]);
+        for (out, a) in out.0.iter_mut().zip(a) {
+            *out = f32::from_bits((a & 0xff << shift) ^ flip(shift)) - flipped(shift);
+        }
+        out
     }
 }
