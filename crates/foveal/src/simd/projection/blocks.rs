@@ -1,8 +1,8 @@
 //! Packed blocks, a *chunk* of `8 * LANES` weights at a time.
 //!
-//! The weights of a chunk fill one vector of bytes (two, after their high bits were joined on), and
-//! weight `k = 2 c + p` of a lane lies in byte `c` of its word, in the low half for `p` = 0 and the
-//! high half for `p` = 1. They are never put in order; the inputs are, once per call, into the
+//! The weights of a chunk fill one vector of bytes (two, once high bits are joined on, or if they have
+//! eight bits), and weight `k = 2 c + p` of a lane lies in byte `c` of its word, in the low half for
+//! `p` = 0 and the high half for `p` = 1, or in the first vector and the second. They are never put in order; the inputs are, once per call, into the
 //! weights' order ([`Layout::pack`]). A chunk's part of a row's sum is, with centred integers
 //! q − c and the sums `X_p` of the inputs,
 //!
@@ -22,7 +22,7 @@ pub(super) struct Layout {
     piece_lanes: usize,
     /// Elements from one piece to the next.
     piece_stride: usize,
-    /// Elements from low halves to high halves.
+    /// Elements from `p` = 0 to `p` = 1; 0 stands for those of a vector of bytes.
     parity_stride: usize,
     /// Field `k` comes out of a word as `2^exponents[k]` times its value.
     exponents: [u32; 8],
@@ -43,7 +43,8 @@ pub(super) fn layout(format: Format) -> Option<Layout> {
         Format::Q5_0 => Some(Q5_0::LAYOUT),
         Format::Q4_K => Some(Q4_K::LAYOUT),
         Format::Q6_K => Some(Q6_K::LAYOUT),
-        Format::F32 | Format::F16 | Format::BF16 | Format::Q8_0 => None,
+        Format::Q8_0 => Some(Q8_0::LAYOUT),
+        Format::F32 | Format::F16 | Format::BF16 => None,
     }
 }
 
@@ -74,6 +75,8 @@ impl Layout {
         assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
         for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
             let base = self.base(chunk, S::LANES);
+            let parity_stride =
+                if self.parity_stride == 0 { 4 * S::LANES } else { self.parity_stride };
             let mut sums = [[0.0; 16]; 2];
             for k in 0..8 {
                 let (c, p) = (k / 2, k % 2);
@@ -81,7 +84,7 @@ impl Layout {
                 let vector = &mut out[k * S::LANES..][..S::LANES];
                 for (lane, out) in vector.iter_mut().enumerate() {
                     let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
-                    let at = piece * self.piece_stride + p * self.parity_stride + 4 * word + c;
+                    let at = piece * self.piece_stride + p * parity_stride + 4 * word + c;
                     let x = x.get(base + at).copied().unwrap_or(0.0);
                     *out = x * scale;
                     sums[p][lane] += x;
@@ -111,35 +114,70 @@ pub(super) struct Chunk<S: Words> {
 pub(super) trait Packed: Copy + Send + Sync {
     const LAYOUT: Layout;
 
+    /// Where blocks are smaller than a chunk, `blocks` of them are there and the other weights are
+    /// zero.
     /// # Safety
-    /// `row` is valid for reading a row of `in_features` weights, some of which are in this chunk.
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S>;
+    /// `row` is valid for reading a row that has these blocks, or the block of this chunk.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S>;
 }
 
+// Loops, not closures over arrays: the compiler does not always inline those into the code of a
+// level.
 #[inline(always)]
 fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
     let words = [low, s.shift_right::<16>(low)];
-    std::array::from_fn(|k| {
-        let shift = NIBBLES[k];
-        s.field(words[k / 4], 15 << shift, (8u32 << shift) as f32)
-    })
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        let (word, shift) = (words[k / 4], NIBBLES[k]);
+        q[k] = match shift {
+            0 => s.low_nibble(word),
+            _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
+        };
+    }
+    q
 }
 
 /// Bytes of even and odd `k`; the fields are the bits below twice the centre.
 #[inline(always)]
 fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
-    let words = [halves, halves.map(|half| s.shift_right::<16>(half))];
-    std::array::from_fn(|k| {
+    let upper = [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])];
+    let words = [halves, upper];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
         let shift = BYTES[k];
-        s.field(words[k / 4][k % 2], (2 * centre - 1) << shift, (centre << shift) as f32)
-    })
+        let (mask, offset) = ((2 * centre - 1) << shift, (centre << shift) as f32);
+        q[k] = s.field(words[k / 4][k % 2], mask, offset);
+    }
+    q
 }
 
-/// Where the 32-blocks of a chunk are, and how many there are of them.
-#[inline(always)]
-fn small_blocks<S: Words>(chunk: usize, in_features: usize) -> (usize, usize) {
-    let first = chunk * (S::LANES / 4);
-    (first, (in_features / 32 - first).min(S::LANES / 4))
+/// 8-bit integers around 0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q8_0;
+
+impl Packed for Q8_0 {
+    const LAYOUT: Layout =
+        Layout { piece_lanes: 8, piece_stride: 32, parity_stride: 0, exponents: BYTES, sums: 0 };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        let half = S::LANES / 8;
+        // SAFETY: `blocks` blocks of 34 bytes start there, `half` of them in the first vector.
+        let (scale, first, second) = unsafe {
+            let p = row.add(34 * chunk * 2 * half);
+            let first = s.load_large_pieces(p.add(2), 34, blocks.min(half));
+            let second = p.wrapping_add(2 + 34 * half);
+            let second = s.load_large_pieces(second, 34, blocks.saturating_sub(half));
+            (s.load_f16_octets(p, 34, blocks), first, second)
+        };
+        let upper = [s.shift_right::<16>(first), s.shift_right::<16>(second)];
+        let words = [[first, second], upper];
+        let mut q = [s.splat(0.0); 8];
+        for k in 0..8 {
+            q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
+        }
+        Chunk { q, scale, minimum: [s.splat(0.0); 2] }
+    }
 }
 
 /// 4-bit integers around 8.
@@ -150,12 +188,11 @@ impl Packed for Q4_0 {
     const LAYOUT: Layout = SMALL;
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 18 bytes start at `first`.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 18 bytes start there.
         let (scale, low) = unsafe {
-            let p = row.add(18 * first);
-            (s.load_f16_quads(p, 18, count), s.load_pieces(p.add(2), 18, count))
+            let p = row.add(18 * chunk * (S::LANES / 4));
+            (s.load_f16_quads(p, 18, blocks), s.load_pieces(p.add(2), 18, blocks))
         };
         Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
@@ -169,13 +206,12 @@ impl Packed for Q4_1 {
     const LAYOUT: Layout = Layout { sums: 1, ..SMALL };
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 20 bytes start at `first`.
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 20 bytes start there.
         let (scale, minimum, low) = unsafe {
-            let p = row.add(20 * first);
-            let scale = s.load_f16_quads(p, 20, count);
-            (scale, s.load_f16_quads(p.add(2), 20, count), s.load_pieces(p.add(4), 20, count))
+            let p = row.add(20 * chunk * (S::LANES / 4));
+            let scale = s.load_f16_quads(p, 20, blocks);
+            (scale, s.load_f16_quads(p.add(2), 20, blocks), s.load_pieces(p.add(4), 20, blocks))
         };
         let minimum = s.fma(scale, s.splat(8.0), minimum);
         Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [minimum; 2] }
@@ -193,25 +229,15 @@ impl Packed for Q5_0 {
     const LAYOUT: Layout = Layout { exponents: BYTES, ..SMALL };
 
     #[inline(always)]
-    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, in_features: usize) -> Chunk<S> {
-        /// Element 4 `word` has its fifth bit at 4 `word`.
-        static COUNTS: [u32; 16] = [0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12];
-        let (first, count) = small_blocks::<S>(chunk, in_features);
-        // SAFETY: `count` blocks of 22 bytes start at `first`; the table has 16 >= LANES words.
-        let (scale, fifth, low, counts) = unsafe {
-            let p = row.add(22 * first);
-            let (scale, fifth) =
-                (s.load_f16_quads(p, 22, count), s.load_quads(p.add(2), 22, count));
-            let low = s.load_pieces(p.add(6), 22, count);
-            (scale, fifth, low, s.load_words(COUNTS.as_ptr().cast()))
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 22 bytes start there.
+        let (scale, halves) = unsafe {
+            let p = row.add(22 * chunk * (S::LANES / 4));
+            let low = s.load_pieces(p.add(6), 22, blocks);
+            let even = s.join_fifth(low, p.add(2), 22, blocks);
+            let odd = s.join_fifth(s.shift_right::<4>(low), p.add(4), 22, blocks);
+            (s.load_f16_quads(p, 22, blocks), [even, odd])
         };
-        let even = s.shift_right_each(fifth, counts);
-        let odd = s.shift_right::<16>(even);
-        // The rest of `even` above its four bits is dropped by scatter_bits, as is that of `odd`.
-        let halves = [
-            s.merge(low, s.scatter_bits(even), HIGH),
-            s.merge(s.shift_right::<4>(low), s.scatter_bits(odd), HIGH),
-        ];
         Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
 }
@@ -252,10 +278,11 @@ impl Packed for Q4_K {
                 c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030,
             ),
         };
-        let scales = scales.to_le_bytes().map(|scale| d * f32::from(scale));
-        let minima = minima.to_le_bytes().map(|minimum| m * f32::from(minimum));
-        let minima = std::array::from_fn(|i| 8.0 * scales[i] - minima[i]);
-        Chunk { q: nibbles(s, low), scale: s.octets(scales, half), minimum: s.octets(minima, half) }
+        let scale = s.octets(s.scaled_bytes(scales.to_le_bytes(), d), half);
+        let below = s.octets(s.scaled_bytes(minima.to_le_bytes(), -m), half);
+        let minimum =
+            [s.fma(scale[0], s.splat(8.0), below[0]), s.fma(scale[1], s.splat(8.0), below[1])];
+        Chunk { q: nibbles(s, low), scale, minimum }
     }
 }
 
@@ -280,7 +307,7 @@ impl Packed for Q6_K {
             let low = s.load_words(p.add(64 * part + 32 * half));
             let high = s.load_repeated(p.add(128 + 32 * part));
             let counts = s.load_words(COUNTS.as_ptr().add(8 * half).cast());
-            let scales = p.add(192 + 8 * part).cast::<[[i8; 4]; 2]>().read_unaligned();
+            let scales = p.add(192 + 8 * part).cast::<[[u8; 4]; 2]>().read_unaligned();
             let d = s.widen_f16(p.add(208).cast::<u16>().read_unaligned());
             (low, high, counts, scales, d)
         };
@@ -289,7 +316,10 @@ impl Packed for Q6_K {
             s.merge(low, s.shift_left::<4>(high), HIGH),
             s.merge(s.shift_right::<4>(low), high, HIGH),
         ];
-        let scale = scales.map(|four| s.quads(four.map(|scale| d * f32::from(scale)), half));
+        let scale = [
+            s.quads(s.scaled_bytes(scales[0], d), half),
+            s.quads(s.scaled_bytes(scales[1], d), half),
+        ];
         Chunk { q: bytes(s, halves, 32), scale, minimum: [s.splat(0.0); 2] }
     }
 }

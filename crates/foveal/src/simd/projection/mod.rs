@@ -86,13 +86,13 @@ pub(crate) struct RowCall<'a> {
 /// Products of weight rows with up to 64 input rows. Sums run in one order that depends on the
 /// format, the level and `in_features` only.
 pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
-    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K};
-    use row::{Bf16, F16, F32, Grouped, Q8_0, run};
+    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0};
+    use row::{Bf16, F16, F32, Grouped, run};
     match format {
         Format::F32 => run(level, F32, call),
         Format::F16 => run(level, F16, call),
         Format::BF16 => run(level, Bf16, call),
-        Format::Q8_0 => run(level, Q8_0, call),
+        Format::Q8_0 => run(level, Grouped(Q8_0), call),
         Format::Q4_0 => run(level, Grouped(Q4_0), call),
         Format::Q4_1 => run(level, Grouped(Q4_1), call),
         Format::Q5_0 => run(level, Grouped(Q5_0), call),

@@ -4,7 +4,7 @@
 //! too.
 
 use super::RowCall;
-use super::blocks::Packed;
+use super::blocks::{Chunk, Packed};
 use crate::simd::words::Words;
 use crate::simd::{Simd, dispatch};
 
@@ -104,65 +104,50 @@ impl<B: Packed> RowFormat for Grouped<B> {
 
     #[inline(always)]
     unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
-        let vectors = B::LAYOUT.vectors();
         let mut sums = [[s.splat(0.0); 2]; R];
-        for chunk in 0..x.in_features.div_ceil(8 * S::LANES) {
-            // SAFETY: the chunk holds weights of this row, and packed inputs have `vectors` vectors
-            // for each.
-            let (weights, at) = unsafe {
-                let at = x.data.add(chunk * vectors * S::LANES);
-                (B::chunk(s, row, chunk, x.in_features), at)
+        let (whole, rest) = (x.in_features / (8 * S::LANES), x.in_features % (8 * S::LANES));
+        for chunk in 0..whole {
+            // SAFETY: chunk < whole, and the caller's promise.
+            unsafe {
+                add_chunk::<S, B, R>(s, B::chunk(s, row, chunk, S::LANES / 4), chunk, x, &mut sums)
             };
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: as above; row r lies r strides further.
-                let x = |k: usize| unsafe { s.load(at.add(r * x.stride + k * S::LANES)) };
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    let mut part = s.mul(weights.q[p], x(p));
-                    for c in 1..4 {
-                        part = s.fma(weights.q[2 * c + p], x(2 * c + p), part);
-                    }
-                    *sum = s.fma(weights.scale[p], part, *sum);
-                    if p < vectors - 8 {
-                        *sum = s.fma(weights.minimum[p], x(8 + p), *sum);
-                    }
-                }
-            }
+        }
+        if rest > 0 {
+            // SAFETY: the last chunk has `rest` weights, and the caller's promise.
+            unsafe {
+                add_chunk::<S, B, R>(s, B::chunk(s, row, whole, rest / 32), whole, x, &mut sums)
+            };
         }
         sums.map(|[even, odd]| s.add(even, odd))
     }
 }
 
-/// 8-bit integers, one scale for 32, in order.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Q8_0;
-
-impl RowFormat for Q8_0 {
-    #[inline(always)]
-    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
-        let mut sums = [[s.splat(0.0); 2]; R];
-        let mut q = [s.splat(0.0); 4];
-        let blocks = x.in_features / 32;
-        for pair in (0..blocks).step_by(2) {
-            for b in 0..(blocks - pair).min(2) {
-                // SAFETY: block pair + b < blocks has 34 bytes and meets 32 inputs of each row.
-                unsafe {
-                    let p = row.add(34 * (pair + b));
-                    let scale = s.splat(s.widen_f16(p.cast::<u16>().read_unaligned()));
-                    for (v, q) in q.iter_mut().enumerate().take(32 / S::LANES) {
-                        *q = s.load_i8(p.add(2 + v * S::LANES).cast());
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let at = x.data.add(r * x.stride + 32 * (pair + b));
-                        let mut part = s.mul(q[0], s.load(at));
-                        for (v, &q) in q.iter().enumerate().take(32 / S::LANES).skip(1) {
-                            part = s.fma(q, s.load(at.add(v * S::LANES)), part);
-                        }
-                        sums[b] = s.fma(scale, part, sums[b]);
-                    }
-                }
+/// # Safety
+/// `x` is valid for reading chunk number `chunk` of R packed input rows.
+#[inline(always)]
+unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
+    s: S,
+    weights: Chunk<S>,
+    chunk: usize,
+    x: Inputs,
+    sums: &mut [[S::F; 2]; R],
+) {
+    let vectors = B::LAYOUT.vectors();
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
+        let x = |k: usize| unsafe {
+            s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
+        };
+        for (p, sum) in sums.iter_mut().enumerate() {
+            let mut part = s.mul(weights.q[p], x(p));
+            for c in 1..4 {
+                part = s.fma(weights.q[2 * c + p], x(2 * c + p), part);
+            }
+            *sum = s.fma(weights.scale[p], part, *sum);
+            if p < vectors - 8 {
+                *sum = s.fma(weights.minimum[p], x(8 + p), *sum);
             }
         }
-        sums.map(|[even, odd]| s.add(even, odd))
     }
 }
 
@@ -212,9 +197,10 @@ unsafe fn number_dots<S: Simd, N: Number, const R: usize>(
 ) -> [S::F; R] {
     const SUMS: usize = 4;
     let mut sums = [[s.splat(0.0); SUMS]; R];
+    let mut rest = [s.splat(0.0); R];
     let whole = x.in_features / S::LANES;
-    let mut v = 0;
-    while v + SUMS <= whole {
+    let together = whole / SUMS * SUMS;
+    for v in (0..together).step_by(SUMS) {
         for u in 0..SUMS {
             // SAFETY: vector v + u < whole lies inside the row and inside each input row.
             unsafe {
@@ -225,25 +211,24 @@ unsafe fn number_dots<S: Simd, N: Number, const R: usize>(
                 }
             }
         }
-        v += SUMS;
     }
-    for u in 0..SUMS {
-        let at = (v + u) * S::LANES;
-        let left = x.in_features.saturating_sub(at).min(S::LANES);
-        if left > 0 {
-            // SAFETY: `left` numbers are left in the row and in each input row; the copy makes a
-            // whole vector of them.
-            unsafe {
-                let mut bytes = [0u8; 64];
-                let from = row.add(at * N::SIZE);
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), left * N::SIZE);
-                let weight = N::load(s, bytes.as_ptr());
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = s.load_part(x.data.add(r * x.stride + at), left);
-                    sums[u] = s.fma(weight, x, sums[u]);
-                }
+    for at in (together * S::LANES..x.in_features).step_by(S::LANES) {
+        let left = (x.in_features - at).min(S::LANES);
+        // SAFETY: `left` numbers are left in the row and in each input row; the copy makes a whole
+        // vector of them.
+        unsafe {
+            let mut bytes = [0u8; 64];
+            let from = row.add(at * N::SIZE);
+            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), left * N::SIZE);
+            let weight = N::load(s, bytes.as_ptr());
+            for (r, rest) in rest.iter_mut().enumerate() {
+                let x = s.load_part(x.data.add(r * x.stride + at), left);
+                *rest = s.fma(weight, x, *rest);
             }
         }
     }
-    sums.map(|[a, b, c, d]| s.add(s.add(a, b), s.add(c, d)))
+    std::array::from_fn(|r| {
+        let [a, b, c, d] = sums[r];
+        s.add(s.add(s.add(a, b), s.add(c, d)), rest[r])
+    })
 }

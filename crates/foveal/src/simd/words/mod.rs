@@ -17,6 +17,17 @@ mod avx512;
 /// 2²³ as a number: the low mantissa bits of its neighbours count units.
 const UNITS: f32 = 8_388_608.0;
 
+/// What [`Words::signed_byte`] flips: bit 7 of the byte, which makes it the byte plus 128, and the
+/// exponent of 2²³.
+const fn flip(shift: u32) -> u32 {
+    UNITS.to_bits() | 0x80 << shift
+}
+
+/// What [`Words::signed_byte`] takes off again.
+const fn flipped(shift: u32) -> f32 {
+    UNITS + (0x80u32 << shift) as f32
+}
+
 /// Packed small integers.
 pub(crate) trait Words: Simd {
     /// `LANES` words of 32 bits.
@@ -33,18 +44,26 @@ pub(crate) trait Words: Simd {
     /// # Safety
     /// Each of the `count` pieces is readable.
     unsafe fn load_pieces(self, p: *const u8, stride: usize, count: usize) -> Self::U;
-    /// `count <= LANES / 4` words, `stride` bytes apart, each in four lanes; the missing ones are zero.
+    /// `count <= LANES / 8` pieces of 32 bytes, `stride` bytes apart; the missing ones are zero.
     /// # Safety
-    /// Each of the `count` words is readable.
-    unsafe fn load_quads(self, p: *const u8, stride: usize, count: usize) -> Self::U;
+    /// Each of the `count` pieces is readable.
+    unsafe fn load_large_pieces(self, p: *const u8, stride: usize, count: usize) -> Self::U;
     /// `count <= LANES / 4` binary16 numbers, `stride` bytes apart, each in four lanes; the missing
     /// ones are zero.
     /// # Safety
     /// Each of the `count` numbers is readable.
     unsafe fn load_f16_quads(self, p: *const u8, stride: usize, count: usize) -> Self::F;
 
+    /// `count <= LANES / 4` binary16 numbers, `stride` bytes apart, each in eight lanes; the missing
+    /// ones are zero.
+    /// # Safety
+    /// Each of the `count` numbers is readable.
+    unsafe fn load_f16_octets(self, p: *const u8, stride: usize, count: usize) -> [Self::F; 2];
+
     /// Exact binary16 to binary32.
     fn widen_f16(self, bits: u16) -> f32;
+    /// Four signed bytes, times a factor.
+    fn scaled_bytes(self, bytes: [u8; 4], factor: f32) -> [f32; 4];
     /// Each number in four lanes; with eight lanes, numbers `2 * half` and `2 * half + 1`.
     fn quads(self, x: [f32; 4], half: usize) -> Self::F;
     /// Numbers 0 and 2, then 1 and 3, in eight lanes each; with eight lanes in all, number
@@ -59,9 +78,19 @@ pub(crate) trait Words: Simd {
     fn shift_right_each(self, a: Self::U, counts: Self::U) -> Self::U;
     /// Bits of `b` where the mask is set, bits of `a` elsewhere.
     fn merge(self, a: Self::U, b: Self::U, mask: u32) -> Self::U;
-    /// Moves bit `c` of the low four bits to bit `8 c + 4`; the other bits become zero.
-    fn scatter_bits(self, a: Self::U) -> Self::U;
+    /// The low four bits of every byte of `a`, and a fifth that is bit `i mod 16` of 16 bits for
+    /// byte `i`: those at `p` for the first 16 bytes, at `p + stride` for the next, `count` in all.
+    /// # Safety
+    /// Each of the `count <= LANES / 4` pairs of bytes is readable.
+    unsafe fn join_fifth(self, a: Self::U, p: *const u8, stride: usize, count: usize) -> Self::U;
     /// The field under `mask`, which lies below bit 23, as it stands in the word, minus the whole
     /// number `offset`.
     fn field(self, a: Self::U, mask: u32, offset: f32) -> Self::F;
+    /// The signed byte at bit `shift`, which is 0 or 8, times `2^shift`.
+    fn signed_byte(self, a: Self::U, shift: u32) -> Self::F;
+    /// The low four bits, minus 8.
+    #[inline(always)]
+    fn low_nibble(self, a: Self::U) -> Self::F {
+        self.field(a, 15, 8.0)
+    }
 }
