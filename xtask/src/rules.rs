@@ -21,7 +21,6 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/exact/decode.rs",
     "crates/foveal/src/exact/forward.rs",
     "crates/foveal/src/exact/mod.rs",
-    "crates/foveal/src/projection/project.rs",
     "crates/foveal/src/tensor.rs",
     "crates/foveal-lm/src/weights/mapping.rs",
 ];
