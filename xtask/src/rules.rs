@@ -121,7 +121,7 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<File>) -> Result<()> {
             continue;
         }
         let text = path.extension().is_some_and(|end| TEXT.iter().any(|text| end == *text));
-        if text || folder.ends_with(".ci") {
+        if text || folder.file_name().is_some_and(|name| name == ".ci") {
             let own = path.strip_prefix(root).unwrap_or(&path);
             let path_text = own.to_string_lossy().replace('\\', "/");
             let text = fs::read_to_string(&path).with_context(|| path_text.clone())?;
