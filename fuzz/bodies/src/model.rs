@@ -27,7 +27,7 @@ pub fn model(bytes: &[u8]) {
 
 /// The logits after the last of some calls.
 fn logits(model: &Model, calls: &[(&[u32], Step)]) -> Vec<f32> {
-    let mut state = model.state(TOKENS).expect("room for a few tokens");
+    let mut state = model.state().expect("an empty state");
     let mut scratch = Scratch::new();
     for (tokens, step) in calls {
         model.forward(tokens, *step, &mut state, &mut scratch).expect("tokens of the vocabulary");
@@ -37,7 +37,7 @@ fn logits(model: &Model, calls: &[(&[u32], Step)]) -> Vec<f32> {
 
 /// Tokens that the vocabulary does not have.
 fn refuses(model: &Model, vocab: usize) {
-    let mut state = model.state(TOKENS).expect("room for a few tokens");
+    let mut state = model.state().expect("an empty state");
     let refused = model.forward(&[vocab as u32], Step::PROMPT, &mut state, &mut Scratch::new());
     assert!(refused.is_err() && state.position() == 0);
 }
