@@ -2,6 +2,7 @@
 
 use foveal::plan::Kernel;
 use foveal::{Attention, Cpu, Level, Mask, Shape, Threads};
+use std::process::Command;
 
 #[test]
 fn plans_say_what_runs() {
@@ -25,11 +26,29 @@ fn plans_say_what_runs() {
 #[test]
 fn the_environment_chooses_the_level() {
     let named = std::env::var("FOVEAL_SIMD").ok().filter(|name| !name.is_empty());
-    let best = Level::available().last().unwrap();
-    let expected = named.as_deref().unwrap_or(best.name());
-    assert_eq!(Level::detect().unwrap().name(), expected);
+    let expected = match &named {
+        Some(name) => Level::named(name),
+        None => Ok(Level::available().last().unwrap()),
+    };
+    assert_eq!(Level::detect(), expected);
     let shape = Shape { batch: 1, seq: 1, heads: 1, dim: 1 };
-    assert_eq!(Attention::new().plan(shape, shape, shape).unwrap().explain().level, expected);
+    let attention = Attention::new();
+    let planned = attention.plan(shape, shape, shape).map(|plan| plan.explain().level);
+    assert_eq!(planned, expected.map(Level::name));
+}
+
+/// The level is read once per process, so each name needs one of its own: this test again.
+#[test]
+fn every_level_in_the_environment_is_obeyed_or_refused() {
+    for name in ["", "portable", "avx2", "avx512", "nonsense"] {
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_environment_chooses_the_level"])
+            .env("FOVEAL_SIMD", name)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains("1 passed"), "{name:?}: {said}");
+    }
 }
 
 #[test]

@@ -8,12 +8,14 @@
 
 mod attention;
 mod cache;
+mod model;
 mod numbers;
 mod tokenizer;
 mod weights;
 
 pub use attention::attention;
 pub use cache::cache;
+pub use model::model;
 pub use tokenizer::tokenizer;
 pub use weights::{gguf, safetensors};
 

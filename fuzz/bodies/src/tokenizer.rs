@@ -55,7 +55,8 @@ pub fn tokenizer(bytes: &[u8]) {
     let Ok(parts) = Parts::read(&mut input) else { return };
     let Ok(tokenizer) = Tokenizer::from_vocabulary(&parts.vocabulary()) else { return };
     assert_consistent(&tokenizer, &parts.text);
-    if parts.every_byte && parts.model == "gpt2" {
+    // Token types can make marks of bytes.
+    if parts.every_byte && parts.model == "gpt2" && parts.token_types.is_none() {
         let tokens = tokenizer.encode(&parts.text, Encode::TEXT).expect("text can be encoded");
         let decoder = StreamDecoder::new(&tokenizer).with_marks();
         assert_eq!(streamed(decoder, &tokens), parts.text);

@@ -93,7 +93,7 @@ impl Case {
         let extents = [self.q.batch, self.q.seq, self.k.seq, self.q.heads, self.k.heads];
         let work =
             extents.iter().try_fold(self.q.dim + self.v.dim, |n, &e| n.checked_mul(e.max(1)));
-        small(self.q) && small(self.k) && small(self.v) && work.is_some_and(|n| n <= 1 << 21)
+        small(self.q) && small(self.k) && small(self.v) && work.is_some_and(|n| n <= 1 << 16)
     }
 }
 

@@ -1,0 +1,159 @@
+//! Planning and running a call allocate nothing: an allocator that counts.
+
+use foveal::cache::{ContiguousCache, KvStore};
+use foveal::plan::Inputs;
+use foveal::{
+    Attention, Cpu, Element, Level, Mask, Phase, Plan, Shape, Tensor, TensorMut, Threads, Workspace,
+};
+use half::bf16;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every request is handed to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of this thread while `work` runs.
+fn allocations(work: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.with(Cell::get);
+    work();
+    ALLOCATIONS.with(Cell::get) - before
+}
+
+const KV: Shape = Shape { batch: 2, seq: 700, heads: 2, dim: 40 };
+
+fn plan<'a>(attention: &'a Attention, phase: Phase, q: Shape) -> Plan<'a> {
+    let planned = match phase {
+        Phase::Prompt => attention.plan(q, KV, KV),
+        Phase::Generated => attention.plan_decode(q, KV, KV),
+    };
+    planned.unwrap()
+}
+
+fn queries(phase: Phase) -> Shape {
+    let seq = match phase {
+        Phase::Prompt => 150,
+        Phase::Generated => 2,
+    };
+    Shape { seq, heads: 6, ..KV }
+}
+
+fn masks() -> [Mask; 3] {
+    [
+        Mask::full(),
+        Mask::causal(),
+        Mask::window(90).or(Mask::band(Some(300), Some(0)).and(Mask::band(None, Some(7)))),
+    ]
+}
+
+/// Every level, phase and mask.
+fn each_attention(mut check: impl FnMut(&Attention, Phase, &str)) {
+    for level in Level::available() {
+        for phase in [Phase::Prompt, Phase::Generated] {
+            for mask in masks() {
+                let cpu = Cpu { level, threads: Threads::ONE };
+                let what = format!("{level} {phase:?} {mask}");
+                check(&Attention::new().mask(mask).cpu(cpu), phase, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(vec![1u8; 100]))), 1);
+}
+
+#[test]
+fn planning_allocates_nothing() {
+    each_attention(|attention, phase, what| {
+        let count = allocations(|| {
+            std::hint::black_box(plan(attention, phase, queries(phase)).workspace_bytes());
+        });
+        assert_eq!(count, 0, "{what}");
+    });
+}
+
+fn tensors_allocate_nothing<E: Element>() {
+    each_attention(|attention, phase, what| {
+        let q = Tensor::<E>::zeros(queries(phase)).unwrap();
+        let kv = Tensor::<E>::zeros(KV).unwrap();
+        let plan = plan(attention, phase, q.shape());
+        let mut out = Tensor::<E>::zeros(plan.out_shape()).unwrap();
+        let mut lse = Tensor::<f32>::zeros(plan.out_shape().per_row()).unwrap();
+        let mut workspace = Workspace::for_plan(&plan);
+        let count = allocations(|| {
+            let inputs = Inputs { q: q.view(), k: kv.view(), v: kv.view() };
+            plan.forward(inputs, out.view_mut(), Some(lse.view_mut()), &mut workspace).unwrap();
+        });
+        assert_eq!(count, 0, "{what} {}", E::DTYPE);
+    });
+}
+
+#[test]
+fn tensors_are_attended_to_without_allocating() {
+    tensors_allocate_nothing::<f32>();
+    tensors_allocate_nothing::<bf16>();
+}
+
+fn cache<E: Element>(tokens: usize) -> ContiguousCache<E> {
+    let shape = Shape { batch: 1, seq: tokens, ..KV };
+    let tensor = Tensor::<f32>::zeros(shape).unwrap();
+    let mut cache = ContiguousCache::new(KV.heads, (KV.dim, KV.dim), KV.seq).unwrap();
+    cache.append(tensor.view(), tensor.view()).unwrap();
+    cache
+}
+
+fn caches_allocate_nothing<E: Element>() {
+    each_attention(|attention, phase, what| {
+        let (first, second) = (cache::<E>(700), cache::<E>(301));
+        let stores: [&dyn KvStore; 2] = [&first, &second];
+        let q = Tensor::<f32>::zeros(queries(phase)).unwrap();
+        let plan = plan(attention, phase, q.shape());
+        let shape = plan.out_shape();
+        let mut out = vec![0.0f32; shape.checked_len().unwrap()];
+        let mut workspace = Workspace::for_plan(&plan);
+        let count = allocations(|| {
+            let out = TensorMut::new(&mut out, shape).unwrap();
+            plan.forward_cached(q.view(), &stores, (out, None), &mut workspace).unwrap();
+        });
+        assert_eq!(count, 0, "{what} {}", E::DTYPE);
+    });
+}
+
+#[test]
+fn caches_are_attended_to_without_allocating() {
+    caches_allocate_nothing::<f32>();
+    caches_allocate_nothing::<bf16>();
+}
+
+#[test]
+fn appending_and_forgetting_allocate_nothing() {
+    let mut cache = cache::<bf16>(500);
+    let token = Tensor::<f32>::zeros(Shape { batch: 1, seq: 1, ..KV }).unwrap();
+    let count = allocations(|| {
+        cache.append(token.view(), token.view()).unwrap();
+        cache.forget(300);
+        cache.clear();
+    });
+    assert_eq!(count, 0);
+}
