@@ -1,0 +1,403 @@
+//! The computation that attention kernels replace: two matrix products with a softmax between them.
+//!
+//! ```text
+//! for each head:   S = Q Kᵀ     P = softmax_rows(scale · S)     O = P V
+//! ```
+//!
+//! It is as good as its kind gets: heads lie contiguous, scratch is kept, products are those of the
+//! crate `gemm-f32` with AVX-512 or plain vector loops, whichever is faster for the shape, and the softmax is
+//! vectorised. Heads go to threads; where there are fewer heads than threads, the products are split.
+//! S has a row for all query heads of a group where each has a single query.
+
+use crate::case::AttentionCase;
+use crate::data::Inputs;
+use crate::mask::{MaskSpec, Sight};
+use foveal::{Shape, Tensor};
+use gemm_common::Parallelism;
+use pulp::{Arch, NullaryFnOnce};
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// How matrices are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Products {
+    /// By the crate `gemm`.
+    Gemm,
+    /// By loops over rows, which very small matrices prefer.
+    Loops,
+}
+
+/// A case, laid out for the unfused computation.
+pub(crate) struct Unfused {
+    sight: Sight,
+    threads: usize,
+    unit: Unit,
+    units: usize,
+    products: Products,
+    arch: Arch,
+    /// `[batch, kv head, query head of the group, seq, dim]`.
+    q: Vec<f32>,
+    /// `[batch, kv head, seq, dim]`, both.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    /// As queries.
+    out: Vec<f32>,
+    /// −∞ or 0 for each (query, key), where the mask is not a range.
+    bias: Vec<f32>,
+    /// One S for each thread.
+    scores: Vec<f32>,
+    shape: Shape,
+}
+
+/// One product with one key/value head.
+#[derive(Debug, Clone, Copy)]
+struct Unit {
+    rows: usize,
+    keys: usize,
+    dim: usize,
+    /// Units that read the same keys.
+    sharing: usize,
+}
+
+impl Unfused {
+    /// Copies the inputs and finds out which products are faster. `None` if S would be larger than
+    /// 1 GiB.
+    pub(crate) fn new(case: &AttentionCase, inputs: &Inputs, sight: Sight) -> Option<Unfused> {
+        let AttentionCase { seq_q, seq_k, heads, kv_heads, dim, threads, batch, .. } = *case;
+        let group = heads / kv_heads;
+        let merged = seq_q == 1;
+        let unit = Unit {
+            rows: if merged { group } else { seq_q },
+            keys: seq_k,
+            dim,
+            sharing: if merged { 1 } else { group },
+        };
+        let units = batch * if merged { kv_heads } else { heads };
+        if unit.rows * unit.keys * threads.min(units) > 1 << 28 {
+            return None;
+        }
+        let mut unfused = Unfused {
+            sight,
+            threads,
+            unit,
+            units,
+            products: Products::Gemm,
+            arch: Arch::new(),
+            q: head_major(&inputs.q),
+            k: head_major(&inputs.k),
+            v: head_major(&inputs.v),
+            out: vec![0.0; batch * seq_q * heads * dim],
+            bias: bias(&sight),
+            scores: vec![0.0; unit.rows * unit.keys * threads.min(units)],
+            shape: inputs.q.shape(),
+        };
+        unfused.choose();
+        Some(unfused)
+    }
+
+    fn choose(&mut self) {
+        if self.unit.rows * self.unit.keys > 1 << 14 && self.unit.rows > 1 {
+            return;
+        }
+        let mut seconds = |products| {
+            self.products = products;
+            let once = |unfused: &mut Unfused| {
+                let start = Instant::now();
+                (0..8).for_each(|_| unfused.run());
+                start.elapsed()
+            };
+            (0..16).map(|_| once(self)).min()
+        };
+        let (gemm, loops) = (seconds(Products::Gemm), seconds(Products::Loops));
+        self.products = if gemm <= loops { Products::Gemm } else { Products::Loops };
+    }
+
+    /// What was chosen.
+    pub(crate) fn note(&self) -> String {
+        match self.products {
+            Products::Gemm => "gemm".to_owned(),
+            Products::Loops => "loops".to_owned(),
+        }
+    }
+
+    /// Computes the output.
+    pub(crate) fn run(&mut self) {
+        let Unit { rows, keys, dim, .. } = self.unit;
+        let mut out = std::mem::take(&mut self.out);
+        let mut scores = std::mem::take(&mut self.scores);
+        let workers = self.threads.min(self.units);
+        let whole = if workers < self.threads { self.threads } else { 1 };
+        let per_worker = self.units.div_ceil(workers);
+        let work = |(worker, (out, scores)): (usize, (&mut [f32], &mut [f32]))| {
+            for (n, out) in out.chunks_exact_mut(rows * dim).enumerate() {
+                self.unit(worker * per_worker + n, (scores, out), whole);
+            }
+        };
+        let outs = out.chunks_mut(per_worker * rows * dim);
+        if workers == 1 {
+            outs.zip(scores.chunks_mut(rows * keys)).enumerate().for_each(work);
+        } else {
+            let outs = out.par_chunks_mut(per_worker * rows * dim);
+            outs.zip(scores.par_chunks_mut(rows * keys)).enumerate().for_each(work);
+        }
+        (self.out, self.scores) = (out, scores);
+    }
+
+    /// One product with one head, on `threads` threads.
+    fn unit(&self, n: usize, (scores, out): (&mut [f32], &mut [f32]), threads: usize) {
+        let Unit { rows, keys, dim, sharing } = self.unit;
+        let q = &self.q[n * rows * dim..][..rows * dim];
+        let k = &self.k[n / sharing * keys * dim..][..keys * dim];
+        let v = &self.v[n / sharing * keys * dim..][..keys * dim];
+        let scale = 1.0 / (dim as f32).sqrt();
+        match self.products {
+            Products::Gemm => {
+                let (k, v) = (Operand::transposed(k, dim), Operand::rows(v, dim));
+                multiply(Operand::rows(q, dim), k, scores, threads);
+                self.softmax_rows(scores, scale, threads);
+                multiply(Operand::rows(scores, keys), v, out, threads);
+            }
+            Products::Loops => {
+                self.arch.dispatch(Loops { case: self, q, k, v, scores, out, scale })
+            }
+        }
+    }
+
+    fn softmax_rows(&self, scores: &mut [f32], scale: f32, threads: usize) {
+        let keys = self.unit.keys;
+        if threads == 1 {
+            self.arch.dispatch(SoftmaxRows { case: self, first: 0, scores, scale });
+        } else {
+            let share = self.unit.rows.div_ceil(threads);
+            scores.par_chunks_mut(share * keys).enumerate().for_each(|(n, scores)| {
+                let first = n * share;
+                self.arch.dispatch(SoftmaxRows { case: self, first, scores, scale });
+            });
+        }
+    }
+
+    #[inline(always)]
+    fn softmax_row(&self, row: usize, scores: &mut [f32], scale: f32) {
+        let i = if self.sight.queries == 1 { 0 } else { row };
+        let range = self.sight.range(i);
+        if !self.bias.is_empty() {
+            let bias = &self.bias[i * scores.len()..];
+            scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+        }
+        scores[..range.start].fill(0.0);
+        scores[range.end..].fill(0.0);
+        softmax(&mut scores[range], scale);
+    }
+
+    /// The output, `[batch, seq, heads, dim]`.
+    pub(crate) fn output(&self) -> Vec<f32> {
+        let Shape { batch, seq, heads, dim } = self.shape;
+        let mut out = Vec::with_capacity(self.out.len());
+        for (b, i) in (0..batch).flat_map(|b| (0..seq).map(move |i| (b, i))) {
+            for h in 0..heads {
+                out.extend_from_slice(&self.out[((b * heads + h) * seq + i) * dim..][..dim]);
+            }
+        }
+        out
+    }
+}
+
+/// Softmax of rows of S, compiled for the processor's own instructions.
+struct SoftmaxRows<'a> {
+    case: &'a Unfused,
+    /// The number of the first row.
+    first: usize,
+    scores: &'a mut [f32],
+    scale: f32,
+}
+
+impl NullaryFnOnce for SoftmaxRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (i, row) in self.scores.chunks_exact_mut(self.case.unit.keys).enumerate() {
+            self.case.softmax_row(self.first + i, row, self.scale);
+        }
+    }
+}
+
+/// Everything by loops, compiled for the processor's own instructions.
+struct Loops<'a> {
+    case: &'a Unfused,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    scores: &'a mut [f32],
+    out: &'a mut [f32],
+    scale: f32,
+}
+
+impl NullaryFnOnce for Loops<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Loops { case, q, k, v, scores, out, scale } = self;
+        let Unit { keys, dim, .. } = case.unit;
+        for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(keys)) {
+            for (k, score) in k.chunks_exact(dim).zip(&mut *scores) {
+                *score = dot(q, k);
+            }
+        }
+        for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
+            case.softmax_row(i, scores, scale);
+        }
+        for (scores, out) in scores.chunks_exact(keys).zip(out.chunks_exact_mut(dim)) {
+            weigh(scores, v, out);
+        }
+    }
+}
+
+/// What is added to scores before the softmax; empty where rows see ranges.
+fn bias(sight: &Sight) -> Vec<f32> {
+    let MaskSpec::Random(_) = sight.mask else { return Vec::new() };
+    let pairs = (0..sight.queries).flat_map(|i| (0..sight.keys).map(move |j| (i, j)));
+    pairs.map(|(i, j)| if sight.allows(i, j) { 0.0 } else { f32::NEG_INFINITY }).collect()
+}
+
+/// `[batch, heads, seq, dim]`, contiguous.
+fn head_major(x: &Tensor<f32>) -> Vec<f32> {
+    let Shape { batch, seq, heads, .. } = x.shape();
+    let rows = (0..batch * heads).flat_map(|n| (0..seq).map(move |i| (n / heads, i, n % heads)));
+    rows.flat_map(|(b, i, h)| x.view().row(b, i, h).iter().copied()).collect()
+}
+
+/// A matrix operand.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Operand<'a> {
+    fn rows(data: &'a [f32], width: usize) -> Operand<'a> {
+        let rows = data.len() / width;
+        Operand { data, rows, columns: width, row_stride: width, column_stride: 1 }
+    }
+
+    fn transposed(data: &'a [f32], width: usize) -> Operand<'a> {
+        let columns = data.len() / width;
+        Operand { data, rows: width, columns, row_stride: 1, column_stride: width }
+    }
+}
+
+/// `out = a · b`, row-major, on `threads` threads.
+fn multiply(a: Operand<'_>, b: Operand<'_>, out: &mut [f32], threads: usize) {
+    let parallel = if threads == 1 { Parallelism::None } else { Parallelism::Rayon(threads) };
+    assert!(a.columns == b.rows && out.len() >= a.rows * b.columns);
+    for x in [a, b] {
+        assert!(x.data.len() == x.rows * x.columns && x.row_stride.min(x.column_stride) == 1);
+    }
+    // The product's transpose, because the crate prefers columns.
+    // SAFETY: both operands hold all of their rows and columns, as does `out`, which is borrowed
+    // exclusively and not read.
+    unsafe {
+        gemm_f32::gemm::f32::get_gemm_fn()(
+            b.columns,
+            a.rows,
+            a.columns,
+            out.as_mut_ptr(),
+            b.columns as isize,
+            1,
+            false,
+            b.data.as_ptr(),
+            b.row_stride as isize,
+            b.column_stride as isize,
+            a.data.as_ptr(),
+            a.row_stride as isize,
+            a.column_stride as isize,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallel,
+        );
+    }
+}
+
+/// `out[rows, n] = x[rows, k] · w[n, k]ᵀ`: the product of a projection with a widened matrix.
+pub(crate) fn project(x: &[f32], w: &[f32], width: usize, out: &mut [f32], threads: usize) {
+    multiply(Operand::rows(x, width), Operand::transposed(w, width), out, threads);
+}
+
+const LANES: usize = 16;
+
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (mut sums, mut rest) = ([0.0f32; LANES], 0.0);
+    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    for (x, y) in a.remainder().iter().zip(b.remainder()) {
+        rest += x * y;
+    }
+    for (a, b) in a.zip(b) {
+        for lane in 0..LANES {
+            sums[lane] = a[lane].mul_add(b[lane], sums[lane]);
+        }
+    }
+    rest + sums.iter().sum::<f32>()
+}
+
+#[inline(always)]
+fn weigh(weights: &[f32], values: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    for (&weight, value) in weights.iter().zip(values.chunks_exact(out.len())) {
+        for (out, &value) in out.iter_mut().zip(value) {
+            *out = value.mul_add(weight, *out);
+        }
+    }
+}
+
+#[inline(always)]
+fn softmax(row: &mut [f32], scale: f32) {
+    let factor = scale * std::f32::consts::LOG2_E;
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let mut largest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    largest = lanes.iter().copied().fold(largest, f32::max);
+    let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest * factor };
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = row.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *x = exp2(x.mul_add(factor, -shift));
+            *sum += *x;
+        }
+    }
+    let mut sum = 0.0;
+    for x in chunks.into_remainder() {
+        *x = exp2(x.mul_add(factor, -shift));
+        sum += *x;
+    }
+    sum += sums.iter().sum::<f32>();
+    let reciprocal = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+    row.iter_mut().for_each(|x| *x *= reciprocal);
+}
+
+/// 2^x for x ≤ 0 to about 2⁻²²; 0 below −126. Cephes' polynomial.
+#[inline(always)]
+fn exp2(x: f32) -> f32 {
+    let bounded = if x > -126.0 { x } else { -126.0 };
+    let rounded = bounded + 12_582_912.0;
+    let f = bounded - (rounded - 12_582_912.0);
+    let mut p = 1.535_336_2e-4_f32;
+    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+        p = p.mul_add(f, c);
+    }
+    let scaled = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    if x > -126.0 { scaled } else { 0.0 }
+}
