@@ -131,21 +131,8 @@ fn best_level() -> Many<String> {
 
 impl AttentionGrid {
     fn cases(&self) -> Vec<AttentionCase> {
-        let start = AttentionCase {
-            phase: self.phase,
-            batch: 1,
-            seq_q: 0,
-            seq_k: 0,
-            heads: 0,
-            kv_heads: 0,
-            dim: 0,
-            mask: MaskSpec::Full,
-            dtype: DType::F32,
-            threads: 1,
-            level: String::new(),
-            peers: self.peers.clone(),
-            copies: 1,
-        };
+        let peers = self.peers.clone();
+        let start = AttentionCase { phase: self.phase, peers, ..AttentionCase::smallest() };
         let mut cases = vec![start];
         multiply(&mut cases, &self.batch, |case, n| case.batch = n as usize);
         multiply(&mut cases, &self.seq_q, |case, n| {
@@ -186,6 +173,25 @@ fn multiply<C: Clone, T: Clone>(cases: &mut Vec<C>, values: &Many<T>, set: impl 
 }
 
 impl AttentionCase {
+    /// One query and one key of one number.
+    pub(crate) fn smallest() -> AttentionCase {
+        AttentionCase {
+            phase: Phase::Forward,
+            batch: 1,
+            seq_q: 1,
+            seq_k: 1,
+            heads: 1,
+            kv_heads: 1,
+            dim: 1,
+            mask: MaskSpec::Full,
+            dtype: DType::F32,
+            threads: 1,
+            level: "best".to_owned(),
+            peers: Vec::new(),
+            copies: 1,
+        }
+    }
+
     fn name(&self) -> String {
         let mut name = match (self.phase, self.seq_q == self.seq_k) {
             (Phase::Forward, true) => format!("n{}", self.seq_q),

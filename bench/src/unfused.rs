@@ -4,12 +4,12 @@
 //! for each head:   S = Q Kᵀ     P = softmax_rows(scale · S)     O = P V
 //! ```
 //!
-//! It is as good as its kind gets: heads lie contiguous, scratch is kept, products are those of the
-//! crate `gemm-f32` with AVX-512 or plain vector loops, whichever is faster for the shape, and the softmax is
-//! vectorised. Heads go to threads; where there are fewer heads than threads, the products are split.
+//! It is as good as its kind gets: scratch is kept, products are those of the crate `gemm-f32` with AVX-512
+//! or plain vector loops, whichever is faster for the shape, and the softmax is vectorised. Inputs lie as
+//! ours do, `[batch, seq, heads, dim]` for prompts and head by head for decoding. Heads go to threads; where there are fewer heads than threads, the products are split.
 //! S has a row for all query heads of a group where each has a single query.
 
-use crate::case::AttentionCase;
+use crate::case::{AttentionCase, Phase};
 use crate::data::Inputs;
 use crate::mask::{MaskSpec, Sight};
 use foveal::{Shape, Tensor};
@@ -35,12 +35,10 @@ pub(crate) struct Unfused {
     units: usize,
     products: Products,
     arch: Arch,
-    /// `[batch, kv head, query head of the group, seq, dim]`.
-    q: Vec<f32>,
-    /// `[batch, kv head, seq, dim]`, both.
-    k: Vec<f32>,
-    v: Vec<f32>,
-    /// As queries.
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    /// `[batch, heads, seq, dim]`.
     out: Vec<f32>,
     /// −∞ or 0 for each (query, key), where the mask is not a range.
     bias: Vec<f32>,
@@ -83,9 +81,9 @@ impl Unfused {
             units,
             products: Products::Gemm,
             arch: Arch::new(),
-            q: head_major(&inputs.q),
-            k: head_major(&inputs.k),
-            v: head_major(&inputs.v),
+            q: Heads::new(&inputs.q, Phase::Forward),
+            k: Heads::new(&inputs.k, case.phase),
+            v: Heads::new(&inputs.v, case.phase),
             out: vec![0.0; batch * seq_q * heads * dim],
             bias: bias(&sight),
             scores: vec![0.0; unit.rows * unit.keys * threads.min(units)],
@@ -146,16 +144,18 @@ impl Unfused {
     /// One product with one head, on `threads` threads.
     fn unit(&self, n: usize, (scores, out): (&mut [f32], &mut [f32]), threads: usize) {
         let Unit { rows, keys, dim, sharing } = self.unit;
-        let q = &self.q[n * rows * dim..][..rows * dim];
-        let k = &self.k[n / sharing * keys * dim..][..keys * dim];
-        let v = &self.v[n / sharing * keys * dim..][..keys * dim];
+        // A merged unit's rows are the heads of a group, one after the other in `[batch, 1, heads, dim]`.
+        let q = match self.shape.seq {
+            1 => Rows::dense(&self.q.data[n * rows * dim..][..rows * dim], dim),
+            _ => self.q.head(n),
+        };
+        let (k, v) = (self.k.head(n / sharing), self.v.head(n / sharing));
         let scale = 1.0 / (dim as f32).sqrt();
         match self.products {
             Products::Gemm => {
-                let (k, v) = (Operand::transposed(k, dim), Operand::rows(v, dim));
-                multiply(Operand::rows(q, dim), k, scores, threads);
+                multiply(q, Right::Transposed(k), scores, threads);
                 self.softmax_rows(scores, scale, threads);
-                multiply(Operand::rows(scores, keys), v, out, threads);
+                multiply(Rows::dense(scores, keys), Right::Plain(v), out, threads);
             }
             Products::Loops => {
                 self.arch.dispatch(Loops { case: self, q, k, v, scores, out, scale })
@@ -225,9 +225,9 @@ impl NullaryFnOnce for SoftmaxRows<'_> {
 /// Everything by loops, compiled for the processor's own instructions.
 struct Loops<'a> {
     case: &'a Unfused,
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
+    q: Rows<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
     scores: &'a mut [f32],
     out: &'a mut [f32],
     scale: f32,
@@ -240,16 +240,21 @@ impl NullaryFnOnce for Loops<'_> {
     fn call(self) {
         let Loops { case, q, k, v, scores, out, scale } = self;
         let Unit { keys, dim, .. } = case.unit;
-        for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(keys)) {
-            for (k, score) in k.chunks_exact(dim).zip(&mut *scores) {
-                *score = dot(q, k);
+        for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
+            for (j, score) in scores.iter_mut().enumerate() {
+                *score = dot(q.row(i), k.row(j));
             }
         }
         for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
             case.softmax_row(i, scores, scale);
         }
         for (scores, out) in scores.chunks_exact(keys).zip(out.chunks_exact_mut(dim)) {
-            weigh(scores, v, out);
+            out.fill(0.0);
+            for (j, &weight) in scores.iter().enumerate() {
+                for (out, &value) in out.iter_mut().zip(v.row(j)) {
+                    *out = value.mul_add(weight, *out);
+                }
+            }
         }
     }
 }
@@ -261,60 +266,97 @@ fn bias(sight: &Sight) -> Vec<f32> {
     pairs.map(|(i, j)| if sight.allows(i, j) { 0.0 } else { f32::NEG_INFINITY }).collect()
 }
 
-/// `[batch, heads, seq, dim]`, contiguous.
-fn head_major(x: &Tensor<f32>) -> Vec<f32> {
-    let Shape { batch, seq, heads, .. } = x.shape();
-    let rows = (0..batch * heads).flat_map(|n| (0..seq).map(move |i| (n / heads, i, n % heads)));
-    rows.flat_map(|(b, i, h)| x.view().row(b, i, h).iter().copied()).collect()
+/// A tensor by heads: `[batch, seq, heads, dim]`, as prompts come, or `[batch, heads, seq, dim]`, as caches
+/// lie.
+struct Heads {
+    data: Vec<f32>,
+    shape: Shape,
+    phase: Phase,
 }
 
-/// A matrix operand.
+impl Heads {
+    fn new(x: &Tensor<f32>, phase: Phase) -> Heads {
+        let shape = x.shape();
+        let Shape { batch, seq, heads, .. } = shape;
+        let rows =
+            (0..batch * heads).flat_map(|n| (0..seq).map(move |i| (n / heads, i, n % heads)));
+        let view = x.view();
+        let data = match phase {
+            Phase::Forward => x.as_slice().to_vec(),
+            Phase::Decode => rows.flat_map(|(b, i, h)| view.row(b, i, h)).copied().collect(),
+        };
+        Heads { data, shape, phase }
+    }
+
+    /// Head `n % heads` of sequence `n / heads`.
+    #[inline(always)]
+    fn head(&self, n: usize) -> Rows<'_> {
+        let Shape { seq, heads, dim, .. } = self.shape;
+        let (first, stride) = match self.phase {
+            Phase::Forward => (n / heads * seq * heads * dim + n % heads * dim, heads * dim),
+            Phase::Decode => (n * seq * dim, dim),
+        };
+        let data = &self.data[first..first + (seq - 1) * stride + dim];
+        Rows { data, count: seq, width: dim, stride }
+    }
+}
+
+/// Rows of a matrix, `stride` numbers apart.
 #[derive(Clone, Copy)]
-struct Operand<'a> {
+struct Rows<'a> {
     data: &'a [f32],
-    rows: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
+    count: usize,
+    width: usize,
+    stride: usize,
 }
 
-impl<'a> Operand<'a> {
-    fn rows(data: &'a [f32], width: usize) -> Operand<'a> {
-        let rows = data.len() / width;
-        Operand { data, rows, columns: width, row_stride: width, column_stride: 1 }
+impl<'a> Rows<'a> {
+    fn dense(data: &'a [f32], width: usize) -> Rows<'a> {
+        Rows { data, count: data.len() / width, width, stride: width }
     }
 
-    fn transposed(data: &'a [f32], width: usize) -> Operand<'a> {
-        let columns = data.len() / width;
-        Operand { data, rows: width, columns, row_stride: 1, column_stride: width }
+    #[inline(always)]
+    fn row(&self, i: usize) -> &'a [f32] {
+        &self.data[i * self.stride..][..self.width]
     }
 }
 
-/// `out = a · b`, row-major, on `threads` threads.
-fn multiply(a: Operand<'_>, b: Operand<'_>, out: &mut [f32], threads: usize) {
+/// The right side of a product.
+#[derive(Clone, Copy)]
+enum Right<'a> {
+    Plain(Rows<'a>),
+    Transposed(Rows<'a>),
+}
+
+/// `out = a · b`, dense, on `threads` threads.
+fn multiply(a: Rows<'_>, b: Right<'_>, out: &mut [f32], threads: usize) {
     let parallel = if threads == 1 { Parallelism::None } else { Parallelism::Rayon(threads) };
-    assert!(a.columns == b.rows && out.len() >= a.rows * b.columns);
+    let (columns, depth, row_stride, column_stride, b) = match b {
+        Right::Plain(b) => (b.width, b.count, b.stride, 1, b),
+        Right::Transposed(b) => (b.count, b.width, 1, b.stride, b),
+    };
+    assert!(a.width == depth && out.len() >= a.count * columns);
     for x in [a, b] {
-        assert!(x.data.len() == x.rows * x.columns && x.row_stride.min(x.column_stride) == 1);
+        assert!(x.width <= x.stride && x.data.len() >= (x.count - 1) * x.stride + x.width);
     }
     // The product's transpose, because the crate prefers columns.
-    // SAFETY: both operands hold all of their rows and columns, as does `out`, which is borrowed
-    // exclusively and not read.
+    // SAFETY: both operands hold all of their rows, and `out`, which is borrowed exclusively and not
+    // read, holds the product.
     unsafe {
         gemm_f32::gemm::f32::get_gemm_fn()(
-            b.columns,
-            a.rows,
-            a.columns,
+            columns,
+            a.count,
+            depth,
             out.as_mut_ptr(),
-            b.columns as isize,
+            columns as isize,
             1,
             false,
             b.data.as_ptr(),
-            b.row_stride as isize,
-            b.column_stride as isize,
+            row_stride as isize,
+            column_stride as isize,
             a.data.as_ptr(),
-            a.row_stride as isize,
-            a.column_stride as isize,
+            a.stride as isize,
+            1,
             0.0,
             1.0,
             false,
@@ -327,7 +369,8 @@ fn multiply(a: Operand<'_>, b: Operand<'_>, out: &mut [f32], threads: usize) {
 
 /// `out[rows, n] = x[rows, k] · w[n, k]ᵀ`: the product of a projection with a widened matrix.
 pub(crate) fn project(x: &[f32], w: &[f32], width: usize, out: &mut [f32], threads: usize) {
-    multiply(Operand::rows(x, width), Operand::transposed(w, width), out, threads);
+    let w = Right::Transposed(Rows::dense(w, width));
+    multiply(Rows::dense(x, width), w, out, threads);
 }
 
 const LANES: usize = 16;
@@ -345,16 +388,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     rest + sums.iter().sum::<f32>()
-}
-
-#[inline(always)]
-fn weigh(weights: &[f32], values: &[f32], out: &mut [f32]) {
-    out.fill(0.0);
-    for (&weight, value) in weights.iter().zip(values.chunks_exact(out.len())) {
-        for (out, &value) in out.iter_mut().zip(value) {
-            *out = value.mul_add(weight, *out);
-        }
-    }
 }
 
 #[inline(always)]
@@ -400,4 +433,40 @@ fn exp2(x: f32) -> f32 {
     }
     let scaled = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     if x > -126.0 { scaled } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::Expected;
+
+    #[test]
+    fn both_products_give_the_definition() {
+        let masks = [MaskSpec::Full, MaskSpec::Causal, MaskSpec::Window(3), MaskSpec::Random(128)];
+        for (mask, threads) in masks.into_iter().flat_map(|mask| [(mask, 1), (mask, 2)]) {
+            for (seq_q, seq_k, phase) in [
+                (1, 9, Phase::Decode),
+                (9, 9, Phase::Forward),
+                (1, 1, Phase::Forward),
+                (40, 70, Phase::Forward),
+            ] {
+                for (heads, kv_heads) in [(1, 1), (6, 2), (3, 1)] {
+                    let start = AttentionCase::smallest();
+                    let sizes = AttentionCase { phase, seq_q, seq_k, heads, kv_heads, ..start };
+                    let case = AttentionCase { batch: 2, dim: 20, mask, threads, ..sizes };
+                    let inputs = Inputs::new(&case).unwrap();
+                    let sight = Sight { mask, queries: seq_q, keys: seq_k, seed: 3 };
+                    let expected = Expected::new(&inputs, &sight);
+                    let mut unfused = Unfused::new(&case, &inputs, sight).unwrap();
+                    for products in [Products::Gemm, Products::Loops] {
+                        unfused.products = products;
+                        unfused.out.fill(f32::NAN);
+                        unfused.run();
+                        let checked = expected.check(&unfused.output(), 2e-6);
+                        checked.unwrap_or_else(|error| panic!("{case:?} {products:?}: {error}"));
+                    }
+                }
+            }
+        }
+    }
 }

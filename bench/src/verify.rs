@@ -83,3 +83,30 @@ fn attend(inputs: &Inputs, sight: &Sight, index: usize) -> Vec<f64> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::AttentionCase;
+    use crate::mask::MaskSpec;
+
+    #[test]
+    fn one_wrong_number_is_refused() {
+        let case = AttentionCase { seq_q: 3, seq_k: 3, dim: 4, ..AttentionCase::smallest() };
+        let inputs = Inputs::new(&case).unwrap();
+        let sight = Sight { mask: MaskSpec::Causal, queries: 3, keys: 3, seed: 0 };
+        let expected = Expected::new(&inputs, &sight);
+        let mut out: Vec<f32> = (0..3)
+            .flat_map(|row| attend(&inputs, &sight, row))
+            .map(|number| number as f32)
+            .collect();
+        expected.check(&out, 1e-6).unwrap();
+        // The first row sees one key: its result is that key's value.
+        assert_eq!(out[..4], inputs.v.as_slice()[..4]);
+        out[11] += 1e-3;
+        assert!(expected.check(&out, 1e-6).is_err());
+        out[11] = f32::NAN;
+        assert!(expected.check(&out, 1e-6).is_err());
+        assert!(expected.check(&out[1..], 1e-6).is_err());
+    }
+}
