@@ -8,6 +8,8 @@
 //! `cases/`, peaks are measured in the same process right before and after a case, and losses are
 //! reported as wins are.
 
+#![deny(unsafe_code)]
+
 mod attention;
 mod case;
 mod contender;
@@ -17,6 +19,9 @@ mod mask;
 mod model;
 mod peaks;
 mod prepared;
+#[cfg(feature = "unfused")]
+#[allow(unsafe_code)] // the crate's function takes pointers
+mod product;
 mod projection;
 mod report;
 mod torch;

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
 
-/// A buffer far beyond any cache.
+/// The most bytes of the buffer that is read, far beyond any cache.
 const FAR: usize = 512 << 20;
 /// The least bytes that one measurement reads.
 const READ: usize = 96 << 20;
@@ -54,10 +54,10 @@ impl Peaks {
     }
 
     fn bandwidth(&mut self, roof: Roof) -> f64 {
-        if self.buffer.is_empty() {
-            self.buffer = vec![1.0; FAR / 4];
-        }
         let bytes = roof.bytes.clamp(16 << 10, FAR);
+        if self.buffer.len() < bytes / 4 {
+            self.buffer = vec![1.0; bytes / 4];
+        }
         let share = bytes / 4 / roof.threads;
         let passes = READ.div_ceil(bytes);
         let buffer = &self.buffer;

@@ -164,10 +164,10 @@ fn widened(
     let (x, w) = (stored.x.clone(), rows?.concat());
     let (width, threads) = (case.in_features, case.threads);
     let mut y = vec![f32::NAN; case.rows * case.out_features];
-    crate::unfused::project(&x, &w, width, &mut y, threads);
+    crate::product::project(&x, &w, width, &mut y, threads);
     stored.check(&y).context("the widened product is wrong")?;
     let run = move || {
-        crate::unfused::project(&x, &w, width, &mut y, threads);
+        crate::product::project(&x, &w, width, &mut y, threads);
         Ok(())
     };
     Ok(Ok(Box::new(InProcess::new("unfused", "gemm on f32".to_owned(), run))))

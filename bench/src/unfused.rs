@@ -12,10 +12,11 @@
 use crate::case::{AttentionCase, Phase};
 use crate::data::Inputs;
 use crate::mask::{MaskSpec, Sight};
+use crate::product::{Right, Rows, multiply};
 use foveal::{Shape, Tensor};
-use gemm_common::Parallelism;
 use pulp::{Arch, NullaryFnOnce};
 use rayon::prelude::*;
+use std::f32::consts::{LN_2, LOG2_E};
 use std::time::Instant;
 
 /// How matrices are multiplied.
@@ -93,18 +94,23 @@ impl Unfused {
         Some(unfused)
     }
 
+    /// Times both products, unless the case is too large for loops to win.
     fn choose(&mut self) {
         if self.unit.rows * self.unit.keys > 1 << 14 && self.unit.rows > 1 {
             return;
         }
         let mut seconds = |products| {
             self.products = products;
-            let once = |unfused: &mut Unfused| {
+            self.run();
+            let start = Instant::now();
+            self.run();
+            let repeats = if start.elapsed().as_secs_f64() < 1e-3 { 16 } else { 1 };
+            let mut once = |_| {
                 let start = Instant::now();
-                (0..8).for_each(|_| unfused.run());
+                (0..repeats).for_each(|_| self.run());
                 start.elapsed()
             };
-            (0..16).map(|_| once(self)).min()
+            (0..9).map(&mut once).min()
         };
         let (gemm, loops) = (seconds(Products::Gemm), seconds(Products::Loops));
         self.products = if gemm <= loops { Products::Gemm } else { Products::Loops };
@@ -301,78 +307,6 @@ impl Heads {
     }
 }
 
-/// Rows of a matrix, `stride` numbers apart.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    data: &'a [f32],
-    count: usize,
-    width: usize,
-    stride: usize,
-}
-
-impl<'a> Rows<'a> {
-    fn dense(data: &'a [f32], width: usize) -> Rows<'a> {
-        Rows { data, count: data.len() / width, width, stride: width }
-    }
-
-    #[inline(always)]
-    fn row(&self, i: usize) -> &'a [f32] {
-        &self.data[i * self.stride..][..self.width]
-    }
-}
-
-/// The right side of a product.
-#[derive(Clone, Copy)]
-enum Right<'a> {
-    Plain(Rows<'a>),
-    Transposed(Rows<'a>),
-}
-
-/// `out = a · b`, dense, on `threads` threads.
-fn multiply(a: Rows<'_>, b: Right<'_>, out: &mut [f32], threads: usize) {
-    let parallel = if threads == 1 { Parallelism::None } else { Parallelism::Rayon(threads) };
-    let (columns, depth, row_stride, column_stride, b) = match b {
-        Right::Plain(b) => (b.width, b.count, b.stride, 1, b),
-        Right::Transposed(b) => (b.count, b.width, 1, b.stride, b),
-    };
-    assert!(a.width == depth && out.len() >= a.count * columns);
-    for x in [a, b] {
-        assert!(x.width <= x.stride && x.data.len() >= (x.count - 1) * x.stride + x.width);
-    }
-    // The product's transpose, because the crate prefers columns.
-    // SAFETY: both operands hold all of their rows, and `out`, which is borrowed exclusively and not
-    // read, holds the product.
-    unsafe {
-        gemm_f32::gemm::f32::get_gemm_fn()(
-            columns,
-            a.count,
-            depth,
-            out.as_mut_ptr(),
-            columns as isize,
-            1,
-            false,
-            b.data.as_ptr(),
-            row_stride as isize,
-            column_stride as isize,
-            a.data.as_ptr(),
-            a.stride as isize,
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallel,
-        );
-    }
-}
-
-/// `out[rows, n] = x[rows, k] · w[n, k]ᵀ`: the product of a projection with a widened matrix.
-pub(crate) fn project(x: &[f32], w: &[f32], width: usize, out: &mut [f32], threads: usize) {
-    let w = Right::Transposed(Rows::dense(w, width));
-    multiply(Rows::dense(x, width), w, out, threads);
-}
-
 const LANES: usize = 16;
 
 #[inline(always)]
@@ -392,7 +326,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[inline(always)]
 fn softmax(row: &mut [f32], scale: f32) {
-    let factor = scale * std::f32::consts::LOG2_E;
+    let factor = scale * LOG2_E;
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = row.chunks_exact(LANES);
     let mut largest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -428,7 +362,7 @@ fn exp2(x: f32) -> f32 {
     let rounded = bounded + 12_582_912.0;
     let f = bounded - (rounded - 12_582_912.0);
     let mut p = 1.535_336_2e-4_f32;
-    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, LN_2, 1.0] {
         p = p.mul_add(f, c);
     }
     let scaled = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));

@@ -16,6 +16,7 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/exact/",
     "crates/foveal/src/projection/project.rs",
     "crates/foveal-lm/src/weights/mapping.rs",
+    "bench/src/product.rs",
 ];
 const LONG: usize = 600;
 
