@@ -17,6 +17,15 @@ impl<'a> Rows<'a> {
         Rows { data, count: data.len() / width, width, stride: width }
     }
 
+    /// A copy with rows one after the other.
+    pub(crate) fn gather<'b>(&self, room: &'b mut [f32]) -> Rows<'b> {
+        let room = &mut room[..self.count * self.width];
+        for (i, to) in room.chunks_exact_mut(self.width).enumerate() {
+            to.copy_from_slice(self.row(i));
+        }
+        Rows::dense(room, self.width)
+    }
+
     /// One row.
     #[inline(always)]
     pub(crate) fn row(&self, i: usize) -> &'a [f32] {

@@ -4,10 +4,11 @@
 //! for each head:   S = Q Kᵀ     P = softmax_rows(scale · S)     O = P V
 //! ```
 //!
-//! It is as good as its kind gets: scratch is kept, products are those of the crate `gemm-f32` with AVX-512
-//! or plain vector loops, whichever is faster for the shape, and the softmax is vectorised. Inputs lie as
-//! ours do, `[batch, seq, heads, dim]` for prompts and head by head for decoding. Heads go to threads; where there are fewer heads than threads, the products are split.
-//! S has a row for all query heads of a group where each has a single query.
+//! It is as good as its kind gets: scratch is kept, the softmax is vectorised, and products are those of
+//! the crate `gemm-f32` with AVX-512, on rows where they lie or on gathered ones, or plain vector loops,
+//! whichever is fastest for the shape. Inputs lie as ours do: `[batch, seq, heads, dim]` for prompts, head
+//! by head for decoding. Heads go to threads; where there are fewer heads than threads, the products are
+//! split. S has a row for all query heads of a group where each has a single query.
 
 use crate::case::{AttentionCase, Phase};
 use crate::data::Inputs;
@@ -22,11 +23,17 @@ use std::time::Instant;
 /// How matrices are multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Products {
-    /// By the crate `gemm`.
+    /// By the crate `gemm-f32`, on rows where they lie.
     Gemm,
+    /// Likewise, on copies of each head's rows, one after the other.
+    Gathered,
     /// By loops over rows, which very small matrices prefer.
     Loops,
 }
+
+/// How often products are tried, and for how many seconds each time.
+const TRIALS: usize = 7;
+const TRIAL: f64 = 1e-3;
 
 /// A case, laid out for the unfused computation.
 pub(crate) struct Unfused {
@@ -43,8 +50,8 @@ pub(crate) struct Unfused {
     out: Vec<f32>,
     /// −∞ or 0 for each (query, key), where the mask is not a range.
     bias: Vec<f32>,
-    /// One S for each thread.
-    scores: Vec<f32>,
+    /// An S and gathered rows for each thread.
+    scratch: Vec<f32>,
     shape: Shape,
 }
 
@@ -56,6 +63,12 @@ struct Unit {
     dim: usize,
     /// Units that read the same keys.
     sharing: usize,
+}
+
+impl Unit {
+    fn scratch(&self) -> usize {
+        self.rows * self.keys + (self.rows + 2 * self.keys) * self.dim
+    }
 }
 
 impl Unfused {
@@ -87,68 +100,74 @@ impl Unfused {
             v: Heads::new(&inputs.v, case.phase),
             out: vec![0.0; batch * seq_q * heads * dim],
             bias: bias(&sight),
-            scores: vec![0.0; unit.rows * unit.keys * threads.min(units)],
+            scratch: vec![0.0; unit.scratch() * threads.min(units)],
             shape: inputs.q.shape(),
         };
         unfused.choose();
         Some(unfused)
     }
 
-    /// Times both products, unless the case is too large for loops to win.
+    /// Times the products by turns and keeps the fastest; loops only where they have a chance.
     fn choose(&mut self) {
-        if self.unit.rows * self.unit.keys > 1 << 14 && self.unit.rows > 1 {
-            return;
+        let small = self.unit.rows * self.unit.keys <= 1 << 14 || self.unit.rows == 1;
+        let all = [Products::Gemm, Products::Gathered, Products::Loops];
+        let mut tried = all.map(|products| (products, f64::INFINITY));
+        for _ in 0..TRIALS {
+            for (products, best) in tried.iter_mut().take(if small { 3 } else { 2 }) {
+                self.products = *products;
+                *best = best.min(self.seconds());
+            }
         }
-        let mut seconds = |products| {
-            self.products = products;
+        let fastest = tried.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b));
+        self.products = fastest.map_or(Products::Gemm, |(products, _)| products);
+    }
+
+    /// Seconds of one run, of so many that a clock can tell.
+    fn seconds(&mut self) -> f64 {
+        let (start, mut runs) = (Instant::now(), 0);
+        loop {
             self.run();
-            let start = Instant::now();
-            self.run();
-            let repeats = if start.elapsed().as_secs_f64() < 1e-3 { 16 } else { 1 };
-            let mut once = |_| {
-                let start = Instant::now();
-                (0..repeats).for_each(|_| self.run());
-                start.elapsed()
-            };
-            (0..9).map(&mut once).min()
-        };
-        let (gemm, loops) = (seconds(Products::Gemm), seconds(Products::Loops));
-        self.products = if gemm <= loops { Products::Gemm } else { Products::Loops };
+            runs += 1;
+            let seconds = start.elapsed().as_secs_f64();
+            if seconds >= TRIAL {
+                return seconds / f64::from(runs);
+            }
+        }
     }
 
     /// What was chosen.
     pub(crate) fn note(&self) -> String {
         match self.products {
             Products::Gemm => "gemm".to_owned(),
+            Products::Gathered => "gemm on gathered heads".to_owned(),
             Products::Loops => "loops".to_owned(),
         }
     }
 
     /// Computes the output.
     pub(crate) fn run(&mut self) {
-        let Unit { rows, keys, dim, .. } = self.unit;
         let mut out = std::mem::take(&mut self.out);
-        let mut scores = std::mem::take(&mut self.scores);
+        let mut scratch = std::mem::take(&mut self.scratch);
         let workers = self.threads.min(self.units);
         let whole = if workers < self.threads { self.threads } else { 1 };
         let per_worker = self.units.div_ceil(workers);
-        let work = |(worker, (out, scores)): (usize, (&mut [f32], &mut [f32]))| {
-            for (n, out) in out.chunks_exact_mut(rows * dim).enumerate() {
-                self.unit(worker * per_worker + n, (scores, out), whole);
+        let len = self.unit.rows * self.unit.dim;
+        let work = |(worker, (out, scratch)): (usize, (&mut [f32], &mut [f32]))| {
+            for (n, out) in out.chunks_exact_mut(len).enumerate() {
+                self.unit(worker * per_worker + n, (scratch, out), whole);
             }
         };
-        let outs = out.chunks_mut(per_worker * rows * dim);
         if workers == 1 {
-            outs.zip(scores.chunks_mut(rows * keys)).enumerate().for_each(work);
+            work((0, (&mut out, &mut scratch)));
         } else {
-            let outs = out.par_chunks_mut(per_worker * rows * dim);
-            outs.zip(scores.par_chunks_mut(rows * keys)).enumerate().for_each(work);
+            let outs = out.par_chunks_mut(per_worker * len);
+            outs.zip(scratch.par_chunks_mut(self.unit.scratch())).enumerate().for_each(work);
         }
-        (self.out, self.scores) = (out, scores);
+        (self.out, self.scratch) = (out, scratch);
     }
 
     /// One product with one head, on `threads` threads.
-    fn unit(&self, n: usize, (scores, out): (&mut [f32], &mut [f32]), threads: usize) {
+    fn unit(&self, n: usize, (scratch, out): (&mut [f32], &mut [f32]), threads: usize) {
         let Unit { rows, keys, dim, sharing } = self.unit;
         // A merged unit's rows are the heads of a group, one after the other in `[batch, 1, heads, dim]`.
         let q = match self.shape.seq {
@@ -157,16 +176,31 @@ impl Unfused {
         };
         let (k, v) = (self.k.head(n / sharing), self.v.head(n / sharing));
         let scale = 1.0 / (dim as f32).sqrt();
+        let (scores, gathered) = scratch.split_at_mut(rows * keys);
         match self.products {
-            Products::Gemm => {
-                multiply(q, Right::Transposed(k), scores, threads);
-                self.softmax_rows(scores, scale, threads);
-                multiply(Rows::dense(scores, keys), Right::Plain(v), out, threads);
+            Products::Gemm => self.product_pair([q, k, v], (scores, out), scale, threads),
+            Products::Gathered => {
+                let (q_room, rest) = gathered.split_at_mut(rows * dim);
+                let (k_room, v_room) = rest.split_at_mut(keys * dim);
+                let heads = [q.gather(q_room), k.gather(k_room), v.gather(v_room)];
+                self.product_pair(heads, (scores, out), scale, threads);
             }
             Products::Loops => {
                 self.arch.dispatch(Loops { case: self, q, k, v, scores, out, scale })
             }
         }
+    }
+
+    fn product_pair(
+        &self,
+        [q, k, v]: [Rows<'_>; 3],
+        (scores, out): (&mut [f32], &mut [f32]),
+        scale: f32,
+        threads: usize,
+    ) {
+        multiply(q, Right::Transposed(k), scores, threads);
+        self.softmax_rows(scores, scale, threads);
+        multiply(Rows::dense(scores, self.unit.keys), Right::Plain(v), out, threads);
     }
 
     fn softmax_rows(&self, scores: &mut [f32], scale: f32, threads: usize) {
@@ -392,7 +426,7 @@ mod tests {
                     let sight = Sight { mask, queries: seq_q, keys: seq_k, seed: 3 };
                     let expected = Expected::new(&inputs, &sight);
                     let mut unfused = Unfused::new(&case, &inputs, sight).unwrap();
-                    for products in [Products::Gemm, Products::Loops] {
+                    for products in [Products::Gemm, Products::Gathered, Products::Loops] {
                         unfused.products = products;
                         unfused.out.fill(f32::NAN);
                         unfused.run();
