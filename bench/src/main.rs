@@ -72,7 +72,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// Write records to bench/record/<cpu>/<date>-<family>.csv.
+    /// Write records to bench/record/CPU/DATE-FAMILY.csv.
     #[arg(long)]
     record: bool,
 

@@ -154,7 +154,7 @@ pub(crate) fn csv<'a>(machine: &Machine, outcomes: impl Iterator<Item = &'a Outc
     text
 }
 
-/// Writes `<folder>/<cpu>/<date>-<family>.csv` for each family that was run.
+/// Writes `FOLDER/CPU/DATE-FAMILY.csv` for each family that was run.
 pub(crate) fn record(folder: &Path, machine: &Machine, outcomes: &[Outcome]) -> anyhow::Result<()> {
     let folder = folder.join(&machine.folder);
     std::fs::create_dir_all(&folder)
