@@ -153,7 +153,7 @@ fn ours(case: &AttentionCase, inputs: &Inputs, mask: Mask) -> anyhow::Result<Box
 
 /// A prompt held in tensors.
 struct Forward<E> {
-    attention: Attention,
+    attention: Attention<'static>,
     q: Tensor<E>,
     k: Tensor<E>,
     v: Tensor<E>,
@@ -162,7 +162,7 @@ struct Forward<E> {
 }
 
 impl<E: Element> Forward<E> {
-    fn boxed(attention: Attention, inputs: &Inputs) -> anyhow::Result<Box<dyn Ours>> {
+    fn boxed(attention: Attention<'static>, inputs: &Inputs) -> anyhow::Result<Box<dyn Ours>> {
         let (q, k, v) = (stored(&inputs.q)?, stored(&inputs.k)?, stored(&inputs.v)?);
         let out = Tensor::zeros(q.shape())?;
         let workspace = Workspace::for_plan(&attention.plan(q.shape(), k.shape(), v.shape())?);
@@ -190,7 +190,7 @@ impl<E: Element> Ours for Forward<E> {
 
 /// Generated rows in f32 over caches of `E`.
 struct Decode<E> {
-    attention: Attention,
+    attention: Attention<'static>,
     q: Tensor<f32>,
     kv: Shape,
     /// One cache for each sequence, several times over.
@@ -202,7 +202,7 @@ struct Decode<E> {
 
 impl<E: Element> Decode<E> {
     fn boxed(
-        attention: Attention,
+        attention: Attention<'static>,
         inputs: &Inputs,
         copies: usize,
     ) -> anyhow::Result<Box<dyn Ours>> {

@@ -75,6 +75,7 @@ pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use exact::reference;
 pub use exact::state::SoftmaxState;
+pub use exact::terms::Dropout;
 pub use mask::Mask;
 pub use parallel::Threads;
 pub use plan::Plan;

@@ -4,6 +4,7 @@ use crate::cache::{KvStore, Sequences};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::exact::terms::Terms;
 use crate::exact::{Problem, decode, forward};
 use crate::mask::{Extent, Mask, Pattern};
 use crate::problem::Attention;
@@ -22,6 +23,7 @@ pub const MAX_DIM: usize = 4096;
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {
     mask: &'a Mask,
+    terms: &'a Terms<'a>,
     cpu: Cpu,
     phase: Phase,
     scale: f32,
@@ -43,7 +45,11 @@ pub struct Inputs<'a, E, K> {
 }
 
 impl<'a> Plan<'a> {
-    pub(crate) fn new(attention: &'a Attention, shapes: [Shape; 3], phase: Phase) -> Result<Self> {
+    pub(crate) fn new(
+        attention: &'a Attention<'_>,
+        shapes: [Shape; 3],
+        phase: Phase,
+    ) -> Result<Self> {
         let [q, k, v] = shapes;
         let expected = Shape { batch: q.batch, dim: q.dim, ..k };
         if k != expected {
@@ -68,8 +74,10 @@ impl<'a> Plan<'a> {
             return Err(Error::TooManyRows { got: q.seq, limit: MAX_GENERATED_ROWS });
         }
         check_countable([q, k], v.dim, phase)?;
+        attention.terms().check(q, k.seq)?;
         let plan = Plan {
             mask: attention.masked_by(),
+            terms: attention.terms(),
             cpu: attention.resolved_cpu()?,
             phase,
             scale: attention.resolved_scale(q.dim)?,
@@ -139,6 +147,7 @@ impl<'a> Plan<'a> {
                 return Err(Error::ShapeMismatch { what, expected: self.k, got });
             }
             self.check_mask(store.end())?;
+            self.terms.check_end(store.end())?;
         }
         self.execute::<E, E>(q, Sequences::Stores(stores), outputs, workspace)
     }
@@ -161,6 +170,7 @@ impl<'a> Plan<'a> {
             q,
             kv,
             mask: self.mask,
+            terms: self.terms,
             scale: self.scale,
             sizes: self.sizes(),
             out: out.share(),
@@ -200,6 +210,7 @@ impl<'a> Plan<'a> {
             kernel,
             level: self.cpu.level.name(),
             mask: self.mask.to_string(),
+            terms: self.terms.to_string(),
             group: sizes.group(),
             key_tile: KEY_TILE,
             parts,
@@ -229,6 +240,8 @@ pub struct Explanation {
     pub level: &'static str,
     /// The mask, in words.
     pub mask: String,
+    /// What else is done to scores, in words: `none`, or `softcap 50, ALiBi` and so on.
+    pub terms: String,
     /// Query heads that share one key/value head.
     pub group: usize,
     /// Keys of a tile.
@@ -249,10 +262,11 @@ impl fmt::Display for Explanation {
         };
         write!(
             f,
-            "{kernel} ({}), mask {}, {} query heads per key/value head, key tiles of {}, {} parts on \
+            "{kernel} ({}), mask {}, terms {}, {} query heads per key/value head, key tiles of {}, {} parts on \
              {} threads, {} bytes of workspace",
             self.level,
             self.mask,
+            self.terms,
             self.group,
             self.key_tile,
             self.parts,

@@ -2,8 +2,10 @@
 
 use crate::cpu::{Cpu, Phase};
 use crate::error::{Error, Result};
+use crate::exact::terms::{Dropout, Terms};
 use crate::mask::Mask;
 use crate::plan::Plan;
+use crate::position::{RelativeBias, Slopes};
 use crate::tensor::{Shape, Tensor, TensorRef};
 use crate::workspace::Workspace;
 use crate::{Element, plan};
@@ -34,10 +36,15 @@ pub enum Scale {
 /// # Ok(())
 /// # }
 /// ```
+///
+/// Scores go through, in this order: scale, [softcap](Attention::softcap), biases, mask,
+/// [sinks](Attention::sinks), softmax, [dropout](Attention::dropout). The numbers of biases and sinks are
+/// borrowed: they are parameters of a model, and belong to it.
 #[derive(Debug, Clone, Default)]
-pub struct Attention {
+pub struct Attention<'a> {
     mask: Mask,
     scale: Scale,
+    terms: Terms<'a>,
     cpu: Option<Cpu>,
 }
 
@@ -50,25 +57,65 @@ pub struct Forward<E> {
     pub lse: Tensor<f32>,
 }
 
-impl Attention {
+impl<'a> Attention<'a> {
     /// Everything sees everything, scores are scaled by 1/√dim, all threads and the fastest
     /// instructions are used.
-    pub fn new() -> Attention {
+    pub fn new() -> Attention<'a> {
         Attention::default()
     }
 
     /// Which keys each query may see.
-    pub fn mask(self, mask: Mask) -> Attention {
+    pub fn mask(self, mask: Mask) -> Attention<'a> {
         Attention { mask, ..self }
     }
 
     /// What scores are multiplied by.
-    pub fn scale(self, scale: Scale) -> Attention {
+    pub fn scale(self, scale: Scale) -> Attention<'a> {
         Attention { scale, ..self }
     }
 
+    /// Bends scores towards ±`cap`: `cap · tanh(score / cap)`, before biases and mask (Gemma 2, 2024).
+    pub fn softcap(self, cap: f32) -> Attention<'a> {
+        let terms = Terms { softcap: Some(cap), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// A number added to each score, natural logits: a tensor `{batch: B, seq: T, heads: H, dim: S}` with any
+    /// strides, of which the first three extents may be 1 and are shared then. −∞ hides a key, at the cost of
+    /// computing it: that is what a [`Mask`] is for. With caches it has a number for every position since the
+    /// sequence's beginning.
+    pub fn bias(self, bias: TensorRef<'a, f32>) -> Attention<'a> {
+        let terms = Terms { bias: Some(bias), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// Scores fall linearly with distance (ALiBi, Press et al. 2022).
+    pub fn alibi(self, slopes: Slopes<'a>) -> Attention<'a> {
+        let terms = Terms { alibi: Some(slopes), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// A learned bias by bucketed distance (T5, Raffel et al. 2020).
+    pub fn relative_bias(self, bias: RelativeBias<'a>) -> Attention<'a> {
+        let terms = Terms { relative: Some(bias), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// One learned logit for each query head, as of a key without a value (gpt-oss, 2025): rows may weigh less
+    /// than 1 in all. The log-sum-exp counts it.
+    pub fn sinks(self, sinks: &'a [f32]) -> Attention<'a> {
+        let terms = Terms { sinks: Some(sinks), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// Leaves out weights at random, for training. The log-sum-exp is that of all weights.
+    pub fn dropout(self, dropout: Dropout) -> Attention<'a> {
+        let terms = Terms { dropout: Some(dropout), ..self.terms };
+        Attention { terms, ..self }
+    }
+
     /// Which instructions and threads to use, instead of [`Cpu::detect`].
-    pub fn cpu(self, cpu: Cpu) -> Attention {
+    pub fn cpu(self, cpu: Cpu) -> Attention<'a> {
         Attention { cpu: Some(cpu), ..self }
     }
 
@@ -120,6 +167,10 @@ impl Attention {
 
     pub(crate) fn masked_by(&self) -> &Mask {
         &self.mask
+    }
+
+    pub(crate) fn terms(&self) -> &Terms<'a> {
+        &self.terms
     }
 
     pub(crate) fn resolved_cpu(&self) -> Result<Cpu> {

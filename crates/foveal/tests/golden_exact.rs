@@ -3,7 +3,7 @@
 mod support;
 
 use foveal::{Attention, Cpu, Mask, Scale, SoftmaxState, Tensor};
-use support::attention::{Answer, Problem, packed_problems, problems};
+use support::attention::{Answer, Problem, bucketed_problems, packed_problems, problems};
 use support::cpus;
 use support::golden::cases;
 
@@ -23,6 +23,7 @@ fn run(problem: &Problem, mask: &Mask, cpu: Cpu, phase: Phase) -> Answer {
     });
     let scale = Scale::Value(problem.scale as f32);
     let attention = Attention::new().mask(mask.clone()).scale(scale).cpu(cpu);
+    let attention = problem.terms.describe(attention);
     let result = match phase {
         Phase::Prompt => attention.forward(q.view(), k.view(), v.view()),
         Phase::Generated => attention.decode(q.view(), k.view(), v.view()),
@@ -49,8 +50,17 @@ fn prompts() {
 fn generated_rows() {
     let mut problems = problems();
     problems.retain(|problem| problem.extent().queries <= foveal::MAX_GENERATED_ROWS);
-    assert!(problems.len() >= 25);
+    assert!(problems.len() >= 38);
     check(Phase::Generated, &problems);
+}
+
+#[test]
+fn bucketed_biases() {
+    check(Phase::Prompt, &bucketed_problems());
+    let (short, long): (Vec<_>, Vec<_>) =
+        bucketed_problems().into_iter().partition(|problem| problem.extent().queries <= 64);
+    assert_eq!((short.len(), long.len()), (1, 1));
+    check(Phase::Generated, &short);
 }
 
 #[test]

@@ -3,9 +3,12 @@
 mod support;
 
 use foveal::mask::{Pattern, Site};
-use foveal::reference::{Input, Partial, attention, merge};
+use foveal::reference::{Input, Options, Partial, attention, attention_with, merge};
 use foveal::{Mask, Shape};
-use support::attention::{Answer, Keys, Problem, dense, inputs, packed_problems, problems};
+use support::attention::{
+    Answer, Keys, Problem, bucketed_problems, dense, dropout_problems, entry, inputs,
+    packed_problems, problems,
+};
 use support::golden::cases;
 
 fn attend(inputs: &[(Shape, Vec<f64>); 3], scale: f64, mask: &Mask) -> Partial {
@@ -14,14 +17,30 @@ fn attend(inputs: &[(Shape, Vec<f64>); 3], scale: f64, mask: &Mask) -> Partial {
 }
 
 fn define(problem: &Problem, mask: &Mask) -> Answer {
-    let Partial { out, lse } = attend(&problem.inputs, problem.scale, mask);
+    let terms = &problem.terms;
+    let sinks: Option<Vec<f64>> = problem.case.tensors.get("sinks").map(|sinks| sinks.data.clone());
+    let dropped =
+        |at, row, j| terms.dropout.as_ref().map_or(1.0, |factors| entry(factors, at, row, j));
+    let options = Options {
+        softcap: problem.case.options["softcap"].as_f64(),
+        bias: Some(&|at, row, j| terms.added(problem.extent(), at, row, j)),
+        sinks: sinks.as_deref(),
+        dropout: Some(&dropped),
+        ..Options::new(problem.scale, mask)
+    };
+    let inputs = problem.inputs.each_ref().map(|(shape, data)| Input { data, shape: *shape });
+    let Partial { out, lse } = attention_with(inputs, &options).unwrap();
     (out, lse)
 }
 
 #[test]
 fn attention_agrees_with_the_golden_vectors() {
-    for problem in problems().iter().chain(&packed_problems()) {
-        problem.check(problem.case.tolerance("f64"), &define);
+    let more = [packed_problems(), bucketed_problems(), dropout_problems()];
+    for problem in problems().iter().chain(more.iter().flatten()) {
+        // Slopes and tables are read as f32, which holds slopes of 2^(−n/2) to 6e-8.
+        let rounded = problem.terms.slopes.is_some() || problem.terms.table.is_some();
+        let tolerance = if rounded { "f32" } else { "f64" };
+        problem.check(problem.case.tolerance(tolerance), &define);
     }
 }
 

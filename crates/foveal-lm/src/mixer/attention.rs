@@ -34,7 +34,7 @@ pub struct GroupedQueryAttention {
     key_norm: Option<Norm>,
     /// Which of the model's rotary embeddings.
     rope: usize,
-    attention: Attention,
+    attention: Attention<'static>,
 }
 
 /// Activations of an attention layer, one row a token.

@@ -12,6 +12,7 @@
 //! bits do not depend on threads, on the batch, or on how many rows share the call.
 
 use super::state::Join;
+use super::terms::{Finish, RowSite};
 use super::{Factor, Problem, live_tiles, seen_values};
 use crate::cache::with_rows;
 use crate::element::Element;
@@ -153,6 +154,11 @@ impl Span {
         Site { batch: self.batch, q_head: self.query(row).1, kv_head: self.kv_head }
     }
 
+    fn row_site(&self, row: usize) -> RowSite {
+        let (query, head) = self.query(row);
+        RowSite { batch: self.batch, head, query, position: self.position(row) }
+    }
+
     /// One bit for each (row, key) that the mask allows.
     fn fill(&self, mask: &Mask, positions: &Range<usize>, words: &mut [KeyWords]) {
         let used = positions.len().div_ceil(64);
@@ -227,7 +233,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let words = &mut words[..rows];
         work.fill(self.problem.mask, &positions, words);
         let n = positions.len();
-        let tile = self.problem.kv.tile(work.batch, work.kv_head, positions);
+        let tile = self.problem.kv.tile(work.batch, work.kv_head, positions.clone());
         let State { queries, acc, sums, scores, lanes, max, tile_max, rescale } = &mut *state;
         with_rows!(tile.keys, keys => {
             let max = &mut tile_max[..rows];
@@ -237,19 +243,36 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let group = first..(first + GROUP).min(rows);
             let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
             group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
+            let at = work.rows.start;
+            let sites = (at + group.start..at + group.end).map(|row| work.row_site(row));
+            let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
+            let factor = self.problem.finish_scores(
+                sites.clone(),
+                Finish {
+                    level,
+                    factor: self.factor,
+                    heads: self.problem.sizes.q.heads,
+                    positions: positions.clone(),
+                    visible: Visible::Some(&words[group.clone()]),
+                    scores: &mut *scores,
+                    max: &mut group_max,
+                    bend: None,
+                },
+            );
             softmax(
                 level,
                 Softmax {
-                    scores: &mut scores[group.start * KEY_TILE..group.end * KEY_TILE],
+                    scores: &mut *scores,
                     max: &group_max,
                     visible: Visible::All(n.next_multiple_of(STEP)),
-                    factor: self.factor.factor,
+                    factor,
                     running_max: &mut max[group.clone()],
                     running_sum: &mut lanes[group.start * 16..group.end * 16],
                     rescale: &mut group_rescale,
                 },
             );
             rescale[group.clone()].copy_from_slice(&group_rescale[..group.len()]);
+            self.problem.drop_weights(sites, &positions, scores);
         }
         let (probabilities, rescale, out) = (&**scores, &rescale[..rows], &mut **acc);
         if careful {

@@ -17,6 +17,7 @@
 //! row's bits depend on nothing but its query, keys and values: not on the other rows of the call, not
 //! on threads, not on how a prompt was cut into calls.
 
+use super::terms::{Finish, RowSite};
 use super::{Factor, Problem, live_tiles, seen_values};
 use crate::cache::{KvRows, with_rows};
 use crate::element::Element;
@@ -152,6 +153,11 @@ impl QueryTile {
     fn site(&self, row: usize) -> Site {
         let q_head = self.query(row).1;
         Site { batch: self.batch, q_head, kv_head: self.kv_head }
+    }
+
+    fn row_site(&self, row: usize) -> RowSite {
+        let (query, head) = self.query(row);
+        RowSite { batch: self.batch, head, query, position: self.position(row) }
     }
 
     fn only(&self, row: usize) -> QueryTile {
@@ -342,18 +348,34 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             let out = &mut *scores;
             let depth = sizes.q.dim;
             tile::scores(level, Scores { queries, depth, keys, visible, out, max: &mut tile_max });
+            let (tile, at) = (self.tile, self.tile.rows.start);
+            let sites = (at + group.start..at + group.end).map(|row| tile.row_site(row));
+            let factor = problem.finish_scores(
+                sites.clone(),
+                Finish {
+                    level,
+                    factor,
+                    heads: sizes.q.heads,
+                    positions: positions.clone(),
+                    visible,
+                    scores,
+                    max: &mut tile_max,
+                    bend: None,
+                },
+            );
             tile::softmax(
                 level,
                 Softmax {
                     scores,
                     max: &tile_max,
                     visible,
-                    factor: factor.factor,
+                    factor,
                     running_max: &mut max[group.clone()],
                     running_sum: &mut sum[group.start * 16..group.end * 16],
                     rescale: &mut rescale,
                 },
             );
+            problem.drop_weights(sites, &positions, scores);
             let out = &mut acc[group.start * padded(width)..group.end * padded(width)];
             let probabilities = &*scores;
             tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });

@@ -4,6 +4,8 @@
 //! S = scale · Q Kᵀ  (−∞ where masked)      P = softmax_rows(S)      O = P V
 //! ```
 //!
+//! [`terms`] may cap or bias S, add a sink to each row of P, and drop weights.
+//!
 //! Neither S nor P is ever stored as a whole: keys pass by in tiles of 256, and each query row keeps
 //! a running maximum, sum and accumulator (Dao et al. 2022; Dao 2023). [`forward`] runs tiles of query
 //! rows for prompts, [`decode`] runs single rows for generated tokens, `state` joins partial results,
@@ -16,6 +18,7 @@ pub(crate) mod decode;
 pub(crate) mod forward;
 pub mod reference;
 pub(crate) mod state;
+pub(crate) mod terms;
 
 use crate::cache::Sequences;
 use crate::element::Element;
@@ -25,6 +28,7 @@ use crate::simd::row;
 use crate::simd::tile::{KEY_TILE, KeyWords};
 use crate::tensor::{Rows, SharedRows, TensorRef};
 use std::ops::Range;
+use terms::{Finish, RowSite, Terms};
 
 /// A call whose shapes have been checked.
 #[derive(Debug)]
@@ -33,6 +37,7 @@ pub(crate) struct Problem<'a, E, K> {
     pub(crate) kv: Sequences<'a, K>,
     pub(crate) mask: &'a Mask,
     pub(crate) scale: f32,
+    pub(crate) terms: &'a Terms<'a>,
     pub(crate) sizes: Sizes,
     pub(crate) out: SharedRows<'a, E>,
     pub(crate) lse: Option<SharedRows<'a, f32>>,
@@ -51,11 +56,45 @@ impl<E: Element, K> Problem<'_, E, K> {
     ) {
         // SAFETY: the caller's promise.
         let out = unsafe { self.out.row(batch, i, head) };
-        row::scale_into(self.sizes.cpu.level, acc, state::reciprocal(sum), out);
+        // A sink is a key without a value, counted once, in the end.
+        let sink = self.terms.sink(head);
+        let join = state::Join::new(max, sink);
+        let (max, keep, sum) = match sink {
+            f32::NEG_INFINITY => (max, 1.0, sum),
+            _ => (join.max, join.keep, sum * join.keep + join.add),
+        };
+        row::scale_into(self.sizes.cpu.level, acc, keep * state::reciprocal(sum), out);
         if let Some(lse) = &self.lse {
             // SAFETY: the caller's promise.
             let lse = unsafe { lse.row(batch, i, head) };
             lse[0] = state::log_sum_exp(max, sum);
+        }
+    }
+}
+
+impl<E, K> Problem<'_, E, K> {
+    /// Finishes the scores of a group's rows if terms ask for it; returns what the softmax then
+    /// multiplies them by.
+    fn finish_scores(&self, rows: impl Iterator<Item = RowSite>, finish: Finish<'_>) -> f32 {
+        if self.terms.plain() {
+            return finish.factor.factor;
+        }
+        self.terms.finish(rows, finish);
+        1.0
+    }
+
+    /// Leaves out weights `[row][KEY_TILE]` of a group's rows, if the call has dropout.
+    fn drop_weights(
+        &self,
+        rows: impl Iterator<Item = RowSite>,
+        positions: &Range<usize>,
+        weights: &mut [f32],
+    ) {
+        if self.terms.dropout.is_some() {
+            for (at, weights) in rows.zip(weights.chunks_exact_mut(KEY_TILE)) {
+                let weights = &mut weights[..positions.len()];
+                self.terms.drop(self.sizes.cpu.level, at, positions.start, weights);
+            }
         }
     }
 }
@@ -70,6 +109,11 @@ pub(crate) struct Factor {
 }
 
 impl Factor {
+    /// What products of turned queries and keys are multiplied by to be scores.
+    pub(crate) fn magnitude(self) -> f32 {
+        self.factor * std::f32::consts::LN_2
+    }
+
     pub(crate) fn new(scale: f32) -> Factor {
         match scale {
             0.0 => Factor { sign: 0.0, factor: 1.0 },

@@ -1,8 +1,8 @@
 //! Softmax attention as it is defined, in f64: loops without tiles, for tests and for reading.
 //!
 //! ```text
-//! s_j = scale · ⟨q, k_j⟩  for every j that the row may see
-//! lse = ln Σ e^(s_j)      o = Σ e^(s_j − lse) v_j
+//! s_j = cap(scale · ⟨q, k_j⟩) + bias_j  for every j that the row may see
+//! lse = ln (Σ e^(s_j) + e^sink)      o = Σ e^(s_j − lse) z_j v_j
 //! ```
 //!
 //! A row that may see nothing gives 0 and −∞. NaN and ∞ go where the formulas take them: a NaN score or
@@ -49,12 +49,82 @@ pub struct Partial {
     pub lse: Vec<f64>,
 }
 
+/// What a definition is given besides queries, keys and values. Rows and keys are numbered from 0.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// What products are multiplied by.
+    pub scale: f64,
+    /// Who may see whom.
+    pub mask: &'a dyn Pattern,
+    /// Scores become cap · tanh(score / cap).
+    pub softcap: Option<f64>,
+    /// What is added to the score of (site, row, key), after the cap.
+    pub bias: Option<&'a dyn Fn(Site, usize, usize) -> f64>,
+    /// A logit for each query head without a value.
+    pub sinks: Option<&'a [f64]>,
+    /// What the weight of (site, row, key) is multiplied by.
+    pub dropout: Option<&'a dyn Fn(Site, usize, usize) -> f64>,
+}
+
+impl<'a> Options<'a> {
+    /// A scale, a mask and nothing else.
+    pub fn new(scale: f64, mask: &'a dyn Pattern) -> Options<'a> {
+        Options { scale, mask, softcap: None, bias: None, sinks: None, dropout: None }
+    }
+
+    fn score(&self, (at, row, j): (Site, usize, usize), product: f64) -> f64 {
+        let score = self.scale * product;
+        let score = self.softcap.map_or(score, |cap| cap * (score / cap).tanh());
+        score + self.bias.map_or(0.0, |bias| bias(at, row, j))
+    }
+}
+
+impl std::fmt::Debug for Options<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Options { scale, mask, softcap, sinks, .. } = self;
+        write!(f, "Options {{ {scale}, {mask:?}, softcap {softcap:?}, sinks {sinks:?}, .. }}")
+    }
+}
+
+/// [`attention_with`] a scale and a mask only.
+///
+/// # Errors
+/// Those of [`attention_with`].
+pub fn attention(inputs: [Input<'_>; 3], scale: f64, mask: &dyn Pattern) -> Result<Partial> {
+    attention_with(inputs, &Options::new(scale, mask))
+}
+
 /// Attention of queries `[B, T, H, Dk]` over keys `[B, S, KV, Dk]` and values `[B, S, KV, Dv]`. Query
 /// head `h` reads key/value head `h / (H / KV)`; query row `i` is at position `i + S − T`. Allocates.
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`], [`Error::BufferLength`], [`Error::HeadGrouping`], and what the mask refuses.
-pub fn attention([q, k, v]: [Input<'_>; 3], scale: f64, mask: &dyn Pattern) -> Result<Partial> {
+/// [`Error::ShapeMismatch`], [`Error::BufferLength`], [`Error::HeadGrouping`], [`Error::LengthMismatch`] for
+/// sinks, and what the mask refuses.
+pub fn attention_with([q, k, v]: [Input<'_>; 3], options: &Options<'_>) -> Result<Partial> {
+    check([q, k, v], options)?;
+    let Shape { batch, seq: queries, heads, .. } = q.shape;
+    let keys = k.shape.seq;
+    let mut result = Partial { out: vec![], lse: vec![] };
+    for batch in 0..batch {
+        for (row, q_head) in (0..queries).flat_map(|row| (0..heads).map(move |head| (row, head))) {
+            let at = Site { batch, q_head, kv_head: q_head / (heads / k.shape.heads) };
+            let i = row as isize + keys as isize - queries as isize;
+            let mut seen = Row::default();
+            for j in (0..keys).filter(|&j| options.mask.allows(at, i, j)) {
+                let pairs = q.row(batch, row, q_head).iter().zip(k.row(batch, j, at.kv_head));
+                let product: f64 = pairs.map(|(q, k)| q * k).sum();
+                seen.scores.push(options.score((at, row, j), product));
+                seen.factors.push(options.dropout.map_or(1.0, |factor| factor(at, row, j)));
+                seen.values.push(v.row(batch, j, at.kv_head));
+            }
+            seen.sink = options.sinks.map(|sinks| sinks[q_head]);
+            result.push(&seen, v.shape.dim);
+        }
+    }
+    Ok(result)
+}
+
+fn check([q, k, v]: [Input<'_>; 3], options: &Options<'_>) -> Result<()> {
     q.check("queries", Shape { batch: k.shape.batch, dim: k.shape.dim, ..q.shape })?;
     k.check("keys", k.shape)?;
     v.check("values", Shape { dim: v.shape.dim, ..k.shape })?;
@@ -62,26 +132,12 @@ pub fn attention([q, k, v]: [Input<'_>; 3], scale: f64, mask: &dyn Pattern) -> R
     if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(Error::HeadGrouping { heads, kv_heads });
     }
-    let Shape { batch, seq: queries, .. } = q.shape;
-    let keys = k.shape.seq;
-    mask.check(Extent { batch, heads, queries, keys })?;
-    let mut result = Partial { out: vec![], lse: vec![] };
-    for batch in 0..batch {
-        for (row, q_head) in (0..queries).flat_map(|row| (0..heads).map(move |head| (row, head))) {
-            let at = Site { batch, q_head, kv_head: q_head / (heads / kv_heads) };
-            let i = row as isize + keys as isize - queries as isize;
-            let seen = (0..keys).filter(|&j| mask.allows(at, i, j));
-            let (scores, values): (Vec<f64>, Vec<_>) = seen
-                .map(|j| {
-                    let pairs = q.row(batch, row, q_head).iter().zip(k.row(batch, j, at.kv_head));
-                    let product: f64 = pairs.map(|(q, k)| q * k).sum();
-                    (scale * product, v.row(batch, j, at.kv_head))
-                })
-                .unzip();
-            result.push(&scores, &values, v.shape.dim);
-        }
+    if let Some(sinks) = options.sinks.filter(|sinks| sinks.len() != heads) {
+        let what = "sinks, one a query head";
+        return Err(Error::LengthMismatch { what, expected: heads, got: sinks.len() });
     }
-    Ok(result)
+    let Shape { batch, seq: queries, .. } = q.shape;
+    options.mask.check(Extent { batch, heads, queries, keys: k.shape.seq })
 }
 
 /// Joins results over disjoint sets of keys. One part, or a row that is empty in all but one, comes back
@@ -100,29 +156,41 @@ pub fn merge(parts: &[Partial]) -> Result<Partial> {
     }
     let mut merged = Partial { out: vec![], lse: vec![] };
     for row in 0..rows {
-        let held = parts.iter().filter(|part| part.lse[row] != f64::NEG_INFINITY);
-        let (scores, values): (Vec<f64>, Vec<_>) =
-            held.map(|part| (part.lse[row], &part.out[row * dim..][..dim])).unzip();
-        merged.push(&scores, &values, dim);
+        let mut seen = Row::default();
+        for part in parts.iter().filter(|part| part.lse[row] != f64::NEG_INFINITY) {
+            seen.scores.push(part.lse[row]);
+            seen.factors.push(1.0);
+            seen.values.push(&part.out[row * dim..][..dim]);
+        }
+        merged.push(&seen, dim);
     }
     Ok(merged)
 }
 
+/// What one row sees.
+#[derive(Default)]
+struct Row<'a> {
+    scores: Vec<f64>,
+    factors: Vec<f64>,
+    values: Vec<&'a [f64]>,
+    sink: Option<f64>,
+}
+
 impl Partial {
     /// Adds the row whose values are weighed by the softmax of its scores.
-    fn push(&mut self, scores: &[f64], values: &[&[f64]], dim: usize) {
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    fn push(&mut self, row: &Row<'_>, dim: usize) {
+        let scores = row.scores.iter().chain(&row.sink);
+        let max = scores.clone().copied().fold(f64::NEG_INFINITY, f64::max);
         // Where all scores are −∞ their weights are 0, not e^(−∞ + ∞).
         let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };
-        let weights: Vec<f64> = scores.iter().map(|score| (score - shift).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let sum: f64 = scores.map(|score| (score - shift).exp()).sum();
         let total = if sum == 0.0 { 1.0 } else { sum };
         self.lse.push(shift + sum.ln());
         self.out.extend((0..dim).map(|d| {
-            weights
-                .iter()
-                .zip(values)
-                .fold(0.0, |sum, (weight, value)| sum + weight / total * value[d])
+            let seen = row.scores.iter().zip(&row.factors).zip(&row.values);
+            seen.fold(0.0, |sum, ((score, factor), value)| {
+                sum + (score - shift).exp() / total * factor * value[d]
+            })
         }));
     }
 }

@@ -58,9 +58,38 @@ pub(crate) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
     s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
 }
 
+/// tanh x: relative error ≤ 4e-7, saturated at ±1, ±0 at ±0; NaN stays NaN.
+///
+/// With e = e^(2x) − 1, which keeps its accuracy near 0: tanh x = e / (e + 2). e = 2^k (2^f − 1) + (2^k − 1).
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
+    const ROUND: f32 = 1.5 * (1u32 << 23) as f32;
+    // 2^(2 · 10 · log2 e) is far from overflow, and tanh is 1 there.
+    let x = s.max(s.splat(-10.0), s.min(s.splat(10.0), x));
+    let y = s.mul(x, s.splat(2.0 * std::f32::consts::LOG2_E));
+    let t = s.add(y, s.splat(ROUND));
+    let f = s.sub(y, s.sub(t, s.splat(ROUND)));
+    let power = s.scale_exponent(s.splat(1.0), t, y);
+    let e = s.fma(power, exp2_less_one(s, f), s.sub(power, s.splat(1.0)));
+    s.div(e, s.add(e, s.splat(2.0)))
+}
+
+/// 2^f − 1 for |f| ≤ ½, with a small relative error.
+#[inline(always)]
+fn exp2_less_one<S: Simd>(s: S, f: S::F) -> S::F {
+    let p = s.splat(1.525_273_4e-5);
+    let p = s.fma(p, f, s.splat(1.540_353e-4));
+    let p = s.fma(p, f, s.splat(1.333_355_8e-3));
+    let p = s.fma(p, f, s.splat(9.618_129e-3));
+    let p = s.fma(p, f, s.splat(5.550_411e-2));
+    let p = s.fma(p, f, s.splat(2.402_265e-1));
+    let p = s.fma(p, f, s.splat(std::f32::consts::LN_2));
+    s.mul(p, f)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{exp, exp2, sigmoid};
+    use super::{exp, exp2, sigmoid, tanh};
     use crate::simd::{Level, Simd, dispatch};
 
     dispatch! {
@@ -85,6 +114,14 @@ mod tests {
     #[inline(always)]
     fn sigmoid_kernel<S: Simd>(s: S, x: &mut [f32; 16]) {
         each(s, x, sigmoid);
+    }
+
+    dispatch! {
+        fn tanh_of(x: &mut [f32; 16]) = tanh_kernel
+    }
+    #[inline(always)]
+    fn tanh_kernel<S: Simd>(s: S, x: &mut [f32; 16]) {
+        each(s, x, tanh);
     }
 
     #[inline(always)]
@@ -176,6 +213,20 @@ mod tests {
             let value = |x| one(level, sigmoid_of, x);
             assert_eq!((value(0.0), value(100.0), value(f32::INFINITY)), (0.5, 1.0, 1.0));
             assert!(value(-89.0) < f32::MIN_POSITIVE && value(f32::NEG_INFINITY) >= 0.0);
+            assert!(value(f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn tanh_is_within_its_bound() {
+        for level in Level::available() {
+            let error = worst(level, 30.0, tanh_of, |x, y| match x {
+                0.0 => f64::from((y != 0.0) as u8),
+                _ => relative(y, f64::from(x).tanh()),
+            });
+            assert!(error <= 4e-7, "{level}: {error:e}");
+            let value = |x| one(level, tanh_of, x);
+            assert_eq!((value(0.0), value(f32::INFINITY), value(-1e30)), (0.0, 1.0, -1.0));
             assert!(value(f32::NAN).is_nan());
         }
     }

@@ -24,6 +24,9 @@ const PANELS: usize = KEY_TILE / PANEL;
 /// One bit per key of a tile: may the row see it?
 pub(crate) type KeyWords = [u64; PANELS];
 
+/// For each panel of a tile, steps of [`STEP`] keys: `first..end`.
+pub(crate) type Steps = [(usize, usize); PANELS];
+
 /// Which keys of a tile a group of rows computes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Visible<'a> {
@@ -34,6 +37,11 @@ pub(crate) enum Visible<'a> {
 }
 
 impl Visible<'_> {
+    /// Steps of all panels that some row sees.
+    pub(crate) fn all_steps(&self) -> Steps {
+        std::array::from_fn(|panel| self.steps(panel))
+    }
+
     /// Steps of 16 keys of a panel that some row sees: `first..end`, empty if none.
     #[inline(always)]
     fn steps(&self, panel: usize) -> (usize, usize) {
@@ -49,6 +57,14 @@ impl Visible<'_> {
                     ),
                 }
             }
+        }
+    }
+
+    /// The keys that one of the rows sees, unless it sees all.
+    pub(crate) fn row(&self, r: usize) -> Option<&KeyWords> {
+        match self {
+            Visible::All(_) => None,
+            Visible::Some(rows) => Some(&rows[r]),
         }
     }
 

@@ -2,7 +2,8 @@
 
 use super::golden::{Array, Case, cases, check};
 use foveal::mask::{Band, Coverage, Dense, Documents, Extent, Pattern, Site};
-use foveal::{Mask, Shape};
+use foveal::position::{RelativeBias, Slopes};
+use foveal::{Attention, Mask, Shape, Strides, TensorRef};
 use std::ops::Range;
 
 /// One golden attention call.
@@ -12,6 +13,7 @@ pub struct Problem {
     /// Queries, keys and values with their shapes.
     pub inputs: [(Shape, Vec<f64>); 3],
     pub scale: f64,
+    pub terms: Terms,
     /// The same mask in several words.
     pub masks: Vec<(&'static str, Mask)>,
 }
@@ -37,30 +39,135 @@ impl Problem {
     }
 }
 
-/// Cases whose formula has a term that [`foveal::Attention`] does not have.
-const LATER: [(&str, &str); 13] = [
-    ("softmax_bias_full", "a bias added to scores"),
-    ("softmax_bias_head_bcast_batch", "a bias added to scores"),
-    ("softmax_bias_bcast_heads", "a bias added to scores"),
-    ("softmax_bias_key_only", "a bias added to scores"),
-    ("softmax_bias_minus_inf", "a bias added to scores"),
-    ("softmax_alibi_h8", "a bias by distance"),
-    ("softmax_alibi_h12", "a bias by distance"),
-    ("softmax_alibi_h6", "a bias by distance"),
-    ("softmax_softcap_causal", "a cap on scores"),
-    ("softmax_softcap50_window", "a cap on scores"),
-    ("softmax_sinks_causal", "a learned sink"),
-    ("softmax_sinks_window", "a learned sink"),
-    ("softmax_sinks_dead_rows", "a learned sink"),
-];
+/// What a golden call does to its scores besides scale and mask.
+#[derive(Debug, Default)]
+pub struct Terms {
+    pub softcap: Option<f32>,
+    /// `[batch, heads, queries, keys]`; `None` where it is said by slopes or a table.
+    pub bias: Option<Array>,
+    /// The numbers of `bias` in f32.
+    pub bias_f32: Vec<f32>,
+    pub slopes: Option<Vec<f32>>,
+    pub sinks: Option<Vec<f32>>,
+    /// A table `[buckets, heads]` for distances up to 128, of one direction or of both.
+    pub table: Option<(Vec<f32>, bool)>,
+    /// `[batch, heads, queries, keys]`: what weights are multiplied by.
+    pub dropout: Option<Array>,
+}
 
-/// All calls of one sequence a batch row that need nothing but scale, mask and head groups.
+impl Terms {
+    fn of(case: &Case) -> Terms {
+        let numbers = |name: &str| case.tensors.get(name).map(Array::to_f32);
+        let slopes = numbers("slopes");
+        let bias = case.tensors.get("bias").filter(|_| slopes.is_none()).cloned();
+        let keep = case.options["keep"].as_f64();
+        let both = || case.options["bidirectional"].as_bool().unwrap();
+        Terms {
+            softcap: case.options["softcap"].as_f64().map(|cap| cap as f32),
+            bias_f32: bias.as_ref().map(Array::to_f32).unwrap_or_default(),
+            bias,
+            slopes,
+            sinks: numbers("sinks"),
+            table: numbers("table").map(|table| (table, both())),
+            dropout: keep.map(|keep| {
+                let mut factors = case.tensor("keep_mask").clone();
+                factors.data.iter_mut().for_each(|x| *x /= keep);
+                factors
+            }),
+        }
+    }
+
+    /// Adds the terms to a description; slopes as the standard ones if they are.
+    pub fn describe<'a>(&'a self, mut attention: Attention<'a>) -> Attention<'a> {
+        assert!(self.dropout.is_none(), "the engine chooses for itself what it drops");
+        if let Some(cap) = self.softcap {
+            attention = attention.softcap(cap);
+        }
+        if let Some(bias) = &self.bias {
+            attention = attention.bias(self.bias_view(bias));
+        }
+        if let Some(slopes) = &self.slopes {
+            let heads = slopes.len();
+            let standard = (0..heads).all(|h| Slopes::Standard.of(h, heads) == slopes[h]);
+            let slopes = if standard { Slopes::Standard } else { Slopes::Given(slopes) };
+            assert_eq!(slopes, Slopes::Standard, "the golden slopes are those of the paper");
+            attention = attention.alibi(slopes);
+        }
+        if let Some((table, both)) = &self.table {
+            let heads = table.len() / 32;
+            let bias = match both {
+                true => RelativeBias::bidirectional(table, heads, 128),
+                false => RelativeBias::causal(table, heads, 128),
+            };
+            attention = attention.relative_bias(bias.unwrap());
+        }
+        if let Some(sinks) = &self.sinks {
+            attention = attention.sinks(sinks);
+        }
+        attention
+    }
+
+    fn bias_view(&self, bias: &Array) -> TensorRef<'_, f32> {
+        let &[batch, heads, queries, keys] = &bias.shape[..] else { panic!("{:?}", bias.shape) };
+        let shape = Shape { batch, seq: queries, heads, dim: keys };
+        let strides = Strides { batch: heads * queries * keys, heads: queries * keys, seq: keys };
+        TensorRef::from_strides(&self.bias_f32, shape, strides).unwrap()
+    }
+
+    /// What is added to a score, in f64.
+    pub fn added(&self, extent: Extent, at: Site, row: usize, j: usize) -> f64 {
+        let distance = row as isize + extent.keys as isize - extent.queries as isize - j as isize;
+        let mut sum = self.bias.as_ref().map_or(0.0, |bias| entry(bias, at, row, j));
+        if let Some(slopes) = &self.slopes {
+            sum -= f64::from(slopes[at.q_head]) * distance.abs() as f64;
+        }
+        if let Some((table, both)) = &self.table {
+            sum += f64::from(table[t5_bucket(distance, *both) * extent.heads + at.q_head]);
+        }
+        sum
+    }
+}
+
+/// An entry of `[batch, heads, queries, keys]`, axes of 1 shared.
+pub fn entry(array: &Array, at: Site, row: usize, j: usize) -> f64 {
+    let index = [at.batch, at.q_head, row, j];
+    let flat = array
+        .shape
+        .iter()
+        .zip(index)
+        .fold(0, |flat, (&extent, index)| flat * extent + if extent == 1 { 0 } else { index });
+    array.data[flat]
+}
+
+/// The bucket of 32 for distances up to 128, from the rule's words: powers of two compared as integers.
+pub fn t5_bucket(distance: isize, both: bool) -> usize {
+    let (first, steps) = if both { (8, 8) } else { (16, 16) };
+    let offset = if both && distance < 0 { 16 } else { 0 };
+    let n = if both { distance.unsigned_abs() } else { distance.max(0) as usize };
+    if n < first {
+        return offset + n;
+    }
+    // The ratio of 128 to the first limit is 8 or 16: bucket b begins at n^steps >= first^steps · ratio^b.
+    let ratio = 128 / first;
+    let n = (n as f64).log2() * steps as f64;
+    let begins = |b: usize| (first as f64).log2() * steps as f64 + (ratio as f64).log2() * b as f64;
+    let b = (0..steps).rev().find(|&b| n >= begins(b) - 1e-9).unwrap();
+    offset + first + b
+}
+
+/// All calls of one sequence a batch row.
 pub fn problems() -> Vec<Problem> {
-    let (later, now): (Vec<_>, Vec<_>) = cases("softmax")
-        .into_iter()
-        .partition(|case| LATER.iter().any(|(name, _)| *name == case.name));
-    assert_eq!(later.len(), LATER.len(), "a skipped case is gone");
-    now.into_iter().map(from_batch).collect()
+    cases("softmax").into_iter().map(from_batch).collect()
+}
+
+/// Calls with a bias by bucketed distance.
+pub fn bucketed_problems() -> Vec<Problem> {
+    cases("softmax_t5_bias").into_iter().map(from_batch).collect()
+}
+
+/// Calls whose dropped weights are given.
+pub fn dropout_problems() -> Vec<Problem> {
+    cases("softmax_dropout").into_iter().map(from_batch).collect()
 }
 
 /// All calls of packed documents.
@@ -91,7 +198,13 @@ fn from_batch(case: Case) -> Problem {
     let mut masks: Vec<_> = typed(&case).into_iter().map(|mask| ("typed", mask)).collect();
     masks.extend(case.tensors.get("mask").map(|array| ("dense", dense(array))));
     assert!(!masks.is_empty(), "{} says nothing about its mask", case.name);
-    Problem { inputs: inputs(&case), scale: case.number("scale"), masks, case }
+    Problem {
+        inputs: inputs(&case),
+        scale: case.number("scale"),
+        terms: Terms::of(&case),
+        masks,
+        case,
+    }
 }
 
 /// The mask from what the case's options say, if they determine it.
@@ -113,7 +226,13 @@ fn typed(case: &Case) -> Option<Mask> {
             Array::indices,
         )
     };
-    Some(match options["mask_kind"].as_str().unwrap() {
+    // Bucketed biases say whether they are causal; calls with given dropout are.
+    let kind = options["mask_kind"].as_str();
+    let kind = kind.unwrap_or_else(|| match options["causal"].as_bool() {
+        Some(false) => "none",
+        _ => "causal",
+    });
+    Some(match kind {
         "none" => Mask::full(),
         "causal" => Mask::causal(),
         "causal sliding window" => Mask::window(window()),
@@ -166,7 +285,13 @@ fn from_packed(case: Case) -> Problem {
         // Positions within equal documents differ as positions in the packed sequence do.
         masks.push(("composed", Mask::from(documents).and(alone)));
     }
-    Problem { inputs: inputs(&case), scale: case.number("scale"), masks, case }
+    Problem {
+        inputs: inputs(&case),
+        scale: case.number("scale"),
+        terms: Terms::default(),
+        masks,
+        case,
+    }
 }
 
 /// Document by document, without [`Documents`].

@@ -1,0 +1,279 @@
+//! What is done to scores between the product and the values: cap, biases, sinks, dropout.
+//!
+//! ```text
+//! s_ij = scale ⟨q_i, k_j⟩        s ← cap · tanh(s / cap)        s ← s + bias_ij − slope_h |i − j| + table[bucket(i − j), h]
+//! mask: s ← −∞                   lse_i = ln(Σ_j e^(s_ij) + e^(sink_h))
+//! P_ij = e^(s_ij − lse_i)        o_i = Σ_j P_ij Z_ij v_j,   Z ∈ {0, 1/keep}
+//! ```
+//!
+//! Soft cap: Gemma 2 (2024), §2. Linear biases: Press et al. 2022. Bucketed biases: Raffel et al. 2020. Sinks:
+//! gpt-oss (2025). Dropout: Vaswani et al. 2017, §5.4, with random bits that depend on nothing but seed, sequence,
+//! head and the two positions, so that a backward pass makes them again.
+
+use super::Factor;
+use crate::error::{Error, Result};
+use crate::position::{RelativeBias, Slopes};
+use crate::simd::Level;
+use crate::simd::terms::{RowDropout, RowTerms, drop_row, finish_row};
+use crate::simd::tile::{GROUP, KEY_TILE, Visible};
+use crate::tensor::{Shape, TensorRef};
+use std::fmt;
+use std::ops::Range;
+
+/// Weights that are left out at random while a model is trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// The part of the weights that is left out, in `0.0..1.0`. The others are divided by `1 − rate`.
+    pub rate: f32,
+    /// What the choice depends on, with sequence, head and positions: the same seed, the same choice.
+    pub seed: u64,
+}
+
+impl Dropout {
+    /// What weight (`i`, `j`) of a query head is multiplied by: 0 or 1 / (1 − rate). Positions are absolute.
+    pub fn factor(&self, (batch, head): (usize, usize), i: isize, j: usize) -> f32 {
+        let row = self.row((batch, head), i);
+        if row.keeps(j) { row.factor } else { 0.0 }
+    }
+
+    fn row(&self, (batch, head): (usize, usize), i: isize) -> RowDropout {
+        let at = [batch as u64, head as u64, i as u64];
+        let key = at.into_iter().fold(mix(self.seed), |key, x| mix(key ^ x));
+        let keep = 1.0 - f64::from(self.rate);
+        RowDropout {
+            keys: [key as u32, (key >> 32) as u32],
+            first: 0,
+            threshold: (keep * (1u64 << 32) as f64).min(f64::from(u32::MAX)) as u32,
+            factor: (1.0 / keep) as f32,
+        }
+    }
+}
+
+/// splitmix64 (Steele et al. 2014).
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// The terms of a call.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Terms<'a> {
+    pub(crate) softcap: Option<f32>,
+    /// `[batch, queries, heads, keys]`; extents of 1 are shared.
+    pub(crate) bias: Option<TensorRef<'a, f32>>,
+    pub(crate) alibi: Option<Slopes<'a>>,
+    pub(crate) relative: Option<RelativeBias<'a>>,
+    /// One logit for each query head.
+    pub(crate) sinks: Option<&'a [f32]>,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+/// A query row of a call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowSite {
+    pub(crate) batch: usize,
+    pub(crate) head: usize,
+    /// Its number among the call's queries.
+    pub(crate) query: usize,
+    pub(crate) position: isize,
+}
+
+impl Terms<'_> {
+    /// Refuses numbers that do not fit queries `q` and `keys` keys.
+    pub(crate) fn check(&self, q: Shape, keys: usize) -> Result<()> {
+        let invalid = |what, expected, got: f32| {
+            Err(Error::InvalidParameter { what, expected, got: got.to_string() })
+        };
+        if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+            return invalid("softcap", "a finite number above 0", cap);
+        }
+        if let Some(Dropout { rate, .. }) = self.dropout
+            && !(0.0..1.0).contains(&rate)
+        {
+            return invalid("dropout rate", "0 to 1, without 1", rate);
+        }
+        if let Some(bias) = self.bias {
+            let got = bias.shape();
+            let one = |extent: usize, full: usize| if extent == 1 { 1 } else { full };
+            let expected = Shape {
+                batch: one(got.batch, q.batch),
+                seq: one(got.seq, q.seq),
+                heads: one(got.heads, q.heads),
+                dim: keys,
+            };
+            if got != expected {
+                let what =
+                    "a bias is [batch, queries, heads, keys], the first three of the call or 1";
+                return Err(Error::ShapeMismatch { what, expected, got });
+            }
+        }
+        let slopes = match self.alibi {
+            Some(Slopes::Given(slopes)) => Some(slopes.len()),
+            _ => None,
+        };
+        let relative = self.relative.as_ref().map(RelativeBias::heads);
+        for (what, got) in [
+            ("ALiBi slopes, one a query head", slopes),
+            ("sinks, one a query head", self.sinks.map(<[f32]>::len)),
+            ("columns of the relative bias table, one a query head", relative),
+        ] {
+            if let Some(got) = got.filter(|&got| got != q.heads) {
+                return Err(Error::LengthMismatch { what, expected: q.heads, got });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a cache that has grown beyond a dense bias.
+    pub(crate) fn check_end(&self, end: usize) -> Result<()> {
+        match self.bias.map(|bias| bias.shape().dim) {
+            Some(limit) if limit < end => Err(Error::OutOfRange {
+                what: "the newest key of a cache, for a bias,",
+                got: end - 1,
+                limit,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether products go into the softmax as they are.
+    pub(crate) fn plain(&self) -> bool {
+        self.softcap.is_none()
+            && self.bias.is_none()
+            && self.alibi.is_none()
+            && self.relative.is_none()
+    }
+
+    /// The sink of a head as a logit in base 2; −∞ is none.
+    pub(crate) fn sink(&self, head: usize) -> f32 {
+        self.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head] * std::f32::consts::LOG2_E)
+    }
+
+    /// The slope of a head; 0 is none.
+    pub(crate) fn slope(&self, head: usize, heads: usize) -> f32 {
+        self.alibi.map_or(0.0, |slopes| slopes.of(head, heads))
+    }
+
+    /// Leaves out weights of one row, the first of which is for the key at `first`.
+    pub(crate) fn drop(&self, level: Level, at: RowSite, first: usize, weights: &mut [f32]) {
+        if let Some(dropout) = self.dropout {
+            let row = dropout.row((at.batch, at.head), at.position);
+            drop_row(level, RowDropout { first, ..row }, weights);
+        }
+    }
+}
+
+/// A group of rows against the keys of a tile, between the product and the softmax.
+#[derive(Debug)]
+pub(crate) struct Finish<'a> {
+    pub(crate) level: Level,
+    pub(crate) factor: Factor,
+    /// Query heads of the call.
+    pub(crate) heads: usize,
+    /// The keys of the scores.
+    pub(crate) positions: Range<usize>,
+    pub(crate) visible: Visible<'a>,
+    /// `[row][KEY_TILE]`.
+    pub(crate) scores: &'a mut [f32],
+    /// Out: the largest score of each row, in base 2.
+    pub(crate) max: &'a mut [f32; GROUP],
+    /// Out: the derivative of the cap, `[row][KEY_TILE]`, if asked for.
+    pub(crate) bend: Option<&'a mut [f32]>,
+}
+
+impl Terms<'_> {
+    /// Turns products into logits of base 2. Only for terms that are not [`Terms::plain`].
+    pub(crate) fn finish(&self, rows: impl Iterator<Item = RowSite>, finish: Finish<'_>) {
+        let Finish { level, factor, heads, positions, visible, scores, max, mut bend } = finish;
+        let steps = visible.all_steps();
+        let mut buffer = [0.0; KEY_TILE];
+        for (r, (at, scores)) in rows.zip(scores.chunks_exact_mut(KEY_TILE)).enumerate() {
+            max[r] = finish_row(
+                level,
+                RowTerms {
+                    scores,
+                    steps,
+                    visible: visible.row(r),
+                    scale: factor.magnitude(),
+                    cap: self.softcap,
+                    slope: self.slope(at.head, heads),
+                    distance: (positions.start as isize - at.position) as f32,
+                    bias: self.row_bias(at, &positions, &mut buffer),
+                    bend: bend.as_deref_mut().map(|bend| &mut bend[r * KEY_TILE..][..KEY_TILE]),
+                },
+            );
+        }
+    }
+
+    /// What is added to the scores of a row: the bias where it lies, or the sum of both kinds.
+    fn row_bias<'b>(
+        &'b self,
+        at: RowSite,
+        positions: &Range<usize>,
+        buffer: &'b mut [f32; KEY_TILE],
+    ) -> Option<&'b [f32]> {
+        let shared = |index, extent| if extent == 1 { 0 } else { index };
+        let dense = self.bias.as_ref().map(|bias| {
+            let Shape { batch, seq, heads, .. } = bias.shape();
+            let row =
+                bias.row(shared(at.batch, batch), shared(at.query, seq), shared(at.head, heads));
+            &row[positions.clone()]
+        });
+        let Some(relative) = &self.relative else { return dense };
+        let sum = &mut buffer[..positions.len()];
+        match dense {
+            Some(dense) => sum.copy_from_slice(dense),
+            None => sum.fill(0.0),
+        }
+        relative.add(at.head, at.position - positions.start as isize, sum);
+        Some(sum)
+    }
+}
+
+impl fmt::Display for Terms<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words = vec![];
+        words.extend(self.softcap.map(|cap| format!("softcap {cap}")));
+        words.extend(self.bias.map(|_| "bias".to_owned()));
+        words.extend(self.alibi.map(|_| "ALiBi".to_owned()));
+        let buckets = self.relative.as_ref().map(RelativeBias::buckets);
+        words.extend(buckets.map(|buckets| format!("relative bias in {buckets} buckets")));
+        words.extend(self.sinks.map(|_| "sinks".to_owned()));
+        words.extend(self.dropout.map(|dropout| format!("dropout {}", dropout.rate)));
+        f.write_str(if words.is_empty() { "none" } else { "" })?;
+        f.write_str(&words.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Dropout;
+
+    #[test]
+    fn dropout_is_even_and_depends_on_everything() {
+        let dropout = Dropout { rate: 0.25, seed: 7 };
+        let kept = |dropout: Dropout, batch, head, i: isize| -> Vec<bool> {
+            (0..4000).map(|j| dropout.factor((batch, head), i, j) > 0.0).collect()
+        };
+        let base = kept(dropout, 0, 0, 5);
+        for other in [
+            kept(Dropout { seed: 8, ..dropout }, 0, 0, 5),
+            kept(dropout, 1, 0, 5),
+            kept(dropout, 0, 1, 5),
+            kept(dropout, 0, 0, 6),
+            kept(dropout, 0, 0, -5),
+        ] {
+            let both = base.iter().zip(&other).filter(|(a, b)| **a && **b).count();
+            // Independent: 0.75² of 4000 = 2250, standard deviation 31.
+            assert!((2100..2400).contains(&both), "{both}");
+        }
+        let count = base.iter().filter(|&&kept| kept).count();
+        assert!((2880..3120).contains(&count), "{count}");
+        assert!(
+            (dropout.factor((0, 0), 5, base.iter().position(|&k| k).unwrap()) - 4.0 / 3.0).abs()
+                < 1e-6
+        );
+    }
+}
