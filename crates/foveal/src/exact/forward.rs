@@ -290,6 +290,65 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 }
 
+/// Keys and values of one tile.
+struct KeyTile<'a> {
+    positions: &'a Range<usize>,
+    /// Packed panels.
+    keys: &'a [f32],
+    values: Rows<'a, f32>,
+}
+
+impl<E: Element, K: Element> Engine<'_, E, K> {
+    /// One key tile for up to six rows of a query tile.
+    fn group(
+        &self,
+        tile: &QueryTile,
+        at: &KeyTile<'_>,
+        (group, visible): (Range<usize>, Visible<'_>),
+        state: &mut State<'_>,
+    ) {
+        let Engine { problem, factor, .. } = *self;
+        let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
+        let (depth, width) = (sizes.q.dim, padded(sizes.value_dim));
+        let KeyTile { positions, keys, values } = *at;
+        let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
+        let queries = &state.queries[group.start * depth..group.end * depth];
+        let out = &mut *state.scores;
+        tile::scores(level, Scores { queries, depth, keys, visible, out, max: &mut tile_max });
+        let first = tile.rows.start;
+        let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
+        let factor = problem.finish_scores(
+            rows.clone(),
+            Finish {
+                level,
+                factor,
+                heads: sizes.q.heads,
+                positions: positions.clone(),
+                visible,
+                scores: state.scores,
+                max: &mut tile_max,
+                bend: None,
+            },
+        );
+        tile::softmax(
+            level,
+            Softmax {
+                scores: state.scores,
+                max: &tile_max,
+                visible,
+                factor,
+                running_max: &mut state.max[group.clone()],
+                running_sum: &mut state.sum[group.start * 16..group.end * 16],
+                rescale: &mut rescale,
+            },
+        );
+        problem.drop_weights(rows, positions, state.scores);
+        let probabilities = &*state.scores;
+        let out = &mut state.acc[group.start * width..group.end * width];
+        tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });
+    }
+}
+
 /// A pass of one query tile over its key tiles.
 struct Walk<'w, 's, E, K> {
     engine: &'w Engine<'w, E, K>,
@@ -302,15 +361,16 @@ struct Walk<'w, 's, E, K> {
 impl<E: Element, K: Element> Walk<'_, '_, E, K> {
     /// One key tile for all rows of the query tile, six at a time.
     fn compute(&mut self, positions: Range<usize>, full: bool) {
-        let Engine { problem, layout, factor } = *self.engine;
-        let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
+        let Engine { problem, layout, .. } = *self.engine;
+        let sizes = &problem.sizes;
         let rows = self.tile.rows.len();
         let mut words = [KeyWords::default(); ROWS];
         let all = full && positions.len().is_multiple_of(STEP) && !self.careful;
         if !all {
             self.fill(&positions, &mut words[..rows]);
         }
-        let State { queries, acc, scores, max, sum, local } = &mut *self.state;
+        // Lent out while groups of rows use the rest of the state.
+        let local = std::mem::take(&mut self.state.local);
         let floats = match self.packed {
             Some(packed) => {
                 let index = (positions.start - self.tile.keys.start) / KEY_TILE;
@@ -318,7 +378,7 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             }
             None => {
                 self.engine.pack_tile(self.tile, positions.clone(), local);
-                local
+                &*local
             }
         };
         let (keys, widened) = floats.split_at(KEY_TILE * sizes.q.dim);
@@ -336,6 +396,7 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
         } else {
             values
         };
+        let tile = KeyTile { positions: &positions, keys, values };
         for first in (0..rows).step_by(GROUP) {
             let group = first..(first + GROUP).min(rows);
             let visible = match all {
@@ -343,43 +404,9 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
                 false if words[group.clone()].iter().flatten().all(|&word| word == 0) => continue,
                 false => Visible::Some(&words[group.clone()]),
             };
-            let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
-            let queries = &queries[group.start * sizes.q.dim..group.end * sizes.q.dim];
-            let out = &mut *scores;
-            let depth = sizes.q.dim;
-            tile::scores(level, Scores { queries, depth, keys, visible, out, max: &mut tile_max });
-            let (tile, at) = (self.tile, self.tile.rows.start);
-            let sites = (at + group.start..at + group.end).map(|row| tile.row_site(row));
-            let factor = problem.finish_scores(
-                sites.clone(),
-                Finish {
-                    level,
-                    factor,
-                    heads: sizes.q.heads,
-                    positions: positions.clone(),
-                    visible,
-                    scores,
-                    max: &mut tile_max,
-                    bend: None,
-                },
-            );
-            tile::softmax(
-                level,
-                Softmax {
-                    scores,
-                    max: &tile_max,
-                    visible,
-                    factor,
-                    running_max: &mut max[group.clone()],
-                    running_sum: &mut sum[group.start * 16..group.end * 16],
-                    rescale: &mut rescale,
-                },
-            );
-            problem.drop_weights(sites, &positions, scores);
-            let out = &mut acc[group.start * padded(width)..group.end * padded(width)];
-            let probabilities = &*scores;
-            tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });
+            self.engine.group(self.tile, &tile, (group, visible), self.state);
         }
+        self.state.local = local;
     }
 
     /// One bit for each (row, key) that the mask allows.

@@ -33,7 +33,7 @@ pub fn attention(bytes: &[u8]) {
 /// A case with its tensors.
 struct Call<'a, E> {
     case: &'a Case,
-    attention: Attention,
+    attention: Attention<'static>,
     q: Memory<E>,
     k: Memory<E>,
     v: Memory<E>,
@@ -67,7 +67,7 @@ impl<E: Element> Call<'_, E> {
         call.assert_same_with_caches(&outcome);
     }
 
-    fn new(case: &Case, attention: Attention) -> Call<'_, E> {
+    fn new(case: &Case, attention: Attention<'static>) -> Call<'_, E> {
         let mut numbers = Numbers::new(case.numbers);
         let [q, k, v, _] = case.layouts;
         let q = Memory::new(case.q, q).fill(&mut numbers);
@@ -204,7 +204,7 @@ fn dense<E: Element>(
     memory
 }
 
-fn plan(attention: &Attention, phase: Phase, [q, k, v]: [Shape; 3]) -> Result<Plan<'_>> {
+fn plan<'a>(attention: &'a Attention<'_>, phase: Phase, [q, k, v]: [Shape; 3]) -> Result<Plan<'a>> {
     match phase {
         Phase::Prompt => attention.plan(q, k, v),
         Phase::Generated => attention.plan_decode(q, k, v),
