@@ -67,7 +67,7 @@ impl<E: Element> Call<'_, E> {
         call.assert_same_with_caches(&outcome);
     }
 
-    fn new(case: &'a Case, attention: Attention<'static>) -> Call<'a, E> {
+    fn new<'a>(case: &'a Case, attention: Attention<'static>) -> Call<'a, E> {
         let mut numbers = Numbers::new(case.numbers);
         let [q, k, v, _] = case.layouts;
         let q = Memory::new(case.q, q).fill(&mut numbers);
