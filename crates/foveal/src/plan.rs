@@ -5,7 +5,7 @@ use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::exact::terms::Terms;
-use crate::exact::{Problem, decode, forward};
+use crate::exact::{Problem, decode, forward, short};
 use crate::mask::{Extent, Mask, Pattern};
 use crate::problem::Attention;
 use crate::simd::tile::KEY_TILE;
@@ -203,6 +203,9 @@ impl<'a> Plan<'a> {
     pub fn explain(&self) -> Explanation {
         let sizes = self.sizes();
         let (kernel, parts) = match self.phase {
+            Phase::Prompt if short::fits(&sizes, self.terms) => {
+                (Kernel::Short, sizes.q.batch * sizes.kv_heads)
+            }
             Phase::Prompt => (Kernel::Tiled, forward::parts(&sizes)),
             Phase::Generated => (Kernel::Rows, decode::parts(&sizes)),
         };
@@ -226,6 +229,8 @@ impl<'a> Plan<'a> {
 pub enum Kernel {
     /// Query tiles against packed key tiles.
     Tiled,
+    /// Heads of at most 64 queries against at most 64 keys, in one pass.
+    Short,
     /// Row by row over keys as they lie, split over the sequence.
     Rows,
 }
@@ -258,6 +263,7 @@ impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kernel = match self.kernel {
             Kernel::Tiled => "tiled kernels",
+            Kernel::Short => "short kernels",
             Kernel::Rows => "row kernels",
         };
         write!(

@@ -228,6 +228,11 @@ impl<'a, E> Rows<'a, E> {
         self.data.as_ptr()
     }
 
+    /// From the first row's beginning to the last one's end.
+    pub(crate) fn as_slice(&self) -> &'a [E] {
+        self.data
+    }
+
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }
@@ -323,6 +328,31 @@ impl<E> SharedRows<'_, E> {
         // SAFETY: the constructor checked that every row of the shape lies inside the buffer;
         // the caller promises that this row is not aliased.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(at), self.shape.dim) }
+    }
+
+    /// All rows of one head.
+    ///
+    /// # Safety
+    /// No other reference to a row of this head is alive or made while the result is.
+    pub(crate) unsafe fn head(&self, batch: usize, head: usize) -> HeadRows<'_, E> {
+        HeadRows { rows: self, batch, head }
+    }
+}
+
+/// The rows of one head, which belong to one thread.
+#[derive(Debug)]
+pub(crate) struct HeadRows<'a, E> {
+    rows: &'a SharedRows<'a, E>,
+    batch: usize,
+    head: usize,
+}
+
+impl<E> HeadRows<'_, E> {
+    /// One token's row.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, seq: usize) -> &mut [E] {
+        // SAFETY: whoever made this promised that the head's rows are its own.
+        unsafe { self.rows.row(self.batch, seq, self.head) }
     }
 }
 

@@ -21,7 +21,9 @@ use crate::parallel::for_each_part;
 use crate::plan::Sizes;
 use crate::simd::decode::{RowScores, RowValues, row_scores, row_values};
 use crate::simd::row;
-use crate::simd::tile::{GROUP, KEY_TILE, KeyWords, STEP, Softmax, Visible, padded, softmax};
+use crate::simd::tile::{
+    GROUP, KEY_TILE, KeyWords, STEP, Softmax, Visible, lane_sum, padded, softmax,
+};
 use crate::tensor::{Rows, Shape, TensorMut};
 use std::ops::Range;
 
@@ -344,7 +346,7 @@ impl<'a> State<'a> {
     /// Accumulator, maximum and sum of a row.
     fn row(&self, r: usize) -> (&[f32], f32, f32) {
         let width = self.acc.len() / ROWS;
-        let sum = self.lanes[r * 16..(r + 1) * 16].iter().sum();
+        let sum = lane_sum(&self.lanes[r * 16..(r + 1) * 16]);
         (&self.acc[r * width..(r + 1) * width], self.max[r], sum)
     }
 

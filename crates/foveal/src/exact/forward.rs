@@ -18,7 +18,7 @@
 //! on threads, not on how a prompt was cut into calls.
 
 use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, live_tiles, seen_values};
+use super::{Factor, Problem, live_tiles, seen_values, short};
 use crate::cache::{KvRows, with_rows};
 use crate::element::Element;
 use crate::mask::{Pattern, Site};
@@ -91,7 +91,20 @@ impl Layout {
 
 pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
     let layout = Layout::new(sizes);
-    layout.shared_floats() + sizes.cpu.threads.count() * layout.scratch
+    let threads = sizes.cpu.threads.count();
+    (layout.shared_floats() + threads * layout.scratch).max(threads * short::scratch(sizes))
+}
+
+/// Runs the call with the tiles whatever its size: `rows` of one (sequence, key/value head) in this thread.
+pub(super) fn run_unit<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize) {
+    let layout = Layout { shared: false, ..Layout::new(&problem.sizes) };
+    let tile_floats = layout.tile_floats;
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    let mut scratch = vec![0.0; layout.scratch + tile_floats];
+    for part in 0..layout.segments * layout.tiles {
+        let tile = engine.query_tile(unit, part / layout.tiles, part % layout.tiles);
+        engine.attend(&tile, None, &mut scratch);
+    }
 }
 
 /// Independent parts of the whole call.
@@ -102,6 +115,9 @@ pub(crate) fn parts(sizes: &Sizes) -> usize {
 
 /// Runs the call. `floats` is the workspace, of [`workspace_floats`].
 pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &mut [f32]) {
+    if short::fits(&problem.sizes, problem.terms) {
+        return short::run(problem, floats);
+    }
     let layout = Layout::new(&problem.sizes);
     let (shared, scratch) = floats.split_at_mut(layout.shared_floats());
     let units = problem.sizes.q.batch * problem.sizes.kv_heads;
@@ -314,7 +330,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
         let out = &mut *state.scores;
-        tile::scores(level, Scores { queries, depth, keys, visible, out, max: &mut tile_max });
+        let (rows, stride, max) = (group.len(), depth, &mut tile_max);
+        tile::scores(level, Scores { queries, stride, rows, depth, keys, visible, out, max });
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
         let factor = problem.finish_scores(
@@ -397,8 +414,9 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             values
         };
         let tile = KeyTile { positions: &positions, keys, values };
-        for first in (0..rows).step_by(GROUP) {
-            let group = first..(first + GROUP).min(rows);
+        let size = tile::group_size(rows);
+        for first in (0..rows).step_by(size.max(1)) {
+            let group = first..(first + size).min(rows);
             let visible = match all {
                 true => Visible::All(positions.len()),
                 false if words[group.clone()].iter().flatten().all(|&word| word == 0) => continue,
@@ -452,7 +470,7 @@ impl<'a> State<'a> {
     /// Accumulator, maximum and sum of a row.
     fn row(&self, r: usize) -> (&[f32], f32, f32) {
         let width = self.acc.len() / ROWS;
-        let sum = self.sum[r * 16..(r + 1) * 16].iter().sum();
+        let sum = tile::lane_sum(&self.sum[r * 16..(r + 1) * 16]);
         (&self.acc[r * width..(r + 1) * width], self.max[r], sum)
     }
 }

@@ -17,6 +17,7 @@
 pub(crate) mod decode;
 pub(crate) mod forward;
 pub mod reference;
+pub(crate) mod short;
 pub(crate) mod state;
 pub(crate) mod terms;
 

@@ -29,6 +29,7 @@ pub(crate) mod peak;
 pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;
+pub(crate) mod short;
 pub(crate) mod terms;
 pub(crate) mod tile;
 mod words;

@@ -89,17 +89,18 @@ impl Visible<'_> {
 }
 
 dispatch! {
-    /// Packs keys into panels; the missing keys of the last panel become zero.
+    /// Packs keys into panels; missing keys become zero up to the next multiple of [`STEP`], and what lies
+    /// beyond in the last panel is untouched.
     ///
     /// `out` holds `ceil(count / 64) * 64 * width` numbers.
     pub(crate) fn pack_keys<E: Element>(keys: Rows<'_, E>, out: &mut [f32]) = pack_keys_kernel
 }
 
 #[inline(always)]
-fn pack_keys_kernel<S: Simd, E: Element>(s: S, keys: Rows<'_, E>, out: &mut [f32]) {
+pub(super) fn pack_keys_kernel<S: Simd, E: Element>(s: S, keys: Rows<'_, E>, out: &mut [f32]) {
     let (count, width) = (keys.count(), keys.width());
     assert_eq!(out.len(), count.div_ceil(PANEL) * PANEL * width);
-    for block in 0..(count.div_ceil(PANEL) * PANEL) / S::LANES {
+    for block in 0..count.next_multiple_of(STEP) / S::LANES {
         let first = block * S::LANES;
         let rows = count.saturating_sub(first).min(S::LANES);
         let column = first / PANEL * PANEL * width + first % PANEL;
@@ -127,8 +128,12 @@ fn pack_keys_kernel<S: Simd, E: Element>(s: S, keys: Rows<'_, E>, out: &mut [f32
 /// What [`scores`] reads and writes.
 #[derive(Debug)]
 pub(crate) struct Scores<'a> {
-    /// The group's query rows, one after the other, `depth` numbers each.
+    /// The group's query rows, `depth` numbers each.
     pub(crate) queries: &'a [f32],
+    /// Numbers from one query row to the next.
+    pub(crate) stride: usize,
+    /// Query rows, at most [`GROUP`].
+    pub(crate) rows: usize,
     /// Numbers of a query or key.
     pub(crate) depth: usize,
     /// The tile's packed panels.
@@ -142,13 +147,13 @@ pub(crate) struct Scores<'a> {
 }
 
 dispatch! {
-    /// S = Q Kᵀ for a group of rows (as many as `queries` holds, at most 6), masked, with row maxima.
+    /// S = Q Kᵀ for a group of rows, masked, with row maxima.
     pub(crate) fn scores(args: Scores<'_>) = scores_kernel
 }
 
 #[inline(always)]
-fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
-    match args.queries.len() / args.depth.max(1) {
+pub(super) fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
+    match args.rows {
         1 => scores_rows::<S, 1>(s, args),
         2 => scores_rows::<S, 2>(s, args),
         3 => scores_rows::<S, 3>(s, args),
@@ -161,8 +166,8 @@ fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
 
 #[inline(always)]
 fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
-    let Scores { queries, depth, keys, visible, out, max } = args;
-    assert!(queries.len() == R * depth && out.len() >= R * KEY_TILE);
+    let Scores { queries, stride, depth, keys, visible, out, max, .. } = args;
+    assert!(queries.len() >= (R - 1) * stride + depth && out.len() >= R * KEY_TILE);
     if let Visible::Some(words) = visible {
         assert_eq!(words.len(), R);
     }
@@ -176,7 +181,8 @@ fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
             // SAFETY: the panel lies inside `keys`, columns v.. of it hold `taken` vectors, and
             // `out` has KEY_TILE numbers for each of R rows; lengths were checked above.
             unsafe {
-                let io = ScoreBlock { queries, depth, keys, visible, out: out.as_mut_ptr() };
+                let io =
+                    ScoreBlock { queries, stride, depth, keys, visible, out: out.as_mut_ptr() };
                 match taken {
                     1 => score_block::<S, R, 1>(s, &io, at, &mut largest),
                     2 if S::TILE_VECTORS >= 2 => score_block::<S, R, 2>(s, &io, at, &mut largest),
@@ -194,6 +200,7 @@ fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
 
 struct ScoreBlock<'a> {
     queries: &'a [f32],
+    stride: usize,
     depth: usize,
     keys: &'a [f32],
     visible: Visible<'a>,
@@ -229,7 +236,7 @@ unsafe fn score_block<S: Simd, const R: usize, const V: usize>(
                 *key = s.load(panel.add(d * PANEL + v * S::LANES));
             }
             for r in 0..R {
-                let query = s.splat(*queries.add(r * io.depth + d));
+                let query = s.splat(*queries.add(r * io.stride + d));
                 for v in 0..V {
                     sums[r][v] = s.fma(query, keys[v], sums[r][v]);
                 }
@@ -276,7 +283,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn softmax_kernel<S: Simd>(s: S, args: Softmax<'_>) {
+pub(super) fn softmax_kernel<S: Simd>(s: S, args: Softmax<'_>) {
     let rows = args.running_max.len();
     assert!(rows <= GROUP && args.running_sum.len() == rows * 16);
     assert!(args.scores.len() >= rows * KEY_TILE);
@@ -325,6 +332,23 @@ pub(crate) struct Values<'a> {
     pub(crate) out: &'a mut [f32],
 }
 
+/// The sum of the 16 lanes of a row's running sum, by halves.
+#[inline(always)]
+pub(crate) fn lane_sum(lanes: &[f32]) -> f32 {
+    let mut half: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    for n in [4, 2, 1] {
+        for i in 0..n {
+            half[i] += half[i + n];
+        }
+    }
+    half[0]
+}
+
+/// Rows that are computed together when `rows` are left to be: as many for each group, at most [`GROUP`].
+pub(crate) fn group_size(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(GROUP).max(1))
+}
+
 /// The length of an accumulator row for values of `width` numbers.
 pub(crate) fn padded(width: usize) -> usize {
     width.next_multiple_of(16)
@@ -336,7 +360,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn values_kernel<S: Simd>(s: S, args: Values<'_>) {
+pub(super) fn values_kernel<S: Simd>(s: S, args: Values<'_>) {
     match args.out.len() / padded(args.values.width()).max(1) {
         1 => values_rows::<S, 1>(s, args),
         2 => values_rows::<S, 2>(s, args),
