@@ -4,6 +4,7 @@
 mod support;
 
 use foveal::cache::{ContiguousCache, KvStore};
+use foveal::plan::Kernel;
 use foveal::{
     Attention, Cpu, Element, Mask, Plan, Shape, Tensor, TensorMut, TensorRef, Threads, Workspace,
 };
@@ -254,6 +255,40 @@ fn non_finite_keys_reach_the_rows_that_see_them() {
             let (before, last) = out.split_at(out.len() - HEADS * DIM);
             assert!(before.iter().all(|x| x.is_finite()), "{}", cpu.level);
             assert!(last.iter().all(|x| x.is_nan()), "{}", cpu.level);
+        }
+    }
+}
+
+#[test]
+fn short_prompts_have_the_bits_of_the_tiles() {
+    let mut random = Random::new(41);
+    for (queries, keys, heads, dim) in
+        [(1, 1, 2, 64), (7, 7, 6, 40), (13, 64, 4, 17), (64, 50, 2, 128), (5, 33, 2, 3)]
+    {
+        let shape = Shape { batch: 1, seq: queries, heads, dim };
+        let kv = Shape { seq: keys, heads: 2, ..shape };
+        let (q, k) = (random.tensor::<f32>(shape, 2.0), random.tensor::<f32>(kv, 2.0));
+        let v = random.tensor::<f32>(kv, 1.0);
+        let mut store = ContiguousCache::<f32>::new(2, (dim, dim), keys).unwrap();
+        store.append(k.view(), v.view()).unwrap();
+        for (cpu, mask) in cpus()
+            .flat_map(|cpu| [Mask::full(), Mask::causal(), Mask::window(3)].map(|mask| (cpu, mask)))
+        {
+            let attention = Attention::new().mask(mask).cpu(cpu);
+            let run = |capacity, kernel| {
+                let planned = Shape { seq: capacity, ..kv };
+                let plan = attention.plan(shape, planned, planned).unwrap();
+                assert_eq!(plan.explain().kernel, kernel);
+                let mut out = Tensor::<f32>::zeros(shape).unwrap();
+                let mut lse = Tensor::<f32>::zeros(shape.per_row()).unwrap();
+                let mut workspace = Workspace::for_plan(&plan);
+                workspace.poison();
+                let outputs = (out.view_mut(), Some(lse.view_mut()));
+                plan.forward_cached(q.view(), &[&store], outputs, &mut workspace).unwrap();
+                (out, lse)
+            };
+            let (short, tiled) = (run(keys, Kernel::Short), run(300, Kernel::Tiled));
+            assert_eq!(short, tiled, "{queries} over {keys} on {}", cpu.level);
         }
     }
 }
