@@ -87,7 +87,8 @@ pub enum Error {
     },
     /// A workspace that is smaller than the plan needs.
     #[error(
-        "the workspace holds {got} bytes, the plan needs {expected}; make it with Workspace::for_plan"
+        "the workspace holds {got} bytes, the plan needs {expected}; make it with Workspace::for_plan, \
+         for a backward pass with Workspace::for_backward"
     )]
     WorkspaceTooSmall {
         /// Bytes needed.
@@ -95,6 +96,9 @@ pub enum Error {
         /// Bytes found.
         got: usize,
     },
+    /// A backward pass of a plan for generated tokens.
+    #[error("the plan is for generated tokens, which have no backward pass; make it with Attention::plan")]
+    NoBackward,
     /// An append that would exceed a cache's capacity. The cache is unchanged.
     #[error("the cache holds {len} of {capacity} tokens; {appended} more do not fit")]
     CacheFull {

@@ -78,7 +78,7 @@ pub use exact::state::SoftmaxState;
 pub use exact::terms::Dropout;
 pub use mask::Mask;
 pub use parallel::Threads;
-pub use plan::Plan;
+pub use plan::{Backward, Plan};
 pub use problem::{Attention, Forward, Scale};
 pub use simd::Level;
 pub use tensor::{Rows, Shape, Strides, Tensor, TensorMut, TensorRef};

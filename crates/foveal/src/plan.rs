@@ -13,6 +13,10 @@ use crate::tensor::{Shape, TensorMut, TensorRef};
 use crate::workspace::Workspace;
 use std::fmt;
 
+mod backward;
+
+pub use backward::{Backward, Gradients, Saved, Upstream};
+
 /// The largest dimension of a key or value.
 pub const MAX_DIM: usize = 4096;
 

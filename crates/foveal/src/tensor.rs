@@ -4,7 +4,7 @@
 //! the other three may have any strides, zero included for inputs, so that views of other
 //! libraries' tensors fit without a copy.
 
-use crate::element::Element;
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -294,6 +294,11 @@ impl<'a, E: Element> TensorMut<'a, E> {
 
     /// A view that several threads write through, each its own rows.
     pub(crate) fn share(&mut self) -> SharedRows<'_, E> {
+        self.reborrow().into_shared()
+    }
+
+    /// The view of [`TensorMut::share`] for as long as the buffer is lent.
+    pub(crate) fn into_shared(self) -> SharedRows<'a, E> {
         SharedRows {
             data: self.data.as_mut_ptr(),
             shape: self.shape,
@@ -353,6 +358,17 @@ impl<E> HeadRows<'_, E> {
     pub(crate) fn row(&mut self, seq: usize) -> &mut [E] {
         // SAFETY: whoever made this promised that the head's rows are its own.
         unsafe { self.rows.row(self.batch, seq, self.head) }
+    }
+}
+
+impl<E: Element> SharedRows<'_, E> {
+    /// The same rows, if they are stored as `f32`.
+    pub(crate) fn as_f32(&self) -> Option<SharedRows<'_, f32>> {
+        let SharedRows { data, shape, strides, lifetime: _ } = *self;
+        let data = data.cast();
+        // Of all storage types only `f32` itself has this name.
+        (E::DTYPE == DType::F32)
+            .then_some(SharedRows { data, shape, strides, lifetime: PhantomData })
     }
 }
 

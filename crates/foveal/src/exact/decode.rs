@@ -211,7 +211,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let (i, head) = work.query(row);
             let query = &mut state.queries[r * stride..(r + 1) * stride];
             query[dim..].fill(0.0);
-            self.factor.load(self.problem, (work.batch, i, head), &mut query[..dim]);
+            let from = self.problem.q.row(work.batch, i, head);
+            self.factor.load(self.problem.sizes.cpu.level, from, &mut query[..dim]);
         }
         let mut compute = |positions| self.tile(work, positions, state, careful);
         if self.problem.sizes.same_heads {

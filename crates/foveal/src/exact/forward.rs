@@ -294,7 +294,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         for (r, row) in tile.rows.clone().enumerate() {
             let (i, head) = tile.query(row);
             let query = &mut state.queries[r * dim..(r + 1) * dim];
-            self.factor.load(self.problem, (tile.batch, i, head), query);
+            let from = self.problem.q.row(tile.batch, i, head);
+            self.factor.load(self.problem.sizes.cpu.level, from, query);
         }
         let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
         let mut walk = Walk { engine: self, tile, packed, state, careful };
@@ -329,9 +330,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let KeyTile { positions, keys, values } = *at;
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
-        let out = &mut *state.scores;
+        let (out, hidden) = (&mut *state.scores, f32::NEG_INFINITY);
         let (rows, stride, max) = (group.len(), depth, &mut tile_max);
-        tile::scores(level, Scores { queries, stride, rows, depth, keys, visible, out, max });
+        let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+        tile::scores(level, product);
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
         let factor = problem.finish_scores(

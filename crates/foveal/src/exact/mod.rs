@@ -14,6 +14,7 @@
 //! Cost: 2·T·S·(Dk + Dv) floating-point operations a head for the visible part; memory beyond inputs
 //! and outputs is one packed copy of the keys in flight.
 
+pub(crate) mod backward;
 pub(crate) mod decode;
 pub(crate) mod forward;
 pub mod reference;
@@ -25,7 +26,7 @@ use crate::cache::Sequences;
 use crate::element::Element;
 use crate::mask::{Coverage, Mask, Pattern, Site};
 use crate::plan::Sizes;
-use crate::simd::row;
+use crate::simd::{Level, row};
 use crate::simd::tile::{KEY_TILE, KeyWords};
 use crate::tensor::{Rows, SharedRows, TensorRef};
 use std::ops::Range;
@@ -123,13 +124,8 @@ impl Factor {
     }
 
     /// Copies one query, turned around if the scale asks for it.
-    fn load<E: Element, K>(
-        self,
-        problem: &Problem<'_, E, K>,
-        (batch, i, head): (usize, usize, usize),
-        to: &mut [f32],
-    ) {
-        row::widen(problem.sizes.cpu.level, problem.q.row(batch, i, head), to);
+    fn load<E: Element>(self, level: Level, query: &[E], to: &mut [f32]) {
+        row::widen(level, query, to);
         if self.sign != 1.0 {
             to.iter_mut().for_each(|x| *x *= self.sign);
         }

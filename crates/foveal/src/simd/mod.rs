@@ -23,6 +23,7 @@ mod avx2;
 mod avx512;
 
 pub(crate) mod decode;
+pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod nn;
 pub(crate) mod peak;

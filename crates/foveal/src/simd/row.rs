@@ -73,20 +73,49 @@ fn blend_kernel<S: Simd>(s: S, to: &mut [f32], keep: f32, from: &[f32], add: f32
 
 dispatch! {
     /// Whether no number is NaN or infinite.
-    pub(crate) fn all_finite(row: &[f32]) -> bool = all_finite_kernel
+    pub(crate) fn all_finite<E: Element>(row: &[E]) -> bool = all_finite_kernel
 }
 
 #[inline(always)]
-fn all_finite_kernel<S: Simd>(s: S, row: &[f32]) -> bool {
+fn all_finite_kernel<S: Simd, E: Element>(s: S, row: &[E]) -> bool {
     // x * 0 is 0 for finite x and NaN otherwise, and NaN survives the sum.
     let mut sum = s.splat(0.0);
     let mut i = 0;
     while i < row.len() {
         let n = (row.len() - i).min(S::LANES);
         // SAFETY: n numbers are left.
-        let x = unsafe { s.load_part(row.as_ptr().add(i), n) };
+        let x = unsafe {
+            let p = row.as_ptr().add(i);
+            if n == S::LANES { E::load(s, p) } else { E::load_part(s, p, n) }
+        };
         sum = s.fma(x, s.splat(0.0), sum);
         i += n;
     }
     s.sum(sum) == 0.0
+}
+
+dispatch! {
+    /// Σ a · b; both slices have the same length.
+    pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 = dot_kernel
+}
+
+#[inline(always)]
+fn dot_kernel<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let mut sum = s.splat(0.0);
+    let mut i = 0;
+    while i < a.len() {
+        let n = (a.len() - i).min(S::LANES);
+        // SAFETY: n elements are left in both.
+        unsafe {
+            let (p, q) = (a.as_ptr().add(i), b.as_ptr().add(i));
+            let (x, y) = match n == S::LANES {
+                true => (E::load(s, p), E::load(s, q)),
+                false => (E::load_part(s, p, n), E::load_part(s, q, n)),
+            };
+            sum = s.fma(x, y, sum);
+        }
+        i += n;
+    }
+    s.sum(sum)
 }

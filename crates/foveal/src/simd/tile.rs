@@ -19,7 +19,7 @@ pub(crate) const PANEL: usize = 64;
 pub(crate) const KEY_TILE: usize = 256;
 /// Keys that masks are resolved to before exact key bounds apply.
 pub(crate) const STEP: usize = 16;
-const PANELS: usize = KEY_TILE / PANEL;
+pub(super) const PANELS: usize = KEY_TILE / PANEL;
 
 /// One bit per key of a tile: may the row see it?
 pub(crate) type KeyWords = [u64; PANELS];
@@ -44,7 +44,7 @@ impl Visible<'_> {
 
     /// Steps of 16 keys of a panel that some row sees: `first..end`, empty if none.
     #[inline(always)]
-    fn steps(&self, panel: usize) -> (usize, usize) {
+    pub(super) fn steps(&self, panel: usize) -> (usize, usize) {
         match self {
             Visible::All(n) => (0, n.saturating_sub(panel * PANEL).min(PANEL) / STEP),
             Visible::Some(rows) => {
@@ -140,7 +140,9 @@ pub(crate) struct Scores<'a> {
     pub(crate) keys: &'a [f32],
     /// Which keys count.
     pub(crate) visible: Visible<'a>,
-    /// Out: `[row][KEY_TILE]`, −∞ where a computed key is masked; skipped steps are untouched.
+    /// What a computed key gets that the row may not see: −∞ for scores.
+    pub(crate) hidden: f32,
+    /// Out: `[row][KEY_TILE]`; skipped steps are untouched.
     pub(crate) out: &'a mut [f32],
     /// Out: the largest visible score of each row, −∞ if there is none.
     pub(crate) max: &'a mut [f32; GROUP],
@@ -166,7 +168,7 @@ pub(super) fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
 
 #[inline(always)]
 fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
-    let Scores { queries, stride, depth, keys, visible, out, max, .. } = args;
+    let Scores { queries, stride, depth, keys, visible, hidden, out, max, .. } = args;
     assert!(queries.len() >= (R - 1) * stride + depth && out.len() >= R * KEY_TILE);
     if let Visible::Some(words) = visible {
         assert_eq!(words.len(), R);
@@ -181,8 +183,8 @@ fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
             // SAFETY: the panel lies inside `keys`, columns v.. of it hold `taken` vectors, and
             // `out` has KEY_TILE numbers for each of R rows; lengths were checked above.
             unsafe {
-                let io =
-                    ScoreBlock { queries, stride, depth, keys, visible, out: out.as_mut_ptr() };
+                let out = out.as_mut_ptr();
+                let io = ScoreBlock { queries, stride, depth, keys, visible, hidden, out };
                 match taken {
                     1 => score_block::<S, R, 1>(s, &io, at, &mut largest),
                     2 if S::TILE_VECTORS >= 2 => score_block::<S, R, 2>(s, &io, at, &mut largest),
@@ -204,6 +206,7 @@ struct ScoreBlock<'a> {
     depth: usize,
     keys: &'a [f32],
     visible: Visible<'a>,
+    hidden: f32,
     out: *mut f32,
 }
 
@@ -249,7 +252,7 @@ unsafe fn score_block<S: Simd, const R: usize, const V: usize>(
             let mut x = sums[r][v];
             if let Visible::Some(words) = io.visible {
                 let bits = (words[r][at.panel] >> lane) as u32;
-                x = s.select(bits, x, s.splat(f32::NEG_INFINITY));
+                x = s.select(bits, x, s.splat(io.hidden));
             }
             largest[r] = s.max(x, largest[r]);
             // SAFETY: row r has KEY_TILE numbers, and the panel's lanes lie inside them.
@@ -398,37 +401,62 @@ fn values_rows<S: Simd, const R: usize>(s: S, args: Values<'_>) {
         let whole = (left / S::LANES).min(S::TILE_VECTORS);
         // SAFETY: keys below the rows' count, columns below their width; `out` rows are padded, so
         // that the last vector may be stored whole.
-        unsafe {
-            match whole {
-                0 => value_block::<S, R, 1, true>(s, &io),
-                1 => value_block::<S, R, 1, false>(s, &io),
-                2 if S::TILE_VECTORS >= 2 => value_block::<S, R, 2, false>(s, &io),
-                3 if S::TILE_VECTORS >= 3 => value_block::<S, R, 3, false>(s, &io),
-                _ => value_block::<S, R, 4, false>(s, &io),
-            }
-        }
+        unsafe { value_columns::<S, R, false>(s, &io, whole) };
         column += whole.max(1) * S::LANES;
     }
 }
 
-struct ValueBlock<'a> {
-    probabilities: *const f32,
-    values: *const f32,
-    stride: usize,
-    spans: [(usize, usize); PANELS],
-    rescale: &'a [f32; GROUP],
-    out: *mut f32,
-    out_stride: usize,
-    tail: usize,
+/// One block of columns of a product: which numbers weigh which rows, and where the sums go.
+pub(super) struct ValueBlock<'a> {
+    /// `[row][KEY_TILE]`; the weight of input j in output r is at `[r][j]`, or across at `[j][r]`.
+    pub(super) probabilities: *const f32,
+    pub(super) values: *const f32,
+    pub(super) stride: usize,
+    /// The inputs that count.
+    pub(super) spans: [(usize, usize); PANELS],
+    pub(super) rescale: &'a [f32; GROUP],
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
+    /// Numbers of the last vector where there is no whole one.
+    pub(super) tail: usize,
+}
+
+/// R rows × `whole` vectors of one column block, or `io.tail` numbers if there is no whole vector.
+///
+/// # Safety
+/// That of [`value_block`].
+#[inline(always)]
+pub(super) unsafe fn value_columns<S: Simd, const R: usize, const ACROSS: bool>(
+    s: S,
+    io: &ValueBlock<'_>,
+    whole: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match whole {
+            0 => value_block::<S, R, 1, true, ACROSS>(s, io),
+            1 => value_block::<S, R, 1, false, ACROSS>(s, io),
+            2 if S::TILE_VECTORS >= 2 => value_block::<S, R, 2, false, ACROSS>(s, io),
+            3 if S::TILE_VECTORS >= 3 => value_block::<S, R, 3, false, ACROSS>(s, io),
+            _ => value_block::<S, R, 4, false, ACROSS>(s, io),
+        }
+    }
 }
 
 /// R rows × V vectors of one column block; with TAIL the one vector is `tail` numbers wide.
 ///
 /// # Safety
-/// Each span's keys have a row of values with V vectors (or `tail` numbers) at `io.values`;
-/// probabilities and out hold R rows; out rows have V whole vectors.
+/// Each span's inputs have a row of values with V vectors (or `tail` numbers) at `io.values`;
+/// probabilities hold R rows, or across R columns of a row for each input; `io.out` holds R rows
+/// of V whole vectors.
 #[inline(always)]
-unsafe fn value_block<S: Simd, const R: usize, const V: usize, const TAIL: bool>(
+unsafe fn value_block<
+    S: Simd,
+    const R: usize,
+    const V: usize,
+    const TAIL: bool,
+    const ACROSS: bool,
+>(
     s: S,
     io: &ValueBlock<'_>,
 ) {
@@ -444,7 +472,8 @@ unsafe fn value_block<S: Simd, const R: usize, const V: usize, const TAIL: bool>
                     *x = if TAIL { s.load_part(p, io.tail) } else { s.load(p) };
                 }
                 for r in 0..R {
-                    let p = s.splat(*io.probabilities.add(r * KEY_TILE + j));
+                    let weight = if ACROSS { j * KEY_TILE + r } else { r * KEY_TILE + j };
+                    let p = s.splat(*io.probabilities.add(weight));
                     for v in 0..V {
                         sums[r][v] = s.fma(p, value[v], sums[r][v]);
                     }

@@ -1,0 +1,86 @@
+//! The gradients of a head with a NaN or an infinity in its inputs: pair by pair in f64, so that it
+//! reaches what the formulas take it to, and nothing through 0 × NaN of a pair that the mask forbids.
+//!
+//! ```text
+//! for each row i, for each j that it may see:
+//!     p = exp(s − lse)   ds = p (⟨dO, v⟩ − D)   dq += ds k   dk += ds q   dv += p dO
+//! ```
+//!
+//! Slow, and allocates: images of dK and dV of the head, and a row.
+
+use super::{Chunk, Differential, Engine};
+use crate::element::Element;
+use crate::mask::Pattern;
+
+/// Gradients of keys and values, row-major.
+struct Sums {
+    d_k: Vec<f64>,
+    d_v: Vec<f64>,
+}
+
+pub(super) fn head<E: Element, K: Element>(engine: &Engine<'_, E, K>, unit: usize) {
+    let Differential { d_k, d_v, sizes, .. } = engine.call;
+    let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
+    let mut sums =
+        Sums { d_k: vec![0.0; sizes.keys * dim], d_v: vec![0.0; sizes.keys * value_dim] };
+    for index in 0..engine.layout.chunks {
+        let chunk = engine.chunk(unit, index);
+        for i in chunk.rows.clone() {
+            row(engine, &chunk, i, &mut sums);
+        }
+    }
+    let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
+    for j in 0..sizes.keys {
+        // SAFETY: the rows of a key/value head belong to the one part that computes it.
+        let (d_k, d_v) = unsafe { (d_k.row(batch, j, head), d_v.row(batch, j, head)) };
+        round(&sums.d_k[j * dim..][..dim], d_k);
+        round(&sums.d_v[j * value_dim..][..value_dim], d_v);
+    }
+}
+
+fn row<E: Element, K: Element>(
+    engine: &Engine<'_, E, K>,
+    chunk: &Chunk,
+    i: usize,
+    sums: &mut Sums,
+) {
+    let Differential { q, k, v, out, lse, d_out, d_lse, d_q, sizes, .. } = engine.call;
+    let site = chunk.site;
+    let (batch, head) = (site.batch, site.q_head);
+    let [query, out, d_out] = [q, out, d_out].map(|x| wide(x.row(batch, i, head)));
+    let lse = f64::from(lse.row(batch, i, head)[0]);
+    let d_lse = d_lse.map_or(0.0, |d_lse| f64::from(d_lse.row(batch, i, head)[0]));
+    let delta = dot(&out, &d_out) - d_lse;
+    let position = engine.positions(&(i..i + 1)).start;
+    let scale = f64::from(engine.call.scale);
+    let mut sum = vec![0.0; sizes.q.dim];
+    // A row that sees nothing has no gradient.
+    let seen = if lse == f64::NEG_INFINITY { 0..0 } else { 0..sizes.keys };
+    for j in seen.filter(|&j| engine.call.mask.allows(site, position, j)) {
+        let key = wide(k.row(batch, j, site.kv_head));
+        let value = wide(v.row(batch, j, site.kv_head));
+        let p = (scale * dot(&query, &key) - lse).exp();
+        let ds = scale * p * (dot(&d_out, &value) - delta);
+        add(&mut sum, ds, &key);
+        add(&mut sums.d_k[j * query.len()..][..query.len()], ds, &query);
+        add(&mut sums.d_v[j * value.len()..][..value.len()], p, &d_out);
+    }
+    // SAFETY: as in `head`.
+    round(&sum, unsafe { d_q.row(batch, i, head) });
+}
+
+fn wide<T: Element>(row: &[T]) -> Vec<f64> {
+    row.iter().map(|x| f64::from(x.to_f32())).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn add(to: &mut [f64], factor: f64, from: &[f64]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
+}
+
+fn round<T: Element>(from: &[f64], to: &mut [T]) {
+    to.iter_mut().zip(from).for_each(|(to, &from)| *to = T::from_f32(from as f32));
+}

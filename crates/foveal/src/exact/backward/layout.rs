@@ -1,0 +1,173 @@
+//! How a backward call is cut into parts and its workspace into pieces. Nothing here depends on data.
+
+use super::tile::KeyTile;
+use crate::element::DType;
+use crate::plan::Sizes;
+use crate::simd::tile::{GROUP, KEY_TILE, PANEL, padded};
+use crate::tensor::{Rows, Shape, SharedRows, TensorMut};
+use std::ops::Range;
+
+/// Query rows of a tile.
+pub(super) const ROWS: usize = 96;
+/// Query rows of a chunk.
+const CHUNK: usize = 3 * ROWS;
+/// Chunks of which each thread may hold the sums, where threads share a head.
+const SLOTS: usize = 4;
+/// The most chunks whose sums are held.
+pub(super) const MOST_SLOTS: usize = 128;
+
+/// Sizes of everything; all pieces are whole cache lines.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    /// (Sequence, key/value head) pairs.
+    pub(super) units: usize,
+    /// Of which so many are computed at the same time, each by threads of its own.
+    pub(super) heads_at_once: usize,
+    /// Threads that share one.
+    threads: usize,
+    /// Chunks of a query head.
+    pub(super) per_head: usize,
+    /// Chunks of a key/value head.
+    pub(super) chunks: usize,
+    /// Rows of a chunk.
+    pub(super) rows: usize,
+    /// Key tiles.
+    pub(super) tiles: usize,
+    dims: (usize, usize),
+    /// Floats of a key's sums: dK, then dV, each padded.
+    pub(super) width: usize,
+    /// Floats of a chunk's statistics.
+    pub(super) statistics: usize,
+    /// Floats of the image of dQ.
+    image: usize,
+    /// Floats of one key tile.
+    tile: usize,
+    /// Floats of one key tile's sums.
+    pub(super) sums: usize,
+    /// Chunks whose sums are held at the same time.
+    pub(super) slots: usize,
+    /// Floats of one thread.
+    pub(super) scratch: usize,
+}
+
+/// The pieces of the workspace of one key/value head.
+#[derive(Debug)]
+pub(super) struct Memory<'a> {
+    pub(super) statistics: &'a mut [f32],
+    pub(super) image: &'a mut [f32],
+    pub(super) tile: &'a mut [f32],
+    pub(super) total: &'a mut [f32],
+    pub(super) sums: &'a mut [f32],
+    pub(super) scratch: &'a mut [f32],
+}
+
+impl Layout {
+    pub(super) fn new(sizes: &Sizes, storage: DType) -> Layout {
+        let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
+        let units = sizes.q.batch * sizes.kv_heads;
+        let rows = sizes.q.seq.min(CHUNK);
+        let per_head = sizes.q.seq.div_ceil(CHUNK);
+        let chunks = per_head * sizes.group();
+        let all = sizes.cpu.threads.count();
+        // Heads apart need no barriers, unless some threads would have none for long.
+        let rounds = units.div_ceil(all).max(1);
+        let apart = chunks <= 1 || units.saturating_mul(5) >= rounds.saturating_mul(all).saturating_mul(4);
+        let (heads_at_once, threads) =
+            if apart { (all.min(units), 1) } else { (1, all.min(chunks)) };
+        let width = padded(dim) + padded(value_dim);
+        let lines = |n: usize| n.next_multiple_of(16);
+        let image = if storage == DType::F32 { 0 } else { lines(chunks * rows * dim) };
+        Layout {
+            units,
+            heads_at_once: heads_at_once.max(1),
+            threads,
+            per_head,
+            chunks,
+            rows,
+            tiles: sizes.keys.div_ceil(KEY_TILE),
+            dims: (dim, value_dim),
+            width,
+            statistics: lines(2 * rows),
+            image,
+            tile: KEY_TILE * (2 * dim + value_dim),
+            sums: KEY_TILE * width,
+            slots: if threads == 1 { 1 } else { chunks.min(SLOTS * threads).min(MOST_SLOTS) },
+            scratch: Scratch::floats(dim, value_dim),
+        }
+    }
+
+    /// Floats of one key/value head that is being computed.
+    pub(super) fn floats(&self) -> usize {
+        let shared = self.chunks * self.statistics + self.image + self.tile;
+        shared + (1 + self.slots) * self.sums + self.threads * self.scratch
+    }
+
+    pub(super) fn split<'a>(&self, floats: &'a mut [f32]) -> Memory<'a> {
+        let (statistics, rest) = floats.split_at_mut(self.chunks * self.statistics);
+        let (image, rest) = rest.split_at_mut(self.image);
+        let (tile, rest) = rest.split_at_mut(self.tile);
+        let (total, rest) = rest.split_at_mut(self.sums);
+        let (sums, scratch) = rest.split_at_mut(self.slots * self.sums);
+        Memory { statistics, image, tile, total, sums, scratch }
+    }
+
+    /// A key tile's packed keys, packed values and keys as rows, panel by panel.
+    pub(super) fn panels<'a>(&self, tile: &'a mut [f32]) -> [SharedRows<'a, f32>; 3] {
+        let (dim, value_dim) = self.dims;
+        let (keys, rest) = tile.split_at_mut(KEY_TILE * dim);
+        let (values, rows) = rest.split_at_mut(KEY_TILE * value_dim);
+        [(keys, dim), (values, value_dim), (rows, dim)]
+            .map(|(floats, dim)| shared(floats, [KEY_TILE / PANEL, 1, PANEL * dim]))
+    }
+
+    /// What [`Layout::panels`] were filled with.
+    pub(super) fn key_tile<'a>(&self, tile: &'a [f32], positions: Range<usize>) -> KeyTile<'a> {
+        let (dim, value_dim) = self.dims;
+        let (keys, rest) = tile.split_at(KEY_TILE * dim);
+        let (values, rows) = rest.split_at(KEY_TILE * value_dim);
+        let padded = positions.len().next_multiple_of(PANEL);
+        let rows = Rows::new(rows, dim, positions.len(), dim).expect("a tile's keys");
+        KeyTile {
+            positions,
+            keys: &keys[..padded * dim],
+            values: &values[..padded * value_dim],
+            rows,
+        }
+    }
+}
+
+/// `[rows, columns, numbers]` that threads share.
+pub(super) fn shared(floats: &mut [f32], [seq, heads, dim]: [usize; 3]) -> SharedRows<'_, f32> {
+    let shape = Shape { batch: 1, seq, heads, dim };
+    let floats = &mut floats[..seq * heads * dim];
+    TensorMut::new(floats, shape).expect("as many as the shape has").into_shared()
+}
+
+pub(crate) fn workspace_floats(sizes: &Sizes, storage: DType) -> usize {
+    let layout = Layout::new(sizes, storage);
+    layout.heads_at_once * layout.floats()
+}
+
+/// A thread's share of the workspace.
+pub(super) struct Scratch<'a> {
+    pub(super) queries: &'a mut [f32],
+    pub(super) d_out: &'a mut [f32],
+    pub(super) scores: &'a mut [f32],
+    pub(super) gradients: &'a mut [f32],
+    /// dQ of a group of rows.
+    pub(super) d_q: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn floats(dim: usize, value_dim: usize) -> usize {
+        ROWS * (dim + value_dim + 2 * KEY_TILE) + GROUP * padded(dim)
+    }
+
+    pub(super) fn new(scratch: &'a mut [f32], dim: usize, value_dim: usize) -> Scratch<'a> {
+        let (queries, rest) = scratch.split_at_mut(ROWS * dim);
+        let (d_out, rest) = rest.split_at_mut(ROWS * value_dim);
+        let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
+        let (gradients, rest) = rest.split_at_mut(ROWS * KEY_TILE);
+        Scratch { queries, d_out, scores, gradients, d_q: &mut rest[..GROUP * padded(dim)] }
+    }
+}
