@@ -13,6 +13,10 @@ use crate::error::{Error, Result};
 use crate::mask::{Extent, Pattern, Site};
 use crate::tensor::Shape;
 
+mod backward;
+
+pub use backward::{Derivatives, attention_backward};
+
 /// Numbers `[batch, seq, heads, dim]`, row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
@@ -24,8 +28,12 @@ pub struct Input<'a> {
 
 impl<'a> Input<'a> {
     fn row(&self, batch: usize, seq: usize, head: usize) -> &'a [f64] {
+        &self.data[self.offset(batch, seq, head)..][..self.shape.dim]
+    }
+
+    fn offset(&self, batch: usize, seq: usize, head: usize) -> usize {
         let Shape { seq: tokens, heads, dim, .. } = self.shape;
-        &self.data[((batch * tokens + seq) * heads + head) * dim..][..dim]
+        ((batch * tokens + seq) * heads + head) * dim
     }
 
     fn check(&self, what: &'static str, like: Shape) -> Result<()> {

@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 pub mod attention;
+pub mod backward;
 pub mod golden;
 pub mod layer;
 pub mod rope;
