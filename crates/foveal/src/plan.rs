@@ -15,7 +15,7 @@ use std::fmt;
 
 mod backward;
 
-pub use backward::{Backward, Gradients, Saved, Upstream};
+pub use backward::{Backward, Gradients, Saved, TermGradients, Upstream};
 
 /// The largest dimension of a key or value.
 pub const MAX_DIM: usize = 4096;

@@ -324,6 +324,10 @@ unsafe impl<E: Send> Sync for SharedRows<'_, E> {}
 unsafe impl<E: Send> Send for SharedRows<'_, E> {}
 
 impl<E> SharedRows<'_, E> {
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
     /// # Safety
     /// No other reference to this row is alive.
     #[allow(clippy::mut_from_ref)]

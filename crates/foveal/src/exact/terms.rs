@@ -207,6 +207,20 @@ impl Terms<'_> {
         }
     }
 
+    /// One score from its product, in natural logits, with the derivative of the cap.
+    pub(crate) fn pair(&self, at: RowSite, j: usize, (product, heads): (f64, usize)) -> (f64, f64) {
+        let (mut score, mut bend) = (product, 1.0);
+        if let Some(cap) = self.softcap.map(f64::from) {
+            let tanh = (product / cap).tanh();
+            (score, bend) = (cap * tanh, 1.0 - tanh * tanh);
+        }
+        let distance = at.position - j as isize;
+        score -= f64::from(self.slope(at.head, heads)) * distance.unsigned_abs() as f64;
+        let mut buffer = [0.0; KEY_TILE];
+        let bias = self.row_bias(at, &(j..j + 1), &mut buffer);
+        (score + bias.map_or(0.0, |bias| f64::from(bias[0])), bend)
+    }
+
     /// What is added to the scores of a row: the bias where it lies, or the sum of both kinds.
     fn row_bias<'b>(
         &'b self,

@@ -4,7 +4,7 @@ use super::{Inputs, Plan, expect};
 use crate::cpu::Phase;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::exact::backward::{self, Differential};
+use crate::exact::backward::{self, Differential, TermOutputs};
 use crate::problem::{Attention, Forward};
 use crate::tensor::{Shape, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
@@ -36,6 +36,23 @@ pub struct Gradients<'a, E, K> {
     pub d_k: TensorMut<'a, K>,
     /// Of the values, `[B, S, KV, Dv]`, likewise.
     pub d_v: TensorMut<'a, K>,
+    /// Of what else scores are made of.
+    pub terms: TermGradients<'a>,
+}
+
+/// Where the gradients of a call's terms are written, for those that are wanted. What was there is overwritten.
+///
+/// They are those of the loss with respect to the numbers that the [`Attention`] was given.
+#[derive(Debug, Default)]
+pub struct TermGradients<'a> {
+    /// Of the bias, in its shape: summed over the axes that it shares.
+    pub d_bias: Option<TensorMut<'a, f32>>,
+    /// Of the ALiBi slopes, one a query head.
+    pub d_slopes: Option<&'a mut [f32]>,
+    /// Of the table of the relative bias, `[buckets, heads]` row by row.
+    pub d_table: Option<&'a mut [f32]>,
+    /// Of the sinks, one a query head.
+    pub d_sinks: Option<&'a mut [f32]>,
 }
 
 /// The gradients that [`Attention::backward`] allocates.
@@ -77,7 +94,7 @@ impl Plan<'_> {
         }
         let v = Shape { dim: self.value_dim, ..self.k };
         let (out, per_row) = (self.out_shape(), self.out_shape().per_row());
-        let Gradients { d_q, d_k, d_v } = gradients;
+        let Gradients { d_q, d_k, d_v, terms } = gradients;
         for (what, expected, got) in [
             ("planned queries", self.q, inputs.q.shape()),
             ("planned keys", self.k, inputs.k.shape()),
@@ -95,8 +112,9 @@ impl Plan<'_> {
             expect("gradient of the planned log-sum-exp", per_row, d_lse.shape())?;
         }
         self.check_mask(self.k.seq)?;
+        self.check_terms(&terms)?;
         let floats = workspace.floats(self.backward_workspace_bytes::<E>() / 4)?;
-        let call = Differential {
+        let mut call = Differential {
             q: inputs.q,
             k: inputs.k,
             v: inputs.v,
@@ -107,17 +125,54 @@ impl Plan<'_> {
             d_q: d_q.into_shared(),
             d_k: d_k.into_shared(),
             d_v: d_v.into_shared(),
+            terms_out: TermOutputs {
+                bias: terms.d_bias.map(TensorMut::into_shared),
+                slopes: terms.d_slopes,
+                table: terms.d_table,
+                sinks: terms.d_sinks,
+            },
             mask: self.mask,
+            terms: self.terms,
             scale: self.scale,
             sizes: self.sizes(),
         };
-        backward::run(&call, floats);
+        backward::run(&mut call, floats);
+        Ok(())
+    }
+
+    /// Refuses gradients of terms that the call does not have, or in other shapes.
+    fn check_terms(&self, gradients: &TermGradients<'_>) -> Result<()> {
+        let TermGradients { d_bias, d_slopes, d_table, d_sinks } = gradients;
+        let terms = self.terms;
+        let heads = self.q.heads;
+        if let (Some(d_bias), Some(bias)) = (d_bias, terms.bias) {
+            expect("gradient of the bias", bias.shape(), d_bias.shape())?;
+        }
+        let table = terms.relative.as_ref().map(|relative| relative.buckets() * heads);
+        let length = |x: &Option<&mut [f32]>| x.as_ref().map(|x| x.len());
+        for (what, wanted, expected) in [
+            ("gradient of a bias", d_bias.as_ref().map(|_| 0), terms.bias.map(|_| 0)),
+            ("gradient of slopes", length(d_slopes), terms.alibi.map(|_| heads)),
+            ("gradient of a relative bias", length(d_table), table),
+            ("gradient of sinks", length(d_sinks), terms.sinks.map(<[f32]>::len)),
+        ] {
+            match (wanted, expected) {
+                (Some(_), None) => {
+                    let (expected, got) = ("a call with this term", format!("terms: {terms}"));
+                    return Err(Error::InvalidParameter { what, expected, got });
+                }
+                (Some(got), Some(expected)) if got != expected => {
+                    return Err(Error::LengthMismatch { what, expected, got });
+                }
+                _ => {}
+            }
+        }
         Ok(())
     }
 
     /// Bytes of workspace that [`Plan::backward`] needs for queries of this storage type.
     pub fn backward_workspace_bytes<E: Element>(&self) -> usize {
-        4 * backward::workspace_floats(&self.sizes(), E::DTYPE)
+        4 * backward::workspace_floats(&self.sizes(), self.terms, E::DTYPE)
     }
 }
 
@@ -133,7 +188,8 @@ impl Workspace {
 impl Attention<'_> {
     /// Plans, allocates and runs backward: the gradients of queries, keys and values from the result
     /// of [`Attention::forward`] on the same tensors and the gradient of its output. For the
-    /// gradient of the log-sum-exp, other storage types and gradients in place: [`Plan::backward`].
+    /// gradient of the log-sum-exp, those of terms, two storage types and gradients in place:
+    /// [`Plan::backward`].
     ///
     /// ```
     /// use foveal::{Attention, Mask, Shape, Tensor};
@@ -164,8 +220,12 @@ impl Attention<'_> {
         let mut d_v = Tensor::zeros(v.shape())?;
         let saved = Saved { out: forward.out.view(), lse: forward.lse.view() };
         let upstream = Upstream { d_out, d_lse: None };
-        let gradients =
-            Gradients { d_q: d_q.view_mut(), d_k: d_k.view_mut(), d_v: d_v.view_mut() };
+        let gradients = Gradients {
+            d_q: d_q.view_mut(),
+            d_k: d_k.view_mut(),
+            d_v: d_v.view_mut(),
+            terms: TermGradients::default(),
+        };
         plan.backward(inputs, saved, upstream, gradients, &mut Workspace::for_backward::<E>(&plan))?;
         Ok(Backward { d_q, d_k, d_v })
     }

@@ -9,8 +9,9 @@
 //! rows of a tile in order with one accumulator per element, started at zero for each tile.
 
 use super::tile::{
-    GROUP, KEY_TILE, PANEL, PANELS, STEP, ValueBlock, Visible, padded, value_columns,
+    GROUP, KEY_TILE, PANEL, PANELS, STEP, Steps, ValueBlock, Visible, padded, value_columns,
 };
+use super::terms::LANE;
 use super::{Simd, dispatch, math};
 use crate::tensor::Rows;
 
@@ -67,6 +68,64 @@ fn differentiate_kernel<S: Simd>(s: S, args: Differentiate<'_>) {
             }
         }
     }
+}
+
+dispatch! {
+    /// dS ← dS ∘ bend for a group of rows, `[row][KEY_TILE]` both, where a step of 16 keys is computed.
+    pub(crate) fn bend(gradients: &mut [f32], bend: &[f32], steps: Steps) = bend_kernel
+}
+
+#[inline(always)]
+fn bend_kernel<S: Simd>(s: S, gradients: &mut [f32], bend: &[f32], steps: Steps) {
+    for (gradients, bend) in gradients.chunks_exact_mut(KEY_TILE).zip(bend.chunks_exact(KEY_TILE)) {
+        for (panel, (first, end)) in steps.into_iter().enumerate() {
+            for v in first * STEP / S::LANES..end * STEP / S::LANES {
+                let at = panel * PANEL + v * S::LANES;
+                // SAFETY: steps lie inside the row's KEY_TILE numbers.
+                unsafe {
+                    let p = gradients.as_mut_ptr().add(at);
+                    s.store(p, s.mul(s.load(p), s.load(bend.as_ptr().add(at))));
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Σ x.
+    pub(crate) fn sum(x: &[f32]) -> f32 = sum_kernel
+}
+
+#[inline(always)]
+fn sum_kernel<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let mut sum = s.splat(0.0);
+    for at in (0..x.len()).step_by(S::LANES) {
+        // SAFETY: so many numbers are left.
+        let part = unsafe { s.load_part(x.as_ptr().add(at), (x.len() - at).min(S::LANES)) };
+        sum = s.add(sum, part);
+    }
+    s.sum(sum)
+}
+
+dispatch! {
+    /// Σ x_j |first + j|.
+    pub(crate) fn distance_sum(x: &[f32], first: f32) -> f32 = distance_sum_kernel
+}
+
+#[inline(always)]
+fn distance_sum_kernel<S: Simd>(s: S, x: &[f32], first: f32) -> f32 {
+    let mut sum = s.splat(0.0);
+    for at in (0..x.len()).step_by(S::LANES) {
+        // SAFETY: so many numbers are left; LANE holds 16 >= LANES numbers.
+        let (part, lane) = unsafe {
+            let left = (x.len() - at).min(S::LANES);
+            (s.load_part(x.as_ptr().add(at), left), s.load(LANE.as_ptr()))
+        };
+        let ahead = s.add(lane, s.splat(first + at as f32));
+        let distance = s.max(ahead, s.sub(s.splat(0.0), ahead));
+        sum = s.fma(part, distance, sum);
+    }
+    s.sum(sum)
 }
 
 /// What [`across`] reads and writes.

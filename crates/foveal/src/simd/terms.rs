@@ -10,6 +10,17 @@ use super::tile::{KEY_TILE, KeyWords, PANEL, STEP, Steps};
 use super::{Simd, dispatch, math};
 use std::f32::consts::LOG2_E;
 
+/// The numbers of the lanes.
+pub(super) const LANE: [f32; 16] = {
+    let mut lane = [0.0; 16];
+    let mut n = 0;
+    while n < 16 {
+        lane[n] = n as f32;
+        n += 1;
+    }
+    lane
+};
+
 /// What [`finish_row`] reads and writes.
 #[derive(Debug)]
 pub(crate) struct RowTerms<'a> {
@@ -50,15 +61,6 @@ fn finish_row_kernel<S: Simd>(s: S, args: RowTerms<'_>) -> f32 {
 
 #[inline(always)]
 fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: RowTerms<'_>) -> f32 {
-    const LANE: [f32; 16] = {
-        let mut lane = [0.0; 16];
-        let mut n = 0;
-        while n < 16 {
-            lane[n] = n as f32;
-            n += 1;
-        }
-        lane
-    };
     assert!(args.scores.len() >= KEY_TILE);
     assert!(args.bend.as_ref().is_none_or(|bend| bend.len() >= KEY_TILE));
     let cap = args.cap.unwrap_or(1.0);

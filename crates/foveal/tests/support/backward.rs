@@ -1,9 +1,9 @@
 //! Backward calls on poisoned memory, and their gradients in f64.
 
 use super::Random;
-use foveal::plan::{Gradients, Inputs, Saved, Upstream};
+use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::reference::{Derivatives, Input, Options, attention_backward};
-use foveal::{Attention, Element, Shape, Tensor, Workspace};
+use foveal::{Attention, Element, Forward, Shape, Tensor, TensorMut, Workspace};
 
 /// The extents of a call.
 #[derive(Debug, Clone, Copy)]
@@ -27,12 +27,26 @@ pub struct Call<E> {
     pub d_lse: Option<Tensor<f32>>,
 }
 
-/// Gradients of queries, keys and values.
+/// Which gradients of terms are wanted: lengths, 0 for none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// `{batch, queries, heads, keys}` of the bias.
+    pub bias: Option<Shape>,
+    pub slopes: usize,
+    pub table: usize,
+    pub sinks: usize,
+}
+
+/// All gradients, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Result<E> {
     pub d_q: Vec<E>,
     pub d_k: Vec<E>,
     pub d_v: Vec<E>,
+    pub d_bias: Vec<f32>,
+    pub d_slopes: Vec<f32>,
+    pub d_table: Vec<f32>,
+    pub d_sinks: Vec<f32>,
 }
 
 impl<E: Element> Call<E> {
@@ -52,12 +66,29 @@ impl<E: Element> Call<E> {
 
     /// Forward and backward; what is written to is filled with NaN before.
     pub fn run(&self, attention: &Attention<'_>) -> Result<E> {
+        self.run_with(attention, Wanted::default())
+    }
+
+    /// The same with gradients of terms.
+    pub fn run_with(&self, attention: &Attention<'_>, wanted: Wanted) -> Result<E> {
         let forward = attention.forward(self.q.view(), self.k.view(), self.v.view()).unwrap();
-        let nan = |x: &Tensor<E>| {
-            let len = x.as_slice().len();
-            Tensor::from_vec(vec![E::from_f32(f32::NAN); len], x.shape()).unwrap()
-        };
-        let (mut d_q, mut d_k, mut d_v) = (nan(&self.q), nan(&self.k), nan(&self.v));
+        self.backward(attention, &forward, wanted)
+    }
+
+    /// Backward alone.
+    pub fn backward(
+        &self,
+        attention: &Attention<'_>,
+        forward: &Forward<E>,
+        wanted: Wanted,
+    ) -> Result<E> {
+        let nan = |x: &Tensor<E>| vec![E::from_f32(f32::NAN); x.as_slice().len()];
+        let shape = wanted.bias.unwrap_or(Shape { batch: 0, seq: 0, heads: 0, dim: 0 });
+        let [d_bias, d_slopes, d_table, d_sinks] =
+            [shape.checked_len().unwrap(), wanted.slopes, wanted.table, wanted.sinks]
+                .map(|n| vec![f32::NAN; n]);
+        let (d_q, d_k, d_v) = (nan(&self.q), nan(&self.k), nan(&self.v));
+        let mut result = Result { d_q, d_k, d_v, d_bias, d_slopes, d_table, d_sinks };
         let plan = attention.plan(self.q.shape(), self.k.shape(), self.v.shape()).unwrap();
         let mut workspace = Workspace::for_backward::<E>(&plan);
         workspace.poison();
@@ -65,10 +96,20 @@ impl<E: Element> Call<E> {
         let saved = Saved { out: forward.out.view(), lse: forward.lse.view() };
         let d_lse = self.d_lse.as_ref().map(Tensor::view);
         let upstream = Upstream { d_out: self.d_out.view(), d_lse };
-        let gradients =
-            Gradients { d_q: d_q.view_mut(), d_k: d_k.view_mut(), d_v: d_v.view_mut() };
+        let some = |x| Some(x).filter(|x: &&mut [f32]| !x.is_empty());
+        let gradients = Gradients {
+            d_q: TensorMut::new(&mut result.d_q, self.q.shape()).unwrap(),
+            d_k: TensorMut::new(&mut result.d_k, self.k.shape()).unwrap(),
+            d_v: TensorMut::new(&mut result.d_v, self.v.shape()).unwrap(),
+            terms: TermGradients {
+                d_bias: wanted.bias.map(|s| TensorMut::new(&mut result.d_bias, s).unwrap()),
+                d_slopes: some(&mut result.d_slopes),
+                d_table: some(&mut result.d_table),
+                d_sinks: some(&mut result.d_sinks),
+            },
+        };
         plan.backward(inputs, saved, upstream, gradients, &mut workspace).unwrap();
-        Result { d_q: d_q.into_vec(), d_k: d_k.into_vec(), d_v: d_v.into_vec() }
+        result
     }
 
     /// The gradients as they are defined.
@@ -100,4 +141,21 @@ impl<E: Element> Result<E> {
             ("dV", wide(&self.d_v), &expected.d_v),
         ]
     }
+}
+
+/// Sums of `[batch, queries, heads, keys]` over the pairs for which `place` gives the same number.
+pub fn gather(
+    d_scores: &[f64],
+    (q, keys): (Shape, usize),
+    len: usize,
+    place: impl Fn([usize; 4]) -> (usize, f64),
+) -> Vec<f64> {
+    let mut sums = vec![0.0; len];
+    for (n, d) in d_scores.iter().enumerate() {
+        let (row, j) = (n / keys, n % keys);
+        let (batch, i) = (row / q.heads / q.seq, row / q.heads % q.seq);
+        let (at, factor) = place([batch, i, row % q.heads, j]);
+        sums[at] += factor * d;
+    }
+    sums
 }

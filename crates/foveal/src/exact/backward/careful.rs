@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! for each row i, for each j that it may see:
-//!     p = exp(s − lse)   ds = p (⟨dO, v⟩ − D)   dq += ds k   dk += ds q   dv += p dO
+//!     p = exp(s − lse)   ds = p (z ⟨dO, v⟩ − D)   dq += ds s' k   dk += ds s' q   dv += p z dO
 //! ```
 //!
 //! Slow, and allocates: images of dK and dV of the head, and a row.
 
+use super::terms::tally_pair;
 use super::{Chunk, Differential, Engine};
 use crate::element::Element;
 use crate::mask::Pattern;
@@ -44,26 +45,36 @@ fn row<E: Element, K: Element>(
     i: usize,
     sums: &mut Sums,
 ) {
-    let Differential { q, k, v, out, lse, d_out, d_lse, d_q, sizes, .. } = engine.call;
+    let Differential { q, k, v, out, lse, d_out, d_lse, d_q, terms, sizes, .. } = engine.call;
     let site = chunk.site;
     let (batch, head) = (site.batch, site.q_head);
     let [query, out, d_out] = [q, out, d_out].map(|x| wide(x.row(batch, i, head)));
     let lse = f64::from(lse.row(batch, i, head)[0]);
     let d_lse = d_lse.map_or(0.0, |d_lse| f64::from(d_lse.row(batch, i, head)[0]));
     let delta = dot(&out, &d_out) - d_lse;
-    let position = engine.positions(&(i..i + 1)).start;
+    let at = engine.row_site(chunk, i);
     let scale = f64::from(engine.call.scale);
     let mut sum = vec![0.0; sizes.q.dim];
+    // SAFETY: each chunk belongs to one part.
+    let tally = unsafe { engine.tallies.row(0, chunk.unit, chunk.index) };
     // A row that sees nothing has no gradient.
     let seen = if lse == f64::NEG_INFINITY { 0..0 } else { 0..sizes.keys };
-    for j in seen.filter(|&j| engine.call.mask.allows(site, position, j)) {
+    for j in seen.filter(|&j| engine.call.mask.allows(site, at.position, j)) {
         let key = wide(k.row(batch, j, site.kv_head));
         let value = wide(v.row(batch, j, site.kv_head));
-        let p = (scale * dot(&query, &key) - lse).exp();
-        let ds = scale * p * (dot(&d_out, &value) - delta);
+        let (score, bend) = terms.pair(at, j, (scale * dot(&query, &key), sizes.q.heads));
+        let p = (score - lse).exp();
+        let kept = terms.dropout.map_or(1.0, |dropout| {
+            f64::from(dropout.factor((batch, head), at.position, j))
+        });
+        let ds = p * (kept * dot(&d_out, &value) - delta);
+        tally_pair(terms, at.position - j as isize, ds as f32, tally);
+        // SAFETY: heads that share numbers of a bias are computed one after the other.
+        unsafe { engine.add_bias(chunk, (i, j), ds as f32) };
+        let ds = scale * bend * ds;
         add(&mut sum, ds, &key);
         add(&mut sums.d_k[j * query.len()..][..query.len()], ds, &query);
-        add(&mut sums.d_v[j * value.len()..][..value.len()], p, &d_out);
+        add(&mut sums.d_v[j * value.len()..][..value.len()], p * kept, &d_out);
     }
     // SAFETY: as in `head`.
     round(&sum, unsafe { d_q.row(batch, i, head) });

@@ -1,7 +1,9 @@
 //! How a backward call is cut into parts and its workspace into pieces. Nothing here depends on data.
 
+use super::terms::{Sharing, tally};
 use super::tile::KeyTile;
 use crate::element::DType;
+use crate::exact::terms::Terms;
 use crate::plan::Sizes;
 use crate::simd::tile::{GROUP, KEY_TILE, PANEL, padded};
 use crate::tensor::{Rows, Shape, SharedRows, TensorMut};
@@ -44,6 +46,12 @@ pub(super) struct Layout {
     tile: usize,
     /// Floats of one key tile's sums.
     pub(super) sums: usize,
+    /// Floats of a chunk's sums for the gradient of a bias.
+    pub(super) bias_sums: usize,
+    /// Floats of both.
+    pub(super) slot: usize,
+    /// Numbers that a chunk adds up for the gradients of terms.
+    pub(super) tally: usize,
     /// Chunks whose sums are held at the same time.
     pub(super) slots: usize,
     /// Floats of one thread.
@@ -62,7 +70,7 @@ pub(super) struct Memory<'a> {
 }
 
 impl Layout {
-    pub(super) fn new(sizes: &Sizes, storage: DType) -> Layout {
+    pub(super) fn new(sizes: &Sizes, terms: &Terms<'_>, storage: DType) -> Layout {
         let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
         let units = sizes.q.batch * sizes.kv_heads;
         let rows = sizes.q.seq.min(CHUNK);
@@ -71,11 +79,16 @@ impl Layout {
         let all = sizes.cpu.threads.count();
         // Heads apart need no barriers, unless some threads would have none for long.
         let rounds = units.div_ceil(all).max(1);
-        let apart = chunks <= 1 || units.saturating_mul(5) >= rounds.saturating_mul(all).saturating_mul(4);
+        let busy = units.saturating_mul(5) >= rounds.saturating_mul(all).saturating_mul(4);
+        let sharing = Sharing::new(terms, sizes.q, sizes.kv_heads);
+        let apart = sharing != Sharing::Across && (chunks <= 1 || busy);
         let (heads_at_once, threads) =
-            if apart { (all.min(units), 1) } else { (1, all.min(chunks)) };
+            if apart { (all.min(units), 1) } else { (1, all.min(chunks.max(1))) };
         let width = padded(dim) + padded(value_dim);
         let lines = |n: usize| n.next_multiple_of(16);
+        let sums = KEY_TILE * width;
+        let bias_rows = if terms.bias.is_some_and(|bias| bias.shape().seq == 1) { 1 } else { rows };
+        let bias_sums = if sharing == Sharing::Nothing { 0 } else { KEY_TILE * bias_rows };
         let image = if storage == DType::F32 { 0 } else { lines(chunks * rows * dim) };
         Layout {
             units,
@@ -90,7 +103,10 @@ impl Layout {
             statistics: lines(2 * rows),
             image,
             tile: KEY_TILE * (2 * dim + value_dim),
-            sums: KEY_TILE * width,
+            sums,
+            bias_sums,
+            slot: sums + bias_sums,
+            tally: tally(terms),
             slots: if threads == 1 { 1 } else { chunks.min(SLOTS * threads).min(MOST_SLOTS) },
             scratch: Scratch::floats(dim, value_dim),
         }
@@ -99,7 +115,12 @@ impl Layout {
     /// Floats of one key/value head that is being computed.
     pub(super) fn floats(&self) -> usize {
         let shared = self.chunks * self.statistics + self.image + self.tile;
-        shared + (1 + self.slots) * self.sums + self.threads * self.scratch
+        shared + self.sums + self.slots * self.slot + self.threads * self.scratch
+    }
+
+    /// Floats of what all chunks of the call add up for the gradients of terms.
+    pub(super) fn tallies(&self) -> usize {
+        self.units * self.chunks * self.tally
     }
 
     pub(super) fn split<'a>(&self, floats: &'a mut [f32]) -> Memory<'a> {
@@ -107,7 +128,7 @@ impl Layout {
         let (image, rest) = rest.split_at_mut(self.image);
         let (tile, rest) = rest.split_at_mut(self.tile);
         let (total, rest) = rest.split_at_mut(self.sums);
-        let (sums, scratch) = rest.split_at_mut(self.slots * self.sums);
+        let (sums, scratch) = rest.split_at_mut(self.slots * self.slot);
         Memory { statistics, image, tile, total, sums, scratch }
     }
 
@@ -143,9 +164,9 @@ pub(super) fn shared(floats: &mut [f32], [seq, heads, dim]: [usize; 3]) -> Share
     TensorMut::new(floats, shape).expect("as many as the shape has").into_shared()
 }
 
-pub(crate) fn workspace_floats(sizes: &Sizes, storage: DType) -> usize {
-    let layout = Layout::new(sizes, storage);
-    layout.heads_at_once * layout.floats()
+pub(crate) fn workspace_floats(sizes: &Sizes, terms: &Terms<'_>, storage: DType) -> usize {
+    let layout = Layout::new(sizes, terms, storage);
+    layout.tallies() + layout.heads_at_once * layout.floats()
 }
 
 /// A thread's share of the workspace.
@@ -154,13 +175,15 @@ pub(super) struct Scratch<'a> {
     pub(super) d_out: &'a mut [f32],
     pub(super) scores: &'a mut [f32],
     pub(super) gradients: &'a mut [f32],
-    /// dQ of a group of rows.
+    /// Of a group of rows: the derivative of the cap, `[row][KEY_TILE]`.
+    pub(super) bend: &'a mut [f32],
+    /// Of a group of rows: dQ.
     pub(super) d_q: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
     fn floats(dim: usize, value_dim: usize) -> usize {
-        ROWS * (dim + value_dim + 2 * KEY_TILE) + GROUP * padded(dim)
+        ROWS * (dim + value_dim + 2 * KEY_TILE) + GROUP * (KEY_TILE + padded(dim))
     }
 
     pub(super) fn new(scratch: &'a mut [f32], dim: usize, value_dim: usize) -> Scratch<'a> {
@@ -168,6 +191,8 @@ impl<'a> Scratch<'a> {
         let (d_out, rest) = rest.split_at_mut(ROWS * value_dim);
         let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (gradients, rest) = rest.split_at_mut(ROWS * KEY_TILE);
-        Scratch { queries, d_out, scores, gradients, d_q: &mut rest[..GROUP * padded(dim)] }
+        let (bend, rest) = rest.split_at_mut(GROUP * KEY_TILE);
+        let d_q = &mut rest[..GROUP * padded(dim)];
+        Scratch { queries, d_out, scores, gradients, bend, d_q }
     }
 }

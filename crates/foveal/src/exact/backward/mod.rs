@@ -25,9 +25,11 @@
 
 mod careful;
 mod layout;
+mod terms;
 mod tile;
 
 use super::Factor;
+use super::terms::{RowSite, Terms};
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
@@ -42,6 +44,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tile::Work;
 
 pub(crate) use layout::workspace_floats;
+pub(crate) use terms::TermOutputs;
 
 /// Keys whose sums one part joins.
 const JOINED: usize = 16;
@@ -59,24 +62,37 @@ pub(crate) struct Differential<'a, E, K> {
     pub(crate) d_q: SharedRows<'a, E>,
     pub(crate) d_k: SharedRows<'a, K>,
     pub(crate) d_v: SharedRows<'a, K>,
+    pub(crate) terms_out: TermOutputs<'a>,
     pub(crate) mask: &'a Mask,
+    pub(crate) terms: &'a Terms<'a>,
     pub(crate) scale: f32,
     pub(crate) sizes: Sizes,
 }
 
 /// Runs the call. `floats` is the workspace, of [`workspace_floats`].
-pub(crate) fn run<E: Element, K: Element>(call: &Differential<'_, E, K>, floats: &mut [f32]) {
-    let layout = Layout::new(&call.sizes, E::DTYPE);
-    let engine = Engine { call, layout, factor: Factor::new(call.scale) };
+pub(crate) fn run<E: Element, K: Element>(
+    call: &mut Differential<'_, E, K>,
+    floats: &mut [f32],
+) {
+    let layout = Layout::new(&call.sizes, call.terms, E::DTYPE);
+    let (tallies, floats) = floats.split_at_mut(layout.tallies());
+    let tallies_of = shared(tallies, [layout.units, layout.chunks, layout.tally]);
+    let factor = Factor::new(call.scale);
+    let engine = Engine { call, layout, factor, tallies: tallies_of };
+    engine.clear_bias();
     // Either every thread has a head of its own, or all have one together.
     let each = floats.chunks_exact_mut(layout.floats()).take(layout.heads_at_once);
     for_each_part(layout.units, each, |unit, floats| engine.head(unit, layout.split(floats)));
+    let (sizes, chunks) = ((call.sizes.q, call.sizes.kv_heads), (layout.chunks, layout.tally));
+    terms::finish(&mut call.terms_out, tallies, sizes, chunks);
 }
 
 /// Neighbouring rows of one query head, whose sums for dK and dV are kept apart from the others'.
 #[derive(Debug, Clone)]
 struct Chunk {
-    /// Among the chunks of the key/value head.
+    /// Its sequence and key/value head.
+    unit: usize,
+    /// Among the chunks of those.
     index: usize,
     site: Site,
     rows: Range<usize>,
@@ -108,6 +124,8 @@ struct Engine<'a, E, K> {
     call: &'a Differential<'a, E, K>,
     layout: Layout,
     factor: Factor,
+    /// What each chunk adds up for the terms' gradients.
+    tallies: SharedRows<'a, f32>,
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
@@ -117,13 +135,18 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let q_head = kv_head * sizes.group() + index / self.layout.per_head;
         let first = index % self.layout.per_head * self.layout.rows;
         let rows = first..(first + self.layout.rows).min(sizes.q.seq);
-        Chunk { index, site: Site { batch, q_head, kv_head }, rows }
+        Chunk { unit, index, site: Site { batch, q_head, kv_head }, rows }
     }
 
     /// Absolute positions of query rows.
     fn positions(&self, rows: &Range<usize>) -> Range<isize> {
         let origin = self.call.sizes.keys as isize - self.call.sizes.q.seq as isize;
         rows.start as isize + origin..rows.end as isize + origin
+    }
+
+    fn row_site(&self, chunk: &Chunk, query: usize) -> RowSite {
+        let Site { batch, q_head: head, .. } = chunk.site;
+        RowSite { batch, head, query, position: self.positions(&(query..query + 1)).start }
     }
 
     fn keys(&self, tile: usize) -> Range<usize> {
@@ -152,10 +175,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             while first || wave.next < layout.chunks {
                 self.next_wave(unit, &keys, &mut wave);
                 let key_tile = layout.key_tile(tile, keys.clone());
-                let slots = shared(sums, [layout.slots, 1, layout.sums]);
+                let slots = shared(sums, [layout.slots, 1, layout.slot]);
                 let scratches = scratch.chunks_exact_mut(layout.scratch);
                 for_each_part(wave.count, scratches, |slot, scratch| {
-                    let chunk = self.chunk(unit, wave.chunks[slot]);
+                    let chunk = self.chunk(unit, wave.live()[slot]);
                     let statistics = &statistics[chunk.index * layout.statistics..];
                     // SAFETY: each part writes its own slot.
                     let sums = unsafe { slots.row(0, slot, 0) };
@@ -165,6 +188,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 let last = wave.next == layout.chunks;
                 let step = Join { unit, keys: &keys, count: wave.count, first, last };
                 self.join(&step, sums, total, scratch);
+                self.join_bias(&step, &wave, sums);
                 first = false;
             }
         }
@@ -211,11 +235,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     fn prepare_chunk(&self, chunk: &Chunk, image: &Image<'_>, statistics: &mut [f32]) -> bool {
-        let Differential { q, out, lse, d_out, d_lse, sizes, .. } = self.call;
+        let Differential { q, out, lse, d_out, d_lse, terms, sizes, .. } = self.call;
         let level = sizes.cpu.level;
         let Site { batch, q_head, .. } = chunk.site;
         let (logs, deltas) = statistics.split_at_mut(self.layout.rows);
-        let mut finite = true;
+        let sink = terms.sinks.map(|sinks| sinks[q_head]);
+        let (mut finite, mut d_sink) = (true, 0.0);
         for (r, i) in chunk.rows.clone().enumerate() {
             let lse = lse.row(batch, i, q_head)[0];
             let product = row::dot(level, out.row(batch, i, q_head), d_out.row(batch, i, q_head));
@@ -223,10 +248,19 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             // A row that sees nothing has P = 0 = exp2(s − ∞).
             logs[r] = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse * LOG2_E };
             deltas[r] = product - d_lse;
+            if let Some(sink) = sink.filter(|_| lse != f32::NEG_INFINITY) {
+                d_sink -= f64::from(sink - lse).exp() * f64::from(deltas[r]);
+            }
             finite &= lse < f32::INFINITY && deltas[r].is_finite();
             finite &= row::all_finite(level, q.row(batch, i, q_head));
             // SAFETY: rows belong to one chunk, and each chunk to one part.
             unsafe { image.row(chunk, i) }.fill(0.0);
+        }
+        // SAFETY: each chunk belongs to one part.
+        let tally = unsafe { self.tallies.row(0, chunk.unit, chunk.index) };
+        tally.fill(0.0);
+        if sink.is_some() {
+            tally[terms::SINK] = d_sink as f32;
         }
         finite
     }
@@ -255,7 +289,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     fn next_wave(&self, unit: usize, keys: &Range<usize>, wave: &mut Wave) {
         wave.count = 0;
         while wave.next < self.layout.chunks {
-            let Chunk { index, site, rows } = self.chunk(unit, wave.next);
+            let Chunk { index, site, rows, .. } = self.chunk(unit, wave.next);
             let mut seen = false;
             let positions = self.positions(&rows);
             self.call.mask.live(site, positions, keys.clone(), &mut |_, _| seen = true);
@@ -286,7 +320,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             if step.first {
                 total.fill(0.0);
             }
-            for sums in sums.chunks_exact(self.layout.sums).take(step.count) {
+            for sums in sums.chunks_exact(self.layout.slot).take(step.count) {
                 row::blend(level, total, 1.0, &sums[part * block..][..used * width], 1.0);
             }
             if step.last {
@@ -325,6 +359,12 @@ struct Wave {
     next: usize,
     chunks: [usize; layout::MOST_SLOTS],
     count: usize,
+}
+
+impl Wave {
+    fn live(&self) -> &[usize] {
+        &self.chunks[..self.count]
+    }
 }
 
 /// What is joined: the sums of `count` chunks for some keys.

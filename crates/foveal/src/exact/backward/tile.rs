@@ -1,9 +1,11 @@
 //! One chunk of query rows against one key tile: 96 rows at a time, six rows of them at a time.
 
 use super::layout::{ROWS, Scratch};
+use super::terms::RowGradient;
 use super::{Chunk, Engine, Image};
 use crate::element::Element;
 use crate::exact::live_tiles;
+use crate::exact::terms::Finish;
 use crate::mask::Pattern;
 use crate::simd::gradient::{self, Across, Differentiate};
 use crate::simd::row;
@@ -34,7 +36,7 @@ pub(super) struct Work<'a> {
     pub(super) statistics: &'a [f32],
     pub(super) image: &'a Image<'a>,
     pub(super) scratch: &'a mut [f32],
-    /// Out: dK and dV, `[key][padded dim + padded value dim]`.
+    /// Out: dK and dV, `[key][padded dim + padded value dim]`, then what rows give to a shared bias.
     pub(super) sums: &'a mut [f32],
 }
 
@@ -44,7 +46,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     pub(super) fn accumulate(&self, chunk: &Chunk, keys: &KeyTile<'_>, work: Work<'_>) {
         let Work { statistics, image, scratch, sums } = work;
         let sizes = &self.call.sizes;
+        let (sums, bias_sums) = sums.split_at_mut(self.layout.sums);
         sums[..keys.positions.len() * self.layout.width].fill(0.0);
+        bias_sums.fill(0.0);
         let (logs, deltas) = statistics.split_at(self.layout.rows);
         let mut pass = Pass {
             engine: self,
@@ -53,6 +57,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             image,
             scratch: Scratch::new(scratch, sizes.q.dim, sizes.value_dim),
             sums,
+            bias_sums,
         };
         for start in chunk.rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(chunk.rows.end);
@@ -77,6 +82,7 @@ struct Pass<'p, 's, E, K> {
     image: &'p Image<'p>,
     scratch: Scratch<'s>,
     sums: &'s mut [f32],
+    bias_sums: &'s mut [f32],
 }
 
 impl<E: Element, K: Element> Pass<'_, '_, E, K> {
@@ -97,8 +103,10 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
                 false => Visible::Some(&words[group.clone()]),
             };
             let statistics = (&logs[group.clone()], &deltas[group.clone()]);
-            self.differentiate(group.clone(), visible, statistics);
-            self.queries(rows.start, group, visible);
+            let at = Group { first: rows.start, rows: group, visible };
+            self.differentiate(&at, statistics);
+            self.terms(&at);
+            self.queries(&at);
         }
         self.keys_and_values(rows.len(), &bounds);
     }
@@ -126,58 +134,87 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         }
     }
 
-    /// P and dS of a group of rows.
-    fn differentiate(
-        &mut self,
-        group: Range<usize>,
-        visible: Visible<'_>,
-        (lse, delta): (&[f32], &[f32]),
-    ) {
-        let sizes = &self.engine.call.sizes;
-        let level = sizes.cpu.level;
-        let part = |width: usize| group.start * width..group.end * width;
-        let Scratch { queries, d_out, scores, gradients, .. } = &mut self.scratch;
-        let scores = &mut scores[part(KEY_TILE)];
-        let gradients = &mut gradients[part(KEY_TILE)];
+    /// P (after dropout) and dS of a group of rows.
+    fn differentiate(&mut self, at: &Group<'_>, (lse, delta): (&[f32], &[f32])) {
+        let call = self.engine.call;
+        let (level, visible) = (call.sizes.cpu.level, at.visible);
+        let Scratch { queries, d_out, scores, gradients, bend, .. } = &mut self.scratch;
+        let scores = &mut scores[at.part(KEY_TILE)];
+        let gradients = &mut gradients[at.part(KEY_TILE)];
         let mut max = [0.0; GROUP];
-        let of_scores = Scores {
-            queries: &queries[part(sizes.q.dim)],
-            depth: sizes.q.dim,
-            keys: self.keys.keys,
-            visible,
-            hidden: f32::NEG_INFINITY,
-            out: scores,
-            max: &mut max,
+        let mut product = |queries, depth, keys, hidden, out: &mut [f32]| {
+            let max = &mut max;
+            tile::scores(level, Scores { queries, depth, keys, visible, hidden, out, max });
         };
-        tile::scores(level, of_scores);
-        let of_gradients = Scores {
-            queries: &d_out[part(sizes.value_dim)],
-            depth: sizes.value_dim,
-            keys: self.keys.values,
-            visible,
-            hidden: 0.0,
-            out: gradients,
-            max: &mut max,
+        let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
+        let (keys, values) = (self.keys.keys, self.keys.values);
+        product(&queries[at.part(dim)], dim, keys, f32::NEG_INFINITY, scores);
+        product(&d_out[at.part(value_dim)], value_dim, values, 0.0, gradients);
+        let mut factor = self.engine.factor.factor;
+        let sites = at.queries().map(|i| self.engine.row_site(self.chunk, i));
+        if !call.terms.plain() {
+            let finish = Finish {
+                level,
+                factor: self.engine.factor,
+                heads: call.sizes.q.heads,
+                positions: self.keys.positions.clone(),
+                visible,
+                scores,
+                max: &mut max,
+                bend: call.terms.softcap.is_some().then_some(bend),
+            };
+            call.terms.finish(sites.clone(), finish);
+            factor = 1.0;
+        }
+        let drop = |weights: &mut [f32]| {
+            for (site, weights) in sites.clone().zip(weights.chunks_exact_mut(KEY_TILE)) {
+                let weights = &mut weights[..self.keys.positions.len()];
+                call.terms.drop(level, site, self.keys.positions.start, weights);
+            }
         };
-        tile::scores(level, of_gradients);
-        let factor = self.engine.factor.factor;
+        if call.terms.dropout.is_some() {
+            drop(gradients);
+        }
         let args = Differentiate { scores, gradients, visible, factor, lse, delta };
         gradient::differentiate(level, args);
+        if call.terms.dropout.is_some() {
+            drop(scores);
+        }
+    }
+
+    /// Gives dS of a group of rows to the gradients of terms, then takes it through the cap.
+    fn terms(&mut self, at: &Group<'_>) {
+        let terms = self.engine.call.terms;
+        if terms.plain() {
+            return;
+        }
+        let Scratch { gradients, bend, .. } = &mut self.scratch;
+        let gradients = &mut gradients[at.part(KEY_TILE)];
+        for (i, values) in at.queries().zip(gradients.chunks_exact(KEY_TILE)) {
+            let position = self.engine.row_site(self.chunk, i).position;
+            let values = &values[..self.keys.positions.len()];
+            let row = RowGradient { i, position, values };
+            self.engine.add_terms(self.chunk, self.keys, &row, self.bias_sums);
+        }
+        if terms.softcap.is_some() {
+            let level = self.engine.call.sizes.cpu.level;
+            gradient::bend(level, gradients, bend, at.visible.all_steps());
+        }
     }
 
     /// dQ += scale · dS K for a group of rows.
-    fn queries(&mut self, first: usize, group: Range<usize>, visible: Visible<'_>) {
+    fn queries(&mut self, at: &Group<'_>) {
         let call = self.engine.call;
         let (level, dim) = (call.sizes.cpu.level, call.sizes.q.dim);
         let Scratch { gradients, d_q, .. } = &mut self.scratch;
-        let out = &mut d_q[..group.len() * padded(dim)];
+        let out = &mut d_q[..at.rows.len() * padded(dim)];
         out.fill(0.0);
-        let probabilities = &gradients[group.start * KEY_TILE..group.end * KEY_TILE];
+        let (probabilities, visible) = (&gradients[at.part(KEY_TILE)], at.visible);
         let (values, rescale) = (self.keys.rows, &[1.0; GROUP]);
         tile::values(level, Values { probabilities, visible, values, rescale, out });
-        for (r, sum) in group.zip(d_q.chunks_exact(padded(dim))) {
+        for (i, sum) in at.queries().zip(d_q.chunks_exact(padded(dim))) {
             // SAFETY: rows belong to one chunk, and each chunk to one part.
-            let d_q = unsafe { self.image.row(self.chunk, first + r) };
+            let d_q = unsafe { self.image.row(self.chunk, i) };
             row::blend(level, d_q, 1.0, &sum[..dim], call.scale);
         }
     }
@@ -198,6 +235,25 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let out = &mut self.sums[padded(sizes.q.dim)..];
         let args = Across { weights: scores, rows: d_out, bounds, keys, out, out_stride };
         gradient::across(level, args);
+    }
+}
+
+/// Up to six rows.
+struct Group<'a> {
+    /// The query of row 0.
+    first: usize,
+    rows: Range<usize>,
+    visible: Visible<'a>,
+}
+
+impl Group<'_> {
+    /// Their part of a matrix of the tile's rows.
+    fn part(&self, width: usize) -> Range<usize> {
+        self.rows.start * width..self.rows.end * width
+    }
+
+    fn queries(&self) -> Range<usize> {
+        self.first + self.rows.start..self.first + self.rows.end
     }
 }
 
