@@ -82,6 +82,9 @@ pub trait Simd: Copy {
     /// `p` is valid for reading `LANES` bytes.
     unsafe fn load_nibbles(self, p: *const u8) -> (Self::F, Self::F);
 
+    /// Asks for the cache line at `p` to be brought to the second level; may do nothing.
+    fn prefetch(self, p: *const u8);
+
     /// Lanewise sum.
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     /// Lanewise difference.

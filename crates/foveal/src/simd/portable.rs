@@ -95,6 +95,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
     fn add(self, a: Lanes8, b: Lanes8) -> Lanes8 {
         a.zip(b, |a, b| a + b)
     }

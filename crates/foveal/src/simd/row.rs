@@ -62,12 +62,27 @@ fn blend_kernel<S: Simd>(s: S, to: &mut [f32], keep: f32, from: &[f32], add: f32
         let n = (to.len() - i).min(S::LANES);
         // SAFETY: n elements are left in both.
         unsafe {
-            let p = to.as_mut_ptr().add(i);
-            let x =
-                s.fma(s.load_part(from.as_ptr().add(i), n), add, s.mul(s.load_part(p, n), keep));
-            s.store_part(p, x, n);
+            let (p, q) = (to.as_mut_ptr().add(i), from.as_ptr().add(i));
+            if n == S::LANES {
+                s.store(p, s.fma(s.load(q), add, s.mul(s.load(p), keep)));
+            } else {
+                let x = s.fma(s.load_part(q, n), add, s.mul(s.load_part(p, n), keep));
+                s.store_part(p, x, n);
+            }
         }
         i += n;
+    }
+}
+
+dispatch! {
+    /// Asks for a row to be brought near. Reads nothing.
+    pub(crate) fn prefetch<E: Element>(row: &[E]) = prefetch_kernel
+}
+
+#[inline(always)]
+fn prefetch_kernel<S: Simd, E: Element>(s: S, row: &[E]) {
+    for line in row.chunks(64 / size_of::<E>()) {
+        s.prefetch(line.as_ptr().cast());
     }
 }
 

@@ -104,6 +104,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             };
             let statistics = (&logs[group.clone()], &deltas[group.clone()]);
             let at = Group { first: rows.start, rows: group, visible };
+            self.prefetch(at.queries());
             self.differentiate(&at, statistics);
             self.terms(&at);
             self.queries(&at);
@@ -122,6 +123,20 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             let q = call.q.row(site.batch, i, site.q_head);
             self.engine.factor.load(level, q, query);
             row::widen(level, call.d_out.row(site.batch, i, site.q_head), d_out);
+        }
+    }
+
+    /// Asks for what the next tile of rows will read, while this one is computed.
+    fn prefetch(&self, rows: Range<usize>) {
+        let (call, site) = (self.engine.call, self.chunk.site);
+        let level = call.sizes.cpu.level;
+        for i in rows.start + ROWS..(rows.end + ROWS).min(call.sizes.q.seq) {
+            row::prefetch(level, call.q.row(site.batch, i, site.q_head));
+            row::prefetch(level, call.d_out.row(site.batch, i, site.q_head));
+            if i < self.chunk.rows.end {
+                // SAFETY: rows belong to one chunk, and each chunk to one part.
+                row::prefetch(level, unsafe { self.image.row(self.chunk, i) });
+            }
         }
     }
 
