@@ -90,7 +90,7 @@ mod lanes {
         #[inline(always)]
         unsafe fn store_part<S: Simd>(s: S, p: *mut f32, x: S::F, n: usize) {
             // SAFETY: the caller's promise is the callee's.
-            unsafe { s.store_part(p, x, n) }
+            unsafe { if n == S::LANES { s.store(p, x) } else { s.store_part(p, x, n) } }
         }
     }
 

@@ -1,7 +1,7 @@
 //! How a backward call is cut into parts and its workspace into pieces. Nothing here depends on data.
 
 use super::terms::{Sharing, tally};
-use super::tile::KeyTile;
+use super::tile::{KeyTile, Stretch};
 use crate::element::DType;
 use crate::exact::terms::Terms;
 use crate::plan::Sizes;
@@ -18,6 +18,11 @@ const SLOTS: usize = 4;
 /// The most chunks whose sums are held.
 pub(super) const MOST_SLOTS: usize = 128;
 
+/// Numbers of a key and value, times key tiles, that a stretch may hold.
+const STRETCH: usize = 256;
+/// The most key tiles of a stretch.
+const MOST_TILES: usize = 4;
+
 /// Sizes of everything; all pieces are whole cache lines.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
@@ -33,8 +38,10 @@ pub(super) struct Layout {
     pub(super) chunks: usize,
     /// Rows of a chunk.
     pub(super) rows: usize,
-    /// Key tiles.
-    pub(super) tiles: usize,
+    /// Positions of a stretch: neighbouring key tiles for which rows are loaded once.
+    pub(super) stretch: usize,
+    /// Stretches of a sequence.
+    pub(super) stretches: usize,
     dims: (usize, usize),
     /// Floats of a key's sums: dK, then dV, each padded.
     pub(super) width: usize,
@@ -42,9 +49,9 @@ pub(super) struct Layout {
     pub(super) statistics: usize,
     /// Floats of the image of dQ.
     image: usize,
-    /// Floats of one key tile.
-    tile: usize,
-    /// Floats of one key tile's sums.
+    /// Floats of one stretch of keys.
+    keys: usize,
+    /// Floats of its sums.
     pub(super) sums: usize,
     /// Floats of a chunk's sums for the gradient of a bias.
     pub(super) bias_sums: usize,
@@ -63,7 +70,7 @@ pub(super) struct Layout {
 pub(super) struct Memory<'a> {
     pub(super) statistics: &'a mut [f32],
     pub(super) image: &'a mut [f32],
-    pub(super) tile: &'a mut [f32],
+    pub(super) keys: &'a mut [f32],
     pub(super) total: &'a mut [f32],
     pub(super) sums: &'a mut [f32],
     pub(super) scratch: &'a mut [f32],
@@ -86,9 +93,11 @@ impl Layout {
             if apart { (all.min(units), 1) } else { (1, all.min(chunks.max(1))) };
         let width = padded(dim) + padded(value_dim);
         let lines = |n: usize| n.next_multiple_of(16);
-        let sums = KEY_TILE * width;
+        // Short vectors leave room for more keys, which repay the loading of rows.
+        let stretch = KEY_TILE * (STRETCH / (dim + value_dim)).clamp(1, MOST_TILES);
+        let sums = stretch * width;
         let bias_rows = if terms.bias.is_some_and(|bias| bias.shape().seq == 1) { 1 } else { rows };
-        let bias_sums = if sharing == Sharing::Nothing { 0 } else { KEY_TILE * bias_rows };
+        let bias_sums = if sharing == Sharing::Nothing { 0 } else { stretch * bias_rows };
         let image = if storage == DType::F32 { 0 } else { lines(chunks * rows * dim) };
         Layout {
             units,
@@ -97,12 +106,13 @@ impl Layout {
             per_head,
             chunks,
             rows,
-            tiles: sizes.keys.div_ceil(KEY_TILE),
+            stretch,
+            stretches: sizes.keys.div_ceil(stretch),
             dims: (dim, value_dim),
             width,
             statistics: lines(2 * rows),
             image,
-            tile: KEY_TILE * (2 * dim + value_dim),
+            keys: stretch * (2 * dim + value_dim),
             sums,
             bias_sums,
             slot: sums + bias_sums,
@@ -114,7 +124,7 @@ impl Layout {
 
     /// Floats of one key/value head that is being computed.
     pub(super) fn floats(&self) -> usize {
-        let shared = self.chunks * self.statistics + self.image + self.tile;
+        let shared = self.chunks * self.statistics + self.image + self.keys;
         shared + self.sums + self.slots * self.slot + self.threads * self.scratch
     }
 
@@ -126,33 +136,41 @@ impl Layout {
     pub(super) fn split<'a>(&self, floats: &'a mut [f32]) -> Memory<'a> {
         let (statistics, rest) = floats.split_at_mut(self.chunks * self.statistics);
         let (image, rest) = rest.split_at_mut(self.image);
-        let (tile, rest) = rest.split_at_mut(self.tile);
+        let (keys, rest) = rest.split_at_mut(self.keys);
         let (total, rest) = rest.split_at_mut(self.sums);
         let (sums, scratch) = rest.split_at_mut(self.slots * self.slot);
-        Memory { statistics, image, tile, total, sums, scratch }
+        Memory { statistics, image, keys, total, sums, scratch }
     }
 
-    /// A key tile's packed keys, packed values and keys as rows, panel by panel.
-    pub(super) fn panels<'a>(&self, tile: &'a mut [f32]) -> [SharedRows<'a, f32>; 3] {
+    /// A stretch's packed keys, packed values and keys as rows, panel by panel.
+    pub(super) fn panels<'a>(&self, floats: &'a mut [f32]) -> [SharedRows<'a, f32>; 3] {
         let (dim, value_dim) = self.dims;
-        let (keys, rest) = tile.split_at_mut(KEY_TILE * dim);
-        let (values, rows) = rest.split_at_mut(KEY_TILE * value_dim);
+        let (keys, rest) = floats.split_at_mut(self.stretch * dim);
+        let (values, rows) = rest.split_at_mut(self.stretch * value_dim);
         [(keys, dim), (values, value_dim), (rows, dim)]
-            .map(|(floats, dim)| shared(floats, [KEY_TILE / PANEL, 1, PANEL * dim]))
+            .map(|(floats, dim)| shared(floats, [self.stretch / PANEL, 1, PANEL * dim]))
     }
 
     /// What [`Layout::panels`] were filled with.
-    pub(super) fn key_tile<'a>(&self, tile: &'a [f32], positions: Range<usize>) -> KeyTile<'a> {
+    pub(super) fn stretch<'a>(&self, floats: &'a [f32], positions: Range<usize>) -> Stretch<'a> {
         let (dim, value_dim) = self.dims;
-        let (keys, rest) = tile.split_at(KEY_TILE * dim);
-        let (values, rows) = rest.split_at(KEY_TILE * value_dim);
-        let padded = positions.len().next_multiple_of(PANEL);
-        let rows = Rows::new(rows, dim, positions.len(), dim).expect("a tile's keys");
+        let (keys, rest) = floats.split_at(self.stretch * dim);
+        let (values, rows) = rest.split_at(self.stretch * value_dim);
+        Stretch { positions, keys, values, rows }
+    }
+
+    /// A key tile of a stretch, and where its sums begin.
+    pub(super) fn tile<'a>(&self, keys: &Stretch<'a>, positions: Range<usize>) -> KeyTile<'a> {
+        let (dim, value_dim) = self.dims;
+        let first = positions.start - keys.positions.start;
+        let padded = first + positions.len().next_multiple_of(PANEL);
+        let rows = &keys.rows[first * dim..];
         KeyTile {
+            first,
+            keys: &keys.keys[first * dim..padded * dim],
+            values: &keys.values[first * value_dim..padded * value_dim],
+            rows: Rows::new(rows, dim, positions.len(), dim).expect("a tile's keys"),
             positions,
-            keys: &keys[..padded * dim],
-            values: &values[..padded * value_dim],
-            rows,
         }
     }
 }
@@ -177,13 +195,13 @@ pub(super) struct Scratch<'a> {
     pub(super) gradients: &'a mut [f32],
     /// Of a group of rows: the derivative of the cap, `[row][KEY_TILE]`.
     pub(super) bend: &'a mut [f32],
-    /// Of a group of rows: dQ.
+    /// dQ of all rows.
     pub(super) d_q: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
     fn floats(dim: usize, value_dim: usize) -> usize {
-        ROWS * (dim + value_dim + 2 * KEY_TILE) + GROUP * (KEY_TILE + padded(dim))
+        ROWS * (dim + value_dim + 2 * KEY_TILE + padded(dim)) + GROUP * KEY_TILE
     }
 
     pub(super) fn new(scratch: &'a mut [f32], dim: usize, value_dim: usize) -> Scratch<'a> {
@@ -192,7 +210,7 @@ impl<'a> Scratch<'a> {
         let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (gradients, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (bend, rest) = rest.split_at_mut(GROUP * KEY_TILE);
-        let d_q = &mut rest[..GROUP * padded(dim)];
+        let d_q = &mut rest[..ROWS * padded(dim)];
         Scratch { queries, d_out, scores, gradients, bend, d_q }
     }
 }

@@ -5,9 +5,9 @@
 //! dQ = scale · dS K             dK = scale · dSᵀ Q          dV = Pᵀ dO
 //!
 //! for each (sequence, key/value head):
-//!     for each tile of 256 keys:                           K and V packed, and K as rows
+//!     for each stretch of 256 to 1024 keys:                K and V packed, and K as rows
 //!         for each chunk of 288 rows of each query head:   a sum of its own for dK and dV
-//!             for each 96 rows:
+//!             for each 96 rows, for each tile of 256 keys:
 //!                 for each group of 6 rows:                S, dP; P, dS; dQ += dS K
 //!                 dV += Pᵀ dO, dK += dSᵀ Q
 //!         dK, dV = the chunks' sums, added in order
@@ -19,8 +19,8 @@
 //! second is taken where there are too few heads for the threads.
 //!
 //! Cost: 2·T·S·(3·Dk + 2·Dv) floating-point operations a query head for the visible part. Memory beyond
-//! inputs and gradients: two numbers a row of the heads in flight; for each thread one key tile, a tile
-//! of P and of dS, and the sums of a key tile; for 16-bit queries an `f32` image of the dQ in flight.
+//! inputs and gradients: two numbers a row of the heads in flight; for each thread one stretch of keys,
+//! a tile of P and of dS, and the sums of a stretch; for 16-bit queries an `f32` image of the dQ in flight.
 //! Dao et al. 2022, algorithm 4; Dao 2023, algorithm 2.
 
 mod careful;
@@ -35,7 +35,7 @@ use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
 use crate::simd::row;
-use crate::simd::tile::{KEY_TILE, PANEL, pack_keys, padded};
+use crate::simd::tile::{PANEL, pack_keys, padded};
 use crate::tensor::{SharedRows, TensorRef};
 use layout::{Layout, Memory, shared};
 use std::f32::consts::LOG2_E;
@@ -48,6 +48,8 @@ pub(crate) use terms::TermOutputs;
 
 /// Keys whose sums one part joins.
 const JOINED: usize = 16;
+/// Rows between the one that is read and the one that is asked for.
+const AHEAD: usize = 8;
 
 /// A backward call whose shapes have been checked.
 #[derive(Debug)]
@@ -149,13 +151,15 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         RowSite { batch, head, query, position: self.positions(&(query..query + 1)).start }
     }
 
-    fn keys(&self, tile: usize) -> Range<usize> {
-        tile * KEY_TILE..((tile + 1) * KEY_TILE).min(self.call.sizes.keys)
+    /// Positions of a stretch of keys.
+    fn keys(&self, stretch: usize) -> Range<usize> {
+        let len = self.layout.stretch;
+        stretch * len..((stretch + 1) * len).min(self.call.sizes.keys)
     }
 
     /// The gradients of one key/value head of one sequence and of its query heads.
     fn head(&self, unit: usize, memory: Memory<'_>) {
-        let Memory { statistics, image, tile, total, sums, scratch } = memory;
+        let Memory { statistics, image, keys: floats, total, sums, scratch } = memory;
         let layout = &self.layout;
         let image = match self.call.d_q.as_f32() {
             Some(rows) => Image { rows, apart: false },
@@ -167,14 +171,14 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         if !self.prepare(unit, &image, statistics, scratch) {
             return careful::head(self, unit);
         }
-        for t in 0..layout.tiles {
-            let keys = self.keys(t);
-            self.pack(unit, &keys, tile, scratch);
+        for n in 0..layout.stretches {
+            let keys = self.keys(n);
+            self.pack(unit, &keys, floats, scratch);
             let mut wave = Wave { next: 0, chunks: [0; layout::MOST_SLOTS], count: 0 };
             let mut first = true;
             while first || wave.next < layout.chunks {
                 self.next_wave(unit, &keys, &mut wave);
-                let key_tile = layout.key_tile(tile, keys.clone());
+                let stretch = layout.stretch(floats, keys.clone());
                 let slots = shared(sums, [layout.slots, 1, layout.slot]);
                 let scratches = scratch.chunks_exact_mut(layout.scratch);
                 for_each_part(wave.count, scratches, |slot, scratch| {
@@ -183,7 +187,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                     // SAFETY: each part writes its own slot.
                     let sums = unsafe { slots.row(0, slot, 0) };
                     let work = Work { statistics, image: &image, scratch, sums };
-                    self.accumulate(&chunk, &key_tile, work);
+                    self.accumulate(&chunk, &stretch, work);
                 });
                 let last = wave.next == layout.chunks;
                 let step = Join { unit, keys: &keys, count: wave.count, first, last };
@@ -209,9 +213,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let finite = AtomicBool::new(true);
         let statistics = shared(statistics, [layout.chunks, 1, layout.statistics]);
         let scratches = scratch.chunks_exact_mut(layout.scratch);
-        for_each_part(layout.chunks + layout.tiles, scratches, |part, _| {
+        for_each_part(layout.chunks + layout.stretches, scratches, |part, _| {
             let fine = match part.checked_sub(layout.chunks) {
-                Some(tile) => self.keys_are_finite(unit, self.keys(tile)),
+                Some(n) => self.keys_are_finite(unit, self.keys(n)),
                 None => {
                     // SAFETY: each part writes the statistics of its own chunk.
                     let statistics = unsafe { statistics.row(0, part, 0) };
@@ -229,7 +233,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let Differential { k, v, sizes, .. } = self.call;
         let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
         let (k, v, level) = (k.head(batch, head), v.head(batch, head), sizes.cpu.level);
+        let end = keys.end;
         keys.fold(true, |fine, j| {
+            if j + AHEAD < end {
+                row::prefetch(level, k.row(j + AHEAD));
+                row::prefetch(level, v.row(j + AHEAD));
+            }
             fine & row::all_finite(level, k.row(j)) & row::all_finite(level, v.row(j))
         })
     }
@@ -242,6 +251,11 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let sink = terms.sinks.map(|sinks| sinks[q_head]);
         let (mut finite, mut d_sink) = (true, 0.0);
         for (r, i) in chunk.rows.clone().enumerate() {
+            if i + AHEAD < chunk.rows.end {
+                row::prefetch(level, q.row(batch, i + AHEAD, q_head));
+                row::prefetch(level, out.row(batch, i + AHEAD, q_head));
+                row::prefetch(level, d_out.row(batch, i + AHEAD, q_head));
+            }
             let lse = lse.row(batch, i, q_head)[0];
             let product = row::dot(level, out.row(batch, i, q_head), d_out.row(batch, i, q_head));
             let d_lse = d_lse.map_or(0.0, |d_lse| d_lse.row(batch, i, q_head)[0]);
@@ -265,12 +279,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         finite
     }
 
-    /// Packs one tile of keys and values into panels, and copies its keys as rows.
-    fn pack(&self, unit: usize, keys: &Range<usize>, tile: &mut [f32], scratch: &mut [f32]) {
+    /// Packs a stretch of keys and values into panels, and copies its keys as rows.
+    fn pack(&self, unit: usize, keys: &Range<usize>, floats: &mut [f32], scratch: &mut [f32]) {
         let Differential { k, v, sizes, .. } = self.call;
         let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
         let (k, v, level) = (k.head(batch, head), v.head(batch, head), sizes.cpu.level);
-        let panels = self.layout.panels(tile);
+        let panels = self.layout.panels(floats);
         let scratches = scratch.chunks_exact_mut(self.layout.scratch);
         for_each_part(keys.len().div_ceil(PANEL), scratches, |panel, _| {
             let start = keys.start + panel * PANEL;
@@ -304,13 +318,13 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         }
     }
 
-    /// Adds the wave's sums to the total of the key tile, and after the last wave writes dK and dV.
+    /// Adds the wave's sums to the total of the stretch, and after the last wave writes dK and dV.
     fn join(&self, step: &Join<'_>, sums: &[f32], total: &mut [f32], scratch: &mut [f32]) {
         let Differential { d_k, d_v, sizes, .. } = self.call;
         let (batch, head) = (step.unit / sizes.kv_heads, step.unit % sizes.kv_heads);
         let (level, width) = (sizes.cpu.level, self.layout.width);
         let block = JOINED * width;
-        let totals = shared(total, [KEY_TILE / JOINED, 1, block]);
+        let totals = shared(total, [self.layout.stretch / JOINED, 1, block]);
         let scratches = scratch.chunks_exact_mut(self.layout.scratch);
         for_each_part(step.keys.len().div_ceil(JOINED), scratches, |part, _| {
             // SAFETY: each part writes its own keys.

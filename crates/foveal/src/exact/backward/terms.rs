@@ -12,7 +12,6 @@ use super::{Chunk, Engine, Join, Wave};
 use crate::element::Element;
 use crate::exact::terms::Terms;
 use crate::parallel::for_each_part;
-use crate::simd::tile::KEY_TILE;
 use crate::simd::{Level, gradient, row};
 use crate::tensor::{Shape, SharedRows};
 
@@ -119,7 +118,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             out[keys.positions.clone()].copy_from_slice(values);
         } else {
             let r = if bias.shape().seq == 1 { 0 } else { i - chunk.rows.start };
-            row::blend(level, &mut bias_sums[r * KEY_TILE..][..values.len()], 1.0, values, 1.0);
+            let sums = &mut bias_sums[r * self.layout.stretch + keys.first..][..values.len()];
+            row::blend(level, sums, 1.0, values, 1.0);
         }
     }
 
@@ -132,7 +132,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         for (&index, sums) in wave.live().iter().zip(sums.chunks_exact(self.layout.slot)) {
             let chunk = self.chunk(step.unit, index);
             let rows = if bias.shape().seq == 1 { 1 } else { chunk.rows.len() };
-            let sums = sums[self.layout.sums..].chunks_exact(KEY_TILE);
+            let sums = sums[self.layout.sums..].chunks_exact(self.layout.stretch);
             for (i, sum) in (chunk.rows.start..chunk.rows.start + rows).zip(sums) {
                 let (batch, seq, head) = bias_row(bias.shape(), &chunk, i);
                 // SAFETY: one thread at a time joins: the workspace is cut so that units which

@@ -18,10 +18,24 @@ use std::ops::Range;
 /// Groups of keys of a tile.
 const KEY_GROUPS: usize = KEY_TILE.div_ceil(GROUP);
 
-/// A key tile as the kernels read it.
+/// Neighbouring key tiles for which rows are loaded once.
+#[derive(Debug)]
+pub(super) struct Stretch<'a> {
+    pub(super) positions: Range<usize>,
+    /// Packed keys.
+    pub(super) keys: &'a [f32],
+    /// Packed values.
+    pub(super) values: &'a [f32],
+    /// Keys row by row.
+    pub(super) rows: &'a [f32],
+}
+
+/// One of them as the kernels read it.
 #[derive(Debug)]
 pub(super) struct KeyTile<'a> {
     pub(super) positions: Range<usize>,
+    /// Its first key's place in the stretch.
+    pub(super) first: usize,
     /// Packed keys.
     pub(super) keys: &'a [f32],
     /// Packed values.
@@ -41,44 +55,42 @@ pub(super) struct Work<'a> {
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
-    /// Adds to dQ of the chunk's rows what they get from a key tile, and sums up what its keys and
-    /// values get from them.
-    pub(super) fn accumulate(&self, chunk: &Chunk, keys: &KeyTile<'_>, work: Work<'_>) {
+    /// Adds to dQ of the chunk's rows what they get from a stretch of keys, and sums up what its keys
+    /// and values get from them.
+    pub(super) fn accumulate(&self, chunk: &Chunk, keys: &Stretch<'_>, work: Work<'_>) {
         let Work { statistics, image, scratch, sums } = work;
         let sizes = &self.call.sizes;
         let (sums, bias_sums) = sums.split_at_mut(self.layout.sums);
         sums[..keys.positions.len() * self.layout.width].fill(0.0);
         bias_sums.fill(0.0);
-        let (logs, deltas) = statistics.split_at(self.layout.rows);
-        let mut pass = Pass {
-            engine: self,
-            chunk,
-            keys,
-            image,
-            scratch: Scratch::new(scratch, sizes.q.dim, sizes.value_dim),
-            sums,
-            bias_sums,
-        };
+        let scratch = Scratch::new(scratch, sizes.q.dim, sizes.value_dim);
+        let mut pass = Pass { engine: self, chunk, image, scratch, sums, bias_sums };
         for start in chunk.rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(chunk.rows.end);
             let at = (chunk.site, self.positions(&rows));
-            let mut coverage = None;
-            live_tiles(self.call.mask, at, keys.positions.clone(), &mut |_, full| {
-                coverage = Some(full);
+            let own = start - chunk.rows.start..rows.end - chunk.rows.start;
+            let statistics = statistics.split_at(self.layout.rows);
+            let statistics = (&statistics.0[own.clone()], &statistics.1[own]);
+            let mut tiles = 0;
+            live_tiles(self.call.mask, at, keys.positions.clone(), &mut |positions, full| {
+                if tiles == 0 {
+                    pass.load(&rows);
+                }
+                tiles += 1;
+                let tile = self.layout.tile(keys, positions);
+                pass.compute(&rows, (&tile, full), statistics);
             });
-            if let Some(full) = coverage {
-                let own = start - chunk.rows.start..rows.end - chunk.rows.start;
-                pass.compute(rows, full, (&logs[own.clone()], &deltas[own]));
+            if tiles > 0 {
+                pass.add_queries(&rows);
             }
         }
     }
 }
 
-/// A pass of one chunk over one key tile.
+/// A pass of one chunk over one stretch of keys.
 struct Pass<'p, 's, E, K> {
     engine: &'p Engine<'p, E, K>,
     chunk: &'p Chunk,
-    keys: &'p KeyTile<'p>,
     image: &'p Image<'p>,
     scratch: Scratch<'s>,
     sums: &'s mut [f32],
@@ -86,37 +98,44 @@ struct Pass<'p, 's, E, K> {
 }
 
 impl<E: Element, K: Element> Pass<'_, '_, E, K> {
-    /// All products of up to 96 rows.
-    fn compute(&mut self, rows: Range<usize>, full: bool, (logs, deltas): (&[f32], &[f32])) {
-        self.load(&rows);
-        let all = full && self.keys.positions.len().is_multiple_of(STEP);
+    /// All products of up to 96 rows with one key tile.
+    fn compute(
+        &mut self,
+        rows: &Range<usize>,
+        (keys, full): (&KeyTile<'_>, bool),
+        (logs, deltas): (&[f32], &[f32]),
+    ) {
+        let all = full && keys.positions.len().is_multiple_of(STEP);
         let mut words = [KeyWords::default(); ROWS];
         let mut bounds = [(0, rows.len()); KEY_GROUPS];
         if !all {
-            self.fill(&rows, &mut words[..rows.len()]);
+            self.fill(rows, keys, &mut words[..rows.len()]);
             row_bounds(&words[..rows.len()], &mut bounds);
         }
         for first in (0..rows.len()).step_by(GROUP) {
             let group = first..(first + GROUP).min(rows.len());
             let visible = match all {
-                true => Visible::All(self.keys.positions.len()),
+                true => Visible::All(keys.positions.len()),
                 false => Visible::Some(&words[group.clone()]),
             };
             let statistics = (&logs[group.clone()], &deltas[group.clone()]);
-            let at = Group { first: rows.start, rows: group, visible };
-            self.prefetch(at.queries());
+            let at = Group { keys, first: rows.start, rows: group, visible };
+            if keys.first == 0 {
+                self.prefetch(at.queries());
+            }
             self.differentiate(&at, statistics);
             self.terms(&at);
             self.queries(&at);
         }
-        self.keys_and_values(rows.len(), &bounds);
+        self.keys_and_values(keys, rows.len(), &bounds);
     }
 
     /// Copies the rows' queries, turned around if the scale asks for it, and output gradients.
     fn load(&mut self, rows: &Range<usize>) {
         let call = self.engine.call;
         let (level, site) = (call.sizes.cpu.level, self.chunk.site);
-        let Scratch { queries, d_out, .. } = &mut self.scratch;
+        let Scratch { queries, d_out, d_q, .. } = &mut self.scratch;
+        d_q[..rows.len() * padded(call.sizes.q.dim)].fill(0.0);
         let queries = queries.chunks_exact_mut(call.sizes.q.dim);
         let d_outs = d_out.chunks_exact_mut(call.sizes.value_dim);
         for (i, (query, d_out)) in rows.clone().zip(queries.zip(d_outs)) {
@@ -141,11 +160,11 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     }
 
     /// One bit for each (row, key) that the mask allows.
-    fn fill(&self, rows: &Range<usize>, words: &mut [KeyWords]) {
-        let used = self.keys.positions.len().div_ceil(64);
+    fn fill(&self, rows: &Range<usize>, keys: &KeyTile<'_>, words: &mut [KeyWords]) {
+        let used = keys.positions.len().div_ceil(64);
         for (words, i) in words.iter_mut().zip(self.engine.positions(rows)) {
-            let (mask, keys) = (self.engine.call.mask, self.keys.positions.clone());
-            mask.fill(self.chunk.site, i, keys, &mut words[..used]);
+            let (mask, positions) = (self.engine.call.mask, keys.positions.clone());
+            mask.fill(self.chunk.site, i, positions, &mut words[..used]);
         }
     }
 
@@ -162,7 +181,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             tile::scores(level, Scores { queries, depth, keys, visible, hidden, out, max });
         };
         let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
-        let (keys, values) = (self.keys.keys, self.keys.values);
+        let (keys, values) = (at.keys.keys, at.keys.values);
         product(&queries[at.part(dim)], dim, keys, f32::NEG_INFINITY, scores);
         product(&d_out[at.part(value_dim)], value_dim, values, 0.0, gradients);
         let mut factor = self.engine.factor.factor;
@@ -172,7 +191,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
                 level,
                 factor: self.engine.factor,
                 heads: call.sizes.q.heads,
-                positions: self.keys.positions.clone(),
+                positions: at.keys.positions.clone(),
                 visible,
                 scores,
                 max: &mut max,
@@ -183,8 +202,8 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         }
         let drop = |weights: &mut [f32]| {
             for (site, weights) in sites.clone().zip(weights.chunks_exact_mut(KEY_TILE)) {
-                let weights = &mut weights[..self.keys.positions.len()];
-                call.terms.drop(level, site, self.keys.positions.start, weights);
+                let weights = &mut weights[..at.keys.positions.len()];
+                call.terms.drop(level, site, at.keys.positions.start, weights);
             }
         };
         if call.terms.dropout.is_some() {
@@ -207,9 +226,9 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let gradients = &mut gradients[at.part(KEY_TILE)];
         for (i, values) in at.queries().zip(gradients.chunks_exact(KEY_TILE)) {
             let position = self.engine.row_site(self.chunk, i).position;
-            let values = &values[..self.keys.positions.len()];
+            let values = &values[..at.keys.positions.len()];
             let row = RowGradient { i, position, values };
-            self.engine.add_terms(self.chunk, self.keys, &row, self.bias_sums);
+            self.engine.add_terms(self.chunk, at.keys, &row, self.bias_sums);
         }
         if terms.softcap.is_some() {
             let level = self.engine.call.sizes.cpu.level;
@@ -217,17 +236,22 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         }
     }
 
-    /// dQ += scale · dS K for a group of rows.
+    /// dQ += dS K for a group of rows, without the scale.
     fn queries(&mut self, at: &Group<'_>) {
         let call = self.engine.call;
-        let (level, dim) = (call.sizes.cpu.level, call.sizes.q.dim);
         let Scratch { gradients, d_q, .. } = &mut self.scratch;
-        let out = &mut d_q[..at.rows.len() * padded(dim)];
-        out.fill(0.0);
+        let out = &mut d_q[at.part(padded(call.sizes.q.dim))];
         let (probabilities, visible) = (&gradients[at.part(KEY_TILE)], at.visible);
-        let (values, rescale) = (self.keys.rows, &[1.0; GROUP]);
+        let (values, rescale) = (at.keys.rows, &[1.0; GROUP]);
+        let level = call.sizes.cpu.level;
         tile::values(level, Values { probabilities, visible, values, rescale, out });
-        for (i, sum) in at.queries().zip(d_q.chunks_exact(padded(dim))) {
+    }
+
+    /// Adds what the rows got from a stretch of keys to dQ, times the scale.
+    fn add_queries(&mut self, rows: &Range<usize>) {
+        let call = self.engine.call;
+        let (level, dim) = (call.sizes.cpu.level, call.sizes.q.dim);
+        for (i, sum) in rows.clone().zip(self.scratch.d_q.chunks_exact(padded(dim))) {
             // SAFETY: rows belong to one chunk, and each chunk to one part.
             let d_q = unsafe { self.image.row(self.chunk, i) };
             row::blend(level, d_q, 1.0, &sum[..dim], call.scale);
@@ -235,19 +259,20 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     }
 
     /// dK += dSᵀ Q and dV += Pᵀ dO, without the scale.
-    fn keys_and_values(&mut self, rows: usize, bounds: &[(usize, usize)]) {
+    fn keys_and_values(&mut self, keys: &KeyTile<'_>, rows: usize, bounds: &[(usize, usize)]) {
         let sizes = &self.engine.call.sizes;
-        let (level, keys) = (sizes.cpu.level, self.keys.positions.len());
+        let (level, first) = (sizes.cpu.level, keys.first * self.engine.layout.width);
+        let keys = keys.positions.len();
         let bounds = &bounds[..keys.div_ceil(GROUP)];
         let Scratch { queries, d_out, scores, gradients, .. } = &self.scratch;
         let out_stride = self.engine.layout.width;
         let matrix = |floats, width| Rows::new(floats, width, rows, width).expect("a tile's rows");
         let queries = matrix(queries, sizes.q.dim);
-        let out = &mut *self.sums;
+        let out = &mut self.sums[first..];
         let args = Across { weights: gradients, rows: queries, bounds, keys, out, out_stride };
         gradient::across(level, args);
         let d_out = matrix(d_out, sizes.value_dim);
-        let out = &mut self.sums[padded(sizes.q.dim)..];
+        let out = &mut self.sums[first + padded(sizes.q.dim)..];
         let args = Across { weights: scores, rows: d_out, bounds, keys, out, out_stride };
         gradient::across(level, args);
     }
@@ -255,6 +280,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
 
 /// Up to six rows.
 struct Group<'a> {
+    keys: &'a KeyTile<'a>,
     /// The query of row 0.
     first: usize,
     rows: Range<usize>,
