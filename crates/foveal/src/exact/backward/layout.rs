@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Query rows of a tile.
 pub(super) const ROWS: usize = 96;
-/// Query rows of a chunk.
+/// The most query rows of a chunk.
 const CHUNK: usize = 3 * ROWS;
 /// Chunks of which each thread may hold the sums, where threads share a head.
 const SLOTS: usize = 4;
@@ -80,8 +80,10 @@ impl Layout {
     pub(super) fn new(sizes: &Sizes, terms: &Terms<'_>, storage: DType) -> Layout {
         let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
         let units = sizes.q.batch * sizes.kv_heads;
-        let rows = sizes.q.seq.min(CHUNK);
-        let per_head = sizes.q.seq.div_ceil(CHUNK);
+        // Even chunks, so that threads which share them are done together.
+        let even = sizes.q.seq.div_ceil(sizes.q.seq.div_ceil(CHUNK).max(1));
+        let rows = even.next_multiple_of(GROUP).min(sizes.q.seq);
+        let per_head = sizes.q.seq.div_ceil(rows.max(1));
         let chunks = per_head * sizes.group();
         let all = sizes.cpu.threads.count();
         // Heads apart need no barriers, unless some threads would have none for long.

@@ -6,7 +6,7 @@
 //!
 //! for each (sequence, key/value head):
 //!     for each stretch of 256 to 1024 keys:                K and V packed, and K as rows
-//!         for each chunk of 288 rows of each query head:   a sum of its own for dK and dV
+//!         for each chunk of ≤ 288 rows of a query head:    a sum of its own for dK and dV
 //!             for each 96 rows, for each tile of 256 keys:
 //!                 for each group of 6 rows:                S, dP; P, dS; dQ += dS K
 //!                 dV += Pᵀ dO, dK += dSᵀ Q
