@@ -2,11 +2,12 @@
 
 mod support;
 
-use foveal::mask::{Band, Dense, Documents, Extent};
+use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site};
+use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::reference::Options;
-use foveal::{Attention, Element, Mask, Scale, Tensor};
+use foveal::{Attention, Element, Mask, Scale, Tensor, Workspace};
 use half::{bf16, f16};
-use support::backward::{Call, Sizes};
+use support::backward::{Call, Sizes, Wanted};
 use support::{Random, cpus, error};
 
 /// Every level against the definition.
@@ -132,4 +133,142 @@ fn any_scale() {
             }
         }
     }
+}
+
+#[test]
+fn logits_of_ten_thousand() {
+    let mut call = Call::<f32>::random(SMALL, 6);
+    call.d_lse = None;
+    let mask = Mask::causal();
+    // |q · k| reaches about 16; one f32 logit near 10⁴ is off by up to 5e-4, and so is its weight.
+    let scale = 700.0f32;
+    let expected = call.define(&Options::new(f64::from(scale), &mask));
+    for cpu in cpus() {
+        let attention = Attention::new().mask(mask.clone()).cpu(cpu);
+        let got = call.run(&attention.scale(Scale::Value(scale)));
+        for (what, got, expected) in got.beside(&expected) {
+            let worst = error(&got, expected);
+            assert!(worst <= 2e-3, "{}: {what} off by {worst:e}", cpu.level);
+        }
+    }
+}
+
+/// The same gradients by whole matrices, each rounded to the storage type.
+fn plain<E: Element>(call: &Call<E>, mask: &Mask, scale: f32) -> [Vec<f32>; 3] {
+    let round = |x: f32| E::from_f32(x).to_f32();
+    let wide = |row: &[E]| -> Vec<f32> { row.iter().map(|x| x.to_f32()).collect() };
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let add = |to: &mut [f32], factor: f32, from: &[f32]| {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
+    };
+    let (q, k) = (call.q.shape(), call.k.shape());
+    let (dim, value_dim) = (q.dim, call.v.shape().dim);
+    let zeros = |x: &Tensor<E>| vec![0.0f32; x.as_slice().len()];
+    let [mut d_q, mut d_k, mut d_v] = [zeros(&call.q), zeros(&call.k), zeros(&call.v)];
+    for (i, head) in (0..q.seq).flat_map(|i| (0..q.heads).map(move |head| (i, head))) {
+        let kv_head = head / (q.heads / k.heads);
+        let query = wide(call.q.view().row(0, i, head));
+        let d_out = wide(call.d_out.view().row(0, i, head));
+        let keys: Vec<_> = (0..k.seq).map(|j| wide(call.k.view().row(0, j, kv_head))).collect();
+        let values: Vec<_> = (0..k.seq).map(|j| wide(call.v.view().row(0, j, kv_head))).collect();
+        let at = Site { batch: 0, q_head: head, kv_head };
+        let position = (i + k.seq) as isize - q.seq as isize;
+        let seen: Vec<_> = (0..k.seq).filter(|&j| mask.allows(at, position, j)).collect();
+        let scores: Vec<_> =
+            seen.iter().map(|&j| round(round(dot(&query, &keys[j])) * scale)).collect();
+        let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| max.max(s));
+        let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
+        let p: Vec<_> = scores.iter().map(|s| round((s - max).exp() / sum)).collect();
+        let d_p: Vec<_> = seen.iter().map(|&j| round(dot(&d_out, &values[j]))).collect();
+        let delta = dot(&p, &d_p);
+        let mut sum = vec![0.0; dim];
+        for (n, &j) in seen.iter().enumerate() {
+            let d_s = round(round(p[n] * (d_p[n] - delta)) * scale);
+            add(&mut sum, d_s, &keys[j]);
+            add(&mut d_k[(j * k.heads + kv_head) * dim..][..dim], d_s, &query);
+            add(&mut d_v[(j * k.heads + kv_head) * value_dim..][..value_dim], p[n], &d_out);
+        }
+        d_q[(i * q.heads + head) * dim..][..dim].copy_from_slice(&sum);
+    }
+    [d_q, d_k, d_v].map(|x| x.into_iter().map(round).collect())
+}
+
+fn sixteen_bits<E: Element>() {
+    let sizes =
+        Sizes { batch: 1, queries: 133, keys: 290, heads: 4, kv_heads: 2, dim: 72, value_dim: 40 };
+    for mask in [Mask::full(), Mask::causal(), Mask::window(50)] {
+        let mut call = Call::<E>::random(sizes, 8);
+        call.d_lse = None;
+        let scale = 1.0 / (sizes.dim as f32).sqrt();
+        let expected = call.define(&Options::new(f64::from(scale), &mask));
+        let plain = plain(&call, &mask, scale);
+        for cpu in cpus() {
+            let got = call.run(&Attention::new().mask(mask.clone()).cpu(cpu));
+            for ((what, got, expected), plain) in got.beside(&expected).into_iter().zip(&plain) {
+                let (own, plain) = (error(&got, expected), error(plain, expected));
+                let what = format!("{} {mask} {}: {what}", E::DTYPE, cpu.level);
+                assert!(own <= 3.0 * plain, "{what} off by {own:e}, the plain computation {plain:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_gradients_err_no_more_than_the_plain_computation() {
+    sixteen_bits::<f16>();
+    sixteen_bits::<bf16>();
+}
+
+#[test]
+fn keys_may_be_stored_in_another_type_than_queries() {
+    let sizes = Sizes { queries: 100, keys: 300, ..SMALL };
+    let narrow = Call::<bf16>::random(sizes, 9);
+    let wide = |x: &Tensor<bf16>| {
+        Tensor::from_vec(x.as_slice().iter().map(|x| x.to_f32()).collect(), x.shape()).unwrap()
+    };
+    let same = Call {
+        q: wide(&narrow.q),
+        k: wide(&narrow.k),
+        v: wide(&narrow.v),
+        d_out: wide(&narrow.d_out),
+        d_lse: None,
+    };
+    let attention = Attention::new().mask(Mask::causal());
+    let forward = attention.forward(same.q.view(), same.k.view(), same.v.view()).unwrap();
+    let expected = same.backward(&attention, &forward, Wanted::default());
+    let plan = attention.plan(same.q.shape(), same.k.shape(), same.v.shape()).unwrap();
+    let mut d_q = Tensor::<f32>::zeros(same.q.shape()).unwrap();
+    let mut d_k = Tensor::<bf16>::zeros(same.k.shape()).unwrap();
+    let mut d_v = Tensor::<bf16>::zeros(same.v.shape()).unwrap();
+    plan.backward(
+        Inputs { q: same.q.view(), k: narrow.k.view(), v: narrow.v.view() },
+        Saved { out: forward.out.view(), lse: forward.lse.view() },
+        Upstream { d_out: same.d_out.view(), d_lse: None },
+        Gradients {
+            d_q: d_q.view_mut(),
+            d_k: d_k.view_mut(),
+            d_v: d_v.view_mut(),
+            terms: TermGradients::default(),
+        },
+        &mut Workspace::for_backward::<f32>(&plan),
+    )
+    .unwrap();
+    assert_eq!(d_q.as_slice(), expected.d_q);
+    let round = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+    assert_eq!(d_k.as_slice(), round(&expected.d_k));
+    assert_eq!(d_v.as_slice(), round(&expected.d_v));
+}
+
+#[test]
+fn the_short_form_gives_the_same() {
+    let mut call = Call::<f32>::random(SMALL, 10);
+    call.d_lse = None;
+    let attention = Attention::new().mask(Mask::causal());
+    let inputs = Inputs { q: call.q.view(), k: call.k.view(), v: call.v.view() };
+    let forward = attention.forward(inputs.q, inputs.k, inputs.v).unwrap();
+    let short = attention.backward(inputs, &forward, call.d_out.view()).unwrap();
+    let expected = call.run(&attention);
+    assert_eq!(short.d_q.as_slice(), expected.d_q);
+    assert_eq!(short.d_k.as_slice(), expected.d_k);
+    assert_eq!(short.d_v.as_slice(), expected.d_v);
 }
