@@ -1,7 +1,7 @@
 //! Planning and running a call allocate nothing: an allocator that counts.
 
 use foveal::cache::{ContiguousCache, KvStore};
-use foveal::plan::Inputs;
+use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::{
     Attention, Cpu, Element, Level, Mask, Phase, Plan, Shape, Tensor, TensorMut, Threads, Workspace,
 };
@@ -113,6 +113,39 @@ fn tensors_allocate_nothing<E: Element>() {
 fn tensors_are_attended_to_without_allocating() {
     tensors_allocate_nothing::<f32>();
     tensors_allocate_nothing::<bf16>();
+}
+
+fn gradients_allocate_nothing<E: Element>() {
+    each_attention(|attention, phase, what| {
+        if phase == Phase::Generated {
+            return;
+        }
+        let q = Tensor::<E>::zeros(queries(phase)).unwrap();
+        let kv = Tensor::<E>::zeros(KV).unwrap();
+        let plan = plan(attention, phase, q.shape());
+        let lse = Tensor::<f32>::zeros(q.shape().per_row()).unwrap();
+        let [mut d_q, mut d_k, mut d_v] = [q.clone(), kv.clone(), kv.clone()];
+        let mut workspace = Workspace::for_backward::<E>(&plan);
+        let count = allocations(|| {
+            let inputs = Inputs { q: q.view(), k: kv.view(), v: kv.view() };
+            let saved = Saved { out: q.view(), lse: lse.view() };
+            let upstream = Upstream { d_out: q.view(), d_lse: None };
+            let gradients = Gradients {
+                d_q: d_q.view_mut(),
+                d_k: d_k.view_mut(),
+                d_v: d_v.view_mut(),
+                terms: TermGradients::default(),
+            };
+            plan.backward(inputs, saved, upstream, gradients, &mut workspace).unwrap();
+        });
+        assert_eq!(count, 0, "{what} {}", E::DTYPE);
+    });
+}
+
+#[test]
+fn gradients_are_computed_without_allocating() {
+    gradients_allocate_nothing::<f32>();
+    gradients_allocate_nothing::<bf16>();
 }
 
 fn cache<E: Element>(tokens: usize) -> ContiguousCache<E> {

@@ -58,7 +58,8 @@ fn differentiate_kernel<S: Simd>(s: S, args: Differentiate<'_>) {
                     let (p_at, d_at) = (scores.add(at), gradients.add(at));
                     let (mut p, mut d) = (s.splat(0.0), s.splat(0.0));
                     if seen {
-                        let x = s.min(s.splat(127.0), s.fma(s.load(p_at), factor, lse));
+                        // No probability is above 1, however the two terms were rounded.
+                        let x = s.min(s.splat(0.0), s.fma(s.load(p_at), factor, lse));
                         p = math::exp2(s, x);
                         d = s.mul(p, s.sub(s.load(d_at), delta));
                     }
