@@ -1,5 +1,6 @@
 //! Attention cases: our side, and what it is compared with.
 
+use crate::backward;
 use crate::case::{AttentionCase, DType, Peer, Phase};
 use crate::contender::{Contender, InProcess};
 use crate::data::{Inputs, SEED, stored};
@@ -20,6 +21,9 @@ use std::num::NonZeroUsize;
 /// # Errors
 /// If our result or a peer's is wrong.
 pub(crate) fn prepare(case: &AttentionCase, peers: &Peers) -> anyhow::Result<Prepared> {
+    if case.phase == Phase::Backward {
+        return backward::prepare(case);
+    }
     let inputs = Inputs::new(case)?;
     let sight = Sight { mask: case.mask, queries: case.seq_q, keys: case.seq_k, seed: SEED + 3 };
     let expected = Expected::new(&inputs, &sight);
@@ -123,7 +127,7 @@ fn kv_bytes(case: &AttentionCase, sight: &Sight) -> usize {
 /// Reading is measured on a buffer of the case's size for decoding, and not at all for prompts.
 fn roof(case: &AttentionCase, sight: &Sight) -> anyhow::Result<Roof> {
     let bytes = match case.phase {
-        Phase::Forward => 0,
+        Phase::Forward | Phase::Backward => 0,
         Phase::Decode => kv_bytes(case, sight) * case.copies,
     };
     Ok(Roof { level: level(&case.level)?, threads: case.threads, bytes })
@@ -145,6 +149,7 @@ fn ours(case: &AttentionCase, inputs: &Inputs, mask: Mask) -> anyhow::Result<Box
         (Phase::Forward, DType::F32) => Forward::<f32>::boxed(attention, inputs),
         (Phase::Forward, DType::F16) => Forward::<f16>::boxed(attention, inputs),
         (Phase::Forward, DType::Bf16) => Forward::<bf16>::boxed(attention, inputs),
+        (Phase::Backward, _) => anyhow::bail!("gradients are prepared elsewhere"),
         (Phase::Decode, DType::F32) => Decode::<f32>::boxed(attention, inputs, case.copies),
         (Phase::Decode, DType::F16) => Decode::<f16>::boxed(attention, inputs, case.copies),
         (Phase::Decode, DType::Bf16) => Decode::<bf16>::boxed(attention, inputs, case.copies),

@@ -37,6 +37,8 @@ pub(crate) enum Phase {
     Forward,
     /// A few rows against a cache.
     Decode,
+    /// Gradients of many rows, keys and values.
+    Backward,
 }
 
 /// How keys and values are stored.
@@ -194,8 +196,8 @@ impl AttentionCase {
 
     fn name(&self) -> String {
         let mut name = match (self.phase, self.seq_q == self.seq_k) {
-            (Phase::Forward, true) => format!("n{}", self.seq_q),
-            (Phase::Forward, false) => format!("t{}-s{}", self.seq_q, self.seq_k),
+            (Phase::Forward | Phase::Backward, true) => format!("n{}", self.seq_q),
+            (Phase::Forward | Phase::Backward, false) => format!("t{}-s{}", self.seq_q, self.seq_k),
             (Phase::Decode, _) if self.seq_q == 1 => format!("s{}", self.seq_k),
             (Phase::Decode, _) => format!("s{}-rows{}", self.seq_k, self.seq_q),
         };
@@ -206,7 +208,7 @@ impl AttentionCase {
         if self.batch != 1 {
             name += &format!("-b{}", self.batch);
         }
-        if self.phase == Phase::Forward || !matches!(self.mask, MaskSpec::Full | MaskSpec::Causal) {
+        if self.phase != Phase::Decode || !matches!(self.mask, MaskSpec::Full | MaskSpec::Causal) {
             name += &format!("-{}", self.mask);
         }
         name += &format!("-{}", self.dtype.name());
@@ -230,7 +232,9 @@ impl AttentionCase {
             self.kv_heads
         );
         let few = self.seq_q <= foveal::MAX_GENERATED_ROWS;
-        ensure!(self.phase == Phase::Forward || few, "{} rows are too many to decode", self.seq_q);
+        ensure!(self.phase != Phase::Decode || few, "{} rows are too many to decode", self.seq_q);
+        let alone = self.phase != Phase::Backward || self.peers.is_empty();
+        ensure!(alone, "gradients have no peers here");
         Ok(())
     }
 }

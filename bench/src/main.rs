@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod attention;
+mod backward;
 mod case;
 mod contender;
 mod data;

@@ -322,7 +322,7 @@ impl Heads {
             (0..batch * heads).flat_map(|n| (0..seq).map(move |i| (n / heads, i, n % heads)));
         let view = x.view();
         let data = match phase {
-            Phase::Forward => x.as_slice().to_vec(),
+            Phase::Forward | Phase::Backward => x.as_slice().to_vec(),
             Phase::Decode => rows.flat_map(|(b, i, h)| view.row(b, i, h)).copied().collect(),
         };
         Heads { data, shape, phase }
@@ -333,7 +333,9 @@ impl Heads {
     fn head(&self, n: usize) -> Rows<'_> {
         let Shape { seq, heads, dim, .. } = self.shape;
         let (first, stride) = match self.phase {
-            Phase::Forward => (n / heads * seq * heads * dim + n % heads * dim, heads * dim),
+            Phase::Forward | Phase::Backward => {
+                (n / heads * seq * heads * dim + n % heads * dim, heads * dim)
+            }
             Phase::Decode => (n * seq * dim, dim),
         };
         let data = &self.data[first..first + (seq - 1) * stride + dim];

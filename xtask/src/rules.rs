@@ -18,6 +18,10 @@ const SIMD_WORDS: &[&str] = &[
 /// Files outside of [`SIMD`] that may hold `unsafe` code.
 const UNSAFE: &[&str] = &[
     "crates/foveal/src/element.rs",
+    "crates/foveal/src/exact/backward/careful.rs",
+    "crates/foveal/src/exact/backward/mod.rs",
+    "crates/foveal/src/exact/backward/terms.rs",
+    "crates/foveal/src/exact/backward/tile.rs",
     "crates/foveal/src/exact/decode.rs",
     "crates/foveal/src/exact/forward.rs",
     "crates/foveal/src/exact/mod.rs",

@@ -97,7 +97,9 @@ pub enum Error {
         got: usize,
     },
     /// A backward pass of a plan for generated tokens.
-    #[error("the plan is for generated tokens, which have no backward pass; make it with Attention::plan")]
+    #[error(
+        "the plan is for generated tokens, which have no backward pass; make it with Attention::plan"
+    )]
     NoBackward,
     /// An append that would exceed a cache's capacity. The cache is unchanged.
     #[error("the cache holds {len} of {capacity} tokens; {appended} more do not fit")]

@@ -45,7 +45,7 @@ pub const MECHANISMS: &[Mechanism] = &[
         summary: "every token sees all tokens before it; multi-head, grouped-query and multi-query",
         paper: "arXiv:1706.03762, arXiv:2305.13245",
         forward: true,
-        backward: false,
+        backward: true,
         decode: true,
     },
     Mechanism {
@@ -54,7 +54,7 @@ pub const MECHANISMS: &[Mechanism] = &[
         summary: "every token sees a number of the newest tokens, its own included",
         paper: "arXiv:2004.05150, section 3.1",
         forward: true,
-        backward: false,
+        backward: true,
         decode: true,
     },
 ];

@@ -371,8 +371,12 @@ impl<E: Element> SharedRows<'_, E> {
         let SharedRows { data, shape, strides, lifetime: _ } = *self;
         let data = data.cast();
         // Of all storage types only `f32` itself has this name.
-        (E::DTYPE == DType::F32)
-            .then_some(SharedRows { data, shape, strides, lifetime: PhantomData })
+        (E::DTYPE == DType::F32).then_some(SharedRows {
+            data,
+            shape,
+            strides,
+            lifetime: PhantomData,
+        })
     }
 }
 

@@ -207,7 +207,10 @@ fn sixteen_bits<E: Element>() {
             for ((what, got, expected), plain) in got.beside(&expected).into_iter().zip(&plain) {
                 let (own, plain) = (error(&got, expected), error(plain, expected));
                 let what = format!("{} {mask} {}: {what}", E::DTYPE, cpu.level);
-                assert!(own <= 3.0 * plain, "{what} off by {own:e}, the plain computation {plain:e}");
+                assert!(
+                    own <= 3.0 * plain,
+                    "{what} off by {own:e}, the plain computation {plain:e}"
+                );
             }
         }
     }

@@ -90,9 +90,8 @@ fn scattered<E: Element>(x: &Tensor<E>) -> (Vec<E>, Strides) {
 
 fn gathered<E: Element>(data: &[E], strides: Strides, shape: Shape) -> Vec<E> {
     let view = TensorRef::from_strides(data, shape, strides).unwrap();
-    let rows = (0..shape.batch).flat_map(|b| {
-        (0..shape.seq).flat_map(move |s| (0..shape.heads).map(move |h| (b, s, h)))
-    });
+    let rows = (0..shape.batch)
+        .flat_map(|b| (0..shape.seq).flat_map(move |s| (0..shape.heads).map(move |h| (b, s, h))));
     rows.flat_map(|(b, s, h)| view.row(b, s, h).to_vec()).collect()
 }
 
@@ -121,8 +120,7 @@ fn strides() {
         &mut Workspace::for_backward::<f32>(&plan),
     )
     .unwrap();
-    let [d_q, d_k, d_v] =
-        gradients.map(|((data, strides), shape)| gathered(&data, strides, shape));
+    let [d_q, d_k, d_v] = gradients.map(|((data, strides), shape)| gathered(&data, strides, shape));
     assert!(d_q == expected.d_q && d_k == expected.d_k && d_v == expected.d_v);
 }
 
@@ -181,7 +179,8 @@ fn what_is_not_finite_goes_where_the_formulas_take_it() {
     for mask in [Mask::causal(), Mask::window(30)] {
         for with in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let (rows, keys) = (20..22, 255..256);
-            let per_row = |x: &Option<Tensor<f32>>| x.as_ref().map(|x| spoiled(x, rows.clone(), with));
+            let per_row =
+                |x: &Option<Tensor<f32>>| x.as_ref().map(|x| spoiled(x, rows.clone(), with));
             let calls = [
                 ("Q", Call { q: spoiled(&clean.q, rows.clone(), with), ..clean.clone() }),
                 ("K", Call { k: spoiled(&clean.k, keys.clone(), with), ..clean.clone() }),

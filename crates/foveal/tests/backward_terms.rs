@@ -145,7 +145,11 @@ fn every_term_at_once_under_every_sharing_of_the_bias() {
             }
             for n in [2, 3, 5] {
                 let many = attention.clone().cpu(Cpu { level, threads: threads(n) });
-                assert_eq!(call.run_with(&many, terms.wanted()), got, "{level} {shape} {n} threads");
+                assert_eq!(
+                    call.run_with(&many, terms.wanted()),
+                    got,
+                    "{level} {shape} {n} threads"
+                );
             }
         }
     }
@@ -215,9 +219,8 @@ impl Small {
 
     fn with<R>(&self, mask: &Mask, run: impl FnOnce([Input<'_>; 3], &Options<'_>) -> R) -> R {
         let inputs = [0, 1, 2].map(|n| Input { data: &self.inputs[n].1, shape: self.inputs[n].0 });
-        let bias = |at: Site, i: usize, j: usize| {
-            self.bias[((at.batch * 5 + i) * 4 + at.q_head) * 4 + j]
-        };
+        let bias =
+            |at: Site, i: usize, j: usize| self.bias[((at.batch * 5 + i) * 4 + at.q_head) * 4 + j];
         let dropout = |at: Site, i: usize, j: usize| {
             if (at.q_head + i + 2 * j).is_multiple_of(4) { 0.0 } else { 4.0 / 3.0 }
         };

@@ -226,7 +226,13 @@ impl Attention<'_> {
             d_v: d_v.view_mut(),
             terms: TermGradients::default(),
         };
-        plan.backward(inputs, saved, upstream, gradients, &mut Workspace::for_backward::<E>(&plan))?;
+        plan.backward(
+            inputs,
+            saved,
+            upstream,
+            gradients,
+            &mut Workspace::for_backward::<E>(&plan),
+        )?;
         Ok(Backward { d_q, d_k, d_v })
     }
 }

@@ -8,10 +8,10 @@
 //! Scores, dP = dO Vᵀ and dQ = dS K come from the forward's kernels in [`tile`](super::tile). Each sum runs over the
 //! rows of a tile in order with one accumulator per element, started at zero for each tile.
 
+use super::terms::LANE;
 use super::tile::{
     GROUP, KEY_TILE, PANEL, PANELS, STEP, Steps, ValueBlock, Visible, padded, value_columns,
 };
-use super::terms::LANE;
 use super::{Simd, dispatch, math};
 use crate::tensor::Rows;
 

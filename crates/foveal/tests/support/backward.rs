@@ -133,7 +133,10 @@ impl<E: Element> Call<E> {
 
 impl<E: Element> Result<E> {
     /// Each gradient in f32 next to its definition.
-    pub fn beside<'a>(&self, expected: &'a Derivatives) -> [(&'static str, Vec<f32>, &'a [f64]); 3] {
+    pub fn beside<'a>(
+        &self,
+        expected: &'a Derivatives,
+    ) -> [(&'static str, Vec<f32>, &'a [f64]); 3] {
         let wide = |x: &[E]| x.iter().map(|x| x.to_f32()).collect();
         [
             ("dQ", wide(&self.d_q), &expected.d_q),

@@ -64,9 +64,9 @@ fn row<E: Element, K: Element>(
         let value = wide(v.row(batch, j, site.kv_head));
         let (score, bend) = terms.pair(at, j, (scale * dot(&query, &key), sizes.q.heads));
         let p = (score - lse).exp();
-        let kept = terms.dropout.map_or(1.0, |dropout| {
-            f64::from(dropout.factor((batch, head), at.position, j))
-        });
+        let kept = terms
+            .dropout
+            .map_or(1.0, |dropout| f64::from(dropout.factor((batch, head), at.position, j)));
         let ds = p * (kept * dot(&d_out, &value) - delta);
         tally_pair(terms, at.position - j as isize, ds as f32, tally);
         // SAFETY: heads that share numbers of a bias are computed one after the other.

@@ -72,10 +72,7 @@ pub(crate) struct Differential<'a, E, K> {
 }
 
 /// Runs the call. `floats` is the workspace, of [`workspace_floats`].
-pub(crate) fn run<E: Element, K: Element>(
-    call: &mut Differential<'_, E, K>,
-    floats: &mut [f32],
-) {
+pub(crate) fn run<E: Element, K: Element>(call: &mut Differential<'_, E, K>, floats: &mut [f32]) {
     let layout = Layout::new(&call.sizes, call.terms, E::DTYPE);
     let (tallies, floats) = floats.split_at_mut(layout.tallies());
     let tallies_of = shared(tallies, [layout.units, layout.chunks, layout.tally]);
@@ -290,7 +287,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let start = keys.start + panel * PANEL;
             let own = start..(start + PANEL).min(keys.end);
             // SAFETY: each part writes its own panel.
-            let [packed_k, packed_v, rows] = panels.each_ref().map(|x| unsafe { x.row(0, panel, 0) });
+            let [packed_k, packed_v, rows] =
+                panels.each_ref().map(|x| unsafe { x.row(0, panel, 0) });
             pack_keys(level, k.slice(own.clone()), packed_k);
             pack_keys(level, v.slice(own.clone()), packed_v);
             for (j, to) in own.zip(rows.chunks_exact_mut(sizes.q.dim)) {
@@ -359,7 +357,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             for i in chunk.rows.clone() {
                 // SAFETY: rows belong to one chunk, and each chunk to one part.
                 let (from, to) = unsafe {
-                    (image.row(&chunk, i), self.call.d_q.row(chunk.site.batch, i, chunk.site.q_head))
+                    (
+                        image.row(&chunk, i),
+                        self.call.d_q.row(chunk.site.batch, i, chunk.site.q_head),
+                    )
                 };
                 row::scale_into(self.call.sizes.cpu.level, from, 1.0, to);
             }

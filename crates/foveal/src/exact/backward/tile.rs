@@ -9,9 +9,7 @@ use crate::exact::terms::Finish;
 use crate::mask::Pattern;
 use crate::simd::gradient::{self, Across, Differentiate};
 use crate::simd::row;
-use crate::simd::tile::{
-    self, GROUP, KEY_TILE, KeyWords, STEP, Scores, Values, Visible, padded,
-};
+use crate::simd::tile::{self, GROUP, KEY_TILE, KeyWords, STEP, Scores, Values, Visible, padded};
 use crate::tensor::Rows;
 use std::ops::Range;
 

@@ -93,7 +93,8 @@ impl Derivatives {
             let scaled = options.scale * product(j);
             let bend = options.softcap.map_or(1.0, |cap| 1.0 - (scaled / cap).tanh().powi(2));
             let d_product = options.scale * d_score * bend;
-            let (key, value) = (k.offset(at.batch, j, at.kv_head), v.offset(at.batch, j, at.kv_head));
+            let (key, value) =
+                (k.offset(at.batch, j, at.kv_head), v.offset(at.batch, j, at.kv_head));
             add(&mut self.d_q[place * query.len()..], d_product, k.row(at.batch, j, at.kv_head));
             add(&mut self.d_k[key..], d_product, query);
             add(&mut self.d_v[value..], p * factor(j), d_out);
