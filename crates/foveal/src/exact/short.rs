@@ -84,7 +84,7 @@ fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scra
             KvRows::F32(rows) if factor.sign == 1.0 => rows,
             _ => {
                 for (i, query) in queries.chunks_exact_mut(dim).enumerate().take(sizes.q.seq) {
-                    factor.load(problem, (batch, i, head), query);
+                    factor.load(level, problem.q.row(batch, i, head), query);
                 }
                 Rows::new(&queries[..sizes.q.seq * dim], dim, sizes.q.seq, dim).expect("all rows")
             }

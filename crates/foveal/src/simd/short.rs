@@ -72,6 +72,7 @@ fn short_head_kernel<S: Simd, E: Element>(s: S, args: ShortHead<'_, E>) -> bool 
                 depth,
                 keys,
                 visible,
+                hidden: f32::NEG_INFINITY,
                 out: scores,
                 max: &mut max,
             },

@@ -174,9 +174,11 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let scores = &mut scores[at.part(KEY_TILE)];
         let gradients = &mut gradients[at.part(KEY_TILE)];
         let mut max = [0.0; GROUP];
+        let rows = at.rows.len();
         let mut product = |queries, depth, keys, hidden, out: &mut [f32]| {
-            let max = &mut max;
-            tile::scores(level, Scores { queries, depth, keys, visible, hidden, out, max });
+            let (stride, max) = (depth, &mut max);
+            let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+            tile::scores(level, product);
         };
         let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
         let (keys, values) = (at.keys.keys, at.keys.values);
