@@ -41,6 +41,14 @@ impl<E: Element> Memory<E> {
         self
     }
 
+    /// Takes elements in row-major order.
+    pub(super) fn write(&mut self, elements: &[E]) {
+        let dim = self.shape.dim;
+        for (n, at) in self.rows().into_iter().enumerate() {
+            self.data[at..at + dim].copy_from_slice(&elements[n * dim..(n + 1) * dim]);
+        }
+    }
+
     /// Replaces one element.
     pub(super) fn set(&mut self, numbers: &mut Numbers, x: f32) {
         let rows = self.rows();

@@ -3,6 +3,7 @@
 
 mod case;
 mod definition;
+mod gradients;
 mod memory;
 
 use crate::numbers::Numbers;
@@ -65,6 +66,9 @@ impl<E: Element> Call<'_, E> {
         call.assert_defined(&outcome, rounding);
         call.assert_same_with_one_thread(&outcome);
         call.assert_same_with_caches(&outcome);
+        if case.phase == Phase::Prompt {
+            call.assert_gradients(&plan, &outcome, rounding);
+        }
     }
 
     fn new<'a>(case: &'a Case, attention: Attention<'static>) -> Call<'a, E> {
@@ -104,12 +108,16 @@ impl<E: Element> Call<'_, E> {
         fits.then(|| Outcome { out: out.elements(), lse: lse.elements() })
     }
 
-    fn assert_defined(&self, outcome: &Outcome<E>, rounding: f64) {
-        let Inputs { q, k, v } = self.inputs();
-        let scale = match self.case.scale {
+    fn scale(&self) -> f64 {
+        match self.case.scale {
             Scale::Value(scale) => f64::from(scale),
             _ => 1.0 / (self.case.q.dim as f64).sqrt(),
-        };
+        }
+    }
+
+    fn assert_defined(&self, outcome: &Outcome<E>, rounding: f64) {
+        let Inputs { q, k, v } = self.inputs();
+        let scale = self.scale();
         let mut rows = outcome.out.chunks(self.case.v.dim).zip(&outcome.lse);
         let Shape { batch, seq, heads, .. } = self.case.q;
         for b in 0..batch {
