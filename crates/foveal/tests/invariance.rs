@@ -292,3 +292,18 @@ fn short_prompts_have_the_bits_of_the_tiles() {
         }
     }
 }
+
+#[test]
+fn a_nan_in_a_short_prompt_of_more_than_one_tile() {
+    // 60 positions of 2 heads a group are more rows than a tile has, over keys that fit into one panel.
+    let [q, k, v] = &sequence(60, 21);
+    for cpu in cpus() {
+        let attention = Attention::new().mask(Mask::causal()).cpu(cpu);
+        let clean = attention.forward(q.view(), k.view(), v.view()).unwrap();
+        let v = spoiled(v, 50, f32::NAN);
+        let got = attention.forward(q.view(), k.view(), v.view()).unwrap();
+        let (before, after) = got.out.as_slice().split_at(50 * HEADS * DIM);
+        assert_eq!(before, &clean.out.as_slice()[..50 * HEADS * DIM], "{}", cpu.level);
+        assert!(after.iter().all(|x| x.is_nan()), "{}", cpu.level);
+    }
+}

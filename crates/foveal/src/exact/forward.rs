@@ -97,10 +97,12 @@ pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
 
 /// Runs the call with the tiles whatever its size: `rows` of one (sequence, key/value head) in this thread.
 pub(super) fn run_unit<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize) {
-    let layout = Layout { shared: false, ..Layout::new(&problem.sizes) };
-    let tile_floats = layout.tile_floats;
+    let layout = Layout::new(&problem.sizes);
+    // Keys are packed as they come, by rows that are computed a second time as well.
+    let local = if layout.shared { layout.tile_floats } else { 0 };
+    let layout = Layout { shared: false, scratch: layout.scratch + local, ..layout };
     let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
-    let mut scratch = vec![0.0; layout.scratch + tile_floats];
+    let mut scratch = vec![0.0; layout.scratch];
     for part in 0..layout.segments * layout.tiles {
         let tile = engine.query_tile(unit, part / layout.tiles, part % layout.tiles);
         engine.attend(&tile, None, &mut scratch);
