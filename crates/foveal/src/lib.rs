@@ -21,7 +21,8 @@
 //! [`Plan`], which has been checked, knows its kernels and its workspace, and can [explain
 //! itself](Plan::explain). A plan runs on tensors ([`Plan::forward`]) or on key/value caches
 //! ([`Plan::forward_cached`]) without allocating; [`Attention::forward`] and [`Attention::decode`] do all of
-//! it at once and allocate the result.
+//! it at once and allocate the result. [`Plan::backward`] and [`Attention::backward`] give the gradients of a
+//! prompt.
 //!
 //! Prompts and generated tokens have kernels of their own ([`Phase`]): many rows against packed tiles, or a
 //! few rows over keys as they lie in a [`cache`]. Which one a row takes is the caller's word, so that its
@@ -38,7 +39,7 @@
 //!
 //! | module | what | source |
 //! |---|---|---|
-//! | [`Attention`], [`plan`] | exact attention, forward | Vaswani et al. 2017; Dao et al. 2022, 2023 |
+//! | [`Attention`], [`plan`] | exact attention, forward and backward | Vaswani et al. 2017; Dao et al. 2022, 2023 |
 //! | [`mask`] | causal, window, documents, dense, combinations, patterns of your own | |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
