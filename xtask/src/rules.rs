@@ -25,6 +25,7 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/exact/decode.rs",
     "crates/foveal/src/exact/forward.rs",
     "crates/foveal/src/exact/mod.rs",
+    "crates/foveal/src/exact/short.rs",
     "crates/foveal/src/tensor.rs",
     "crates/foveal-lm/src/weights/mapping.rs",
     "bench/src/product.rs",
