@@ -2,13 +2,14 @@
 
 mod support;
 
-use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site};
+use foveal::mask::{Band, Documents, Pattern, Site};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::reference::Options;
 use foveal::{Attention, Element, Mask, Scale, Tensor, Workspace};
 use half::{bf16, f16};
-use support::backward::{Call, Sizes, Wanted};
-use support::{Random, cpus, error};
+use support::backward::{Call, Wanted};
+use support::sizes::{Sizes, masks, random_mask};
+use support::{cpus, error};
 
 /// Every level against the definition.
 fn check(sizes: Sizes, mask: &Mask, bound: f64) {
@@ -21,36 +22,6 @@ fn check(sizes: Sizes, mask: &Mask, bound: f64) {
             assert!(worst <= bound, "{sizes:?} {mask} {}: {what} off by {worst:e}", cpu.level);
         }
     }
-}
-
-fn random_mask(sizes: Sizes, seed: u64) -> Mask {
-    let mut random = Random::new(seed);
-    let Sizes { batch, queries, keys, heads, .. } = sizes;
-    let extent = Extent { batch, heads, queries, keys };
-    // A third of the rows sees nothing, a third half, a third nearly everything.
-    let visible: Vec<bool> = (0..batch * heads * queries)
-        .flat_map(|row| {
-            let mut bits: Vec<bool> = (0..keys).map(|_| random.below(8) > row % 3 * 4).collect();
-            if row % 3 == 1 {
-                bits.fill(false);
-            }
-            bits
-        })
-        .collect();
-    Dense::new(&visible, extent).unwrap().into()
-}
-
-fn masks(sizes: Sizes) -> Vec<Mask> {
-    vec![
-        Mask::full(),
-        Mask::causal(),
-        Mask::window(1),
-        Mask::window(3),
-        Mask::window(0),
-        Mask::band(Some(2), Some(1)),
-        Mask::band(None, Some(3)).and(Mask::window(2).or(Mask::band(Some(90), Some(0)))),
-        random_mask(sizes, 7),
-    ]
 }
 
 #[test]

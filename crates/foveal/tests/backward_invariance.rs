@@ -12,7 +12,8 @@ use foveal::{
 };
 use half::bf16;
 use std::num::NonZeroUsize;
-use support::backward::{Call, Result, Sizes, Wanted};
+use support::backward::{Call, Result, Wanted};
+use support::sizes::Sizes;
 use support::{Random, cpus, tokens};
 
 const SIZES: Sizes =

@@ -8,7 +8,8 @@ use foveal::position::{RelativeBias, Slopes};
 use foveal::reference::{Derivatives, Input, Options, attention_backward, attention_with};
 use foveal::{Attention, Cpu, Dropout, Level, Mask, Shape, Tensor, Threads};
 use std::num::NonZeroUsize;
-use support::backward::{Call, Sizes, Wanted, gather};
+use support::backward::{Call, Wanted, gather};
+use support::sizes::Sizes;
 use support::{Random, error};
 
 const SIZES: Sizes =

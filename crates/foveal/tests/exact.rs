@@ -2,32 +2,11 @@
 
 mod support;
 
-use foveal::mask::{Band, Dense, Documents, Extent};
-use foveal::{Attention, Element, Mask, Scale, Shape, Tensor};
+use foveal::mask::{Band, Documents};
+use foveal::{Attention, Element, Mask, Scale};
 use half::{bf16, f16};
-use support::{Random, cpus, error, reference};
-
-#[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    dim: usize,
-    value_dim: usize,
-}
-
-impl Sizes {
-    fn tensors<E: Element>(self, seed: u64) -> (Tensor<E>, Tensor<E>, Tensor<E>) {
-        let mut random = Random::new(seed);
-        let Sizes { batch, queries, keys, heads, kv_heads, dim, value_dim } = self;
-        let q = random.tensor(Shape { batch, seq: queries, heads, dim }, 2.0);
-        let k = random.tensor(Shape { batch, seq: keys, heads: kv_heads, dim }, 2.0);
-        let v = random.tensor(Shape { batch, seq: keys, heads: kv_heads, dim: value_dim }, 1.0);
-        (q, k, v)
-    }
-}
+use support::sizes::{Sizes, masks, random_mask};
+use support::{cpus, error, reference};
 
 /// Both kernels on every level against the definition.
 fn check<E: Element>(sizes: Sizes, mask: &Mask, bound: f64) {
@@ -50,36 +29,6 @@ fn check<E: Element>(sizes: Sizes, mask: &Mask, bound: f64) {
             assert!(worst <= 2e-6, "{what}: log-sum-exp off by {worst:e}");
         }
     }
-}
-
-fn random_mask(sizes: Sizes, seed: u64) -> Mask {
-    let mut random = Random::new(seed);
-    let Sizes { batch, queries, keys, heads, .. } = sizes;
-    let extent = Extent { batch, heads, queries, keys };
-    // A third of the rows sees nothing, a third half, a third nearly everything.
-    let visible: Vec<bool> = (0..batch * heads * queries)
-        .flat_map(|row| {
-            let mut bits: Vec<bool> = (0..keys).map(|_| random.below(8) > row % 3 * 4).collect();
-            if row % 3 == 1 {
-                bits.fill(false);
-            }
-            bits
-        })
-        .collect();
-    Dense::new(&visible, extent).unwrap().into()
-}
-
-fn masks(sizes: Sizes) -> Vec<Mask> {
-    vec![
-        Mask::full(),
-        Mask::causal(),
-        Mask::window(1),
-        Mask::window(3),
-        Mask::window(0),
-        Mask::band(Some(2), Some(1)),
-        Mask::band(None, Some(3)).and(Mask::window(2).or(Mask::band(Some(90), Some(0)))),
-        random_mask(sizes, 7),
-    ]
 }
 
 #[test]

@@ -249,7 +249,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let at = work.rows.start;
             let sites = (at + group.start..at + group.end).map(|row| work.row_site(row));
             let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
-            let factor = self.problem.finish_scores(
+            let factor = self.problem.terms.finish(
                 sites.clone(),
                 Finish {
                     level,
@@ -275,7 +275,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 },
             );
             rescale[group.clone()].copy_from_slice(&group_rescale[..group.len()]);
-            self.problem.drop_weights(sites, &positions, scores);
+            self.problem.terms.drop(level, sites, &positions, scores);
         }
         let (probabilities, rescale, out) = (&**scores, &rescale[..rows], &mut **acc);
         if careful {

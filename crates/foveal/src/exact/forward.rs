@@ -338,7 +338,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         tile::scores(level, product);
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
-        let factor = problem.finish_scores(
+        let factor = problem.terms.finish(
             rows.clone(),
             Finish {
                 level,
@@ -363,7 +363,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 rescale: &mut rescale,
             },
         );
-        problem.drop_weights(rows, positions, state.scores);
+        problem.terms.drop(level, rows, positions, state.scores);
         let probabilities = &*state.scores;
         let out = &mut state.acc[group.start * width..group.end * width];
         tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });

@@ -30,7 +30,7 @@ use crate::simd::tile::{KEY_TILE, KeyWords};
 use crate::simd::{Level, row};
 use crate::tensor::{Rows, SharedRows, TensorRef};
 use std::ops::Range;
-use terms::{Finish, RowSite, Terms};
+use terms::Terms;
 
 /// A call whose shapes have been checked.
 #[derive(Debug)]
@@ -70,33 +70,6 @@ impl<E: Element, K> Problem<'_, E, K> {
             // SAFETY: the caller's promise.
             let lse = unsafe { lse.row(batch, i, head) };
             lse[0] = state::log_sum_exp(max, sum);
-        }
-    }
-}
-
-impl<E, K> Problem<'_, E, K> {
-    /// Finishes the scores of a group's rows if terms ask for it; returns what the softmax then
-    /// multiplies them by.
-    fn finish_scores(&self, rows: impl Iterator<Item = RowSite>, finish: Finish<'_>) -> f32 {
-        if self.terms.plain() {
-            return finish.factor.factor;
-        }
-        self.terms.finish(rows, finish);
-        1.0
-    }
-
-    /// Leaves out weights `[row][KEY_TILE]` of a group's rows, if the call has dropout.
-    fn drop_weights(
-        &self,
-        rows: impl Iterator<Item = RowSite>,
-        positions: &Range<usize>,
-        weights: &mut [f32],
-    ) {
-        if self.terms.dropout.is_some() {
-            for (at, weights) in rows.zip(weights.chunks_exact_mut(KEY_TILE)) {
-                let weights = &mut weights[..positions.len()];
-                self.terms.drop(self.sizes.cpu.level, at, positions.start, weights);
-            }
         }
     }
 }

@@ -14,7 +14,8 @@ use crate::plan::Sizes;
 use crate::simd::row;
 use crate::simd::short::{ShortHead, scratch_floats, short_head};
 use crate::simd::tile::{KeyWords, PANEL, STEP, pack_keys};
-use crate::tensor::Rows;
+use crate::tensor::{Rows, Shape};
+use std::ops::Range;
 
 /// Query positions that a call may have.
 const QUERIES: usize = 64;
@@ -45,57 +46,30 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
 /// All rows of one (sequence, key/value head).
 fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scratch: &mut [f32]) {
     let sizes = &problem.sizes;
-    let (dim, width, level) = (sizes.q.dim, sizes.value_dim, sizes.cpu.level);
+    let (dim, width) = (sizes.q.dim, sizes.value_dim);
     let (batch, kv_head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
     let positions = problem.kv.start(batch)..problem.kv.end(batch);
-    let n = positions.len();
     let (keys, rest) = scratch.split_at_mut(PANEL * dim);
     let (widened, rest) = rest.split_at_mut(PANEL * width);
     let (queries, scratch) = rest.split_at_mut(QUERIES * dim);
-    let kv = problem.kv.tile(batch, kv_head, positions.clone());
-    if n > 0 {
-        with_rows!(kv.keys, rows => pack_keys(level, rows, keys));
-    }
-    let values = match kv.values {
-        KvRows::F32(rows) => rows,
-        other => {
-            with_rows!(other, rows => for i in 0..n {
-                row::widen(level, rows.row(i), &mut widened[i * width..(i + 1) * width]);
-            });
-            Rows::new(&widened[..n * width], width, n, width).expect("a row for each key")
-        }
-    };
+    let values = load_keys(problem, (batch, kv_head), &positions, (keys, widened));
     let factor = Factor::new(problem.scale);
     let mut words = [KeyWords::default(); QUERIES];
     let words = &mut words[..sizes.q.seq];
-    let all = matches!(problem.mask, Mask::Full) && n.is_multiple_of(STEP);
+    let all = matches!(problem.mask, Mask::Full) && positions.len().is_multiple_of(STEP);
     let group = kv_head * sizes.group()..(kv_head + 1) * sizes.group();
     let mut finite = true;
     for head in group.clone() {
         if !all && (head == group.start || !sizes.same_heads) {
-            let at = Site { batch, q_head: head, kv_head };
-            let origin = positions.end as isize - sizes.q.seq as isize;
-            for (i, words) in words.iter_mut().enumerate() {
-                let bits = &mut words[..n.div_ceil(PANEL)];
-                problem.mask.fill(at, origin + i as isize, positions.clone(), bits);
-            }
+            fill(problem, Site { batch, q_head: head, kv_head }, &positions, words);
         }
-        let rows = match E::kv_rows(problem.q.head(batch, head)) {
-            KvRows::F32(rows) if factor.sign == 1.0 => rows,
-            _ => {
-                for (i, query) in queries.chunks_exact_mut(dim).enumerate().take(sizes.q.seq) {
-                    factor.load(level, problem.q.row(batch, i, head), query);
-                }
-                Rows::new(&queries[..sizes.q.seq * dim], dim, sizes.q.seq, dim).expect("all rows")
-            }
-        };
         // SAFETY: outputs have the queries' rows and heads; each head belongs to one part.
         let (out, lse) = unsafe {
             let lse = problem.lse.as_ref().map(|lse| lse.head(batch, head));
             (problem.out.head(batch, head), lse)
         };
         let args = ShortHead {
-            queries: rows,
+            queries: load_queries(problem, factor, (batch, head), queries),
             keys,
             values,
             words: (!all).then_some(&*words),
@@ -104,9 +78,65 @@ fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scra
             out,
             lse,
         };
-        finite &= short_head(level, args);
+        finite &= short_head(sizes.cpu.level, args);
     }
     if !finite {
         forward::run_unit(problem, unit);
+    }
+}
+
+/// Packs the keys; returns the values, where they lie or widened.
+fn load_keys<'a, E: Element, K: Element>(
+    problem: &Problem<'a, E, K>,
+    (batch, kv_head): (usize, usize),
+    positions: &Range<usize>,
+    (keys, widened): (&mut [f32], &'a mut [f32]),
+) -> Rows<'a, f32> {
+    let (level, width, n) = (problem.sizes.cpu.level, problem.sizes.value_dim, positions.len());
+    let kv = problem.kv.tile(batch, kv_head, positions.clone());
+    if n > 0 {
+        with_rows!(kv.keys, rows => pack_keys(level, rows, keys));
+    }
+    match kv.values {
+        KvRows::F32(rows) => rows,
+        other => {
+            with_rows!(other, rows => for i in 0..n {
+                row::widen(level, rows.row(i), &mut widened[i * width..(i + 1) * width]);
+            });
+            Rows::new(&widened[..n * width], width, n, width).expect("a row for each key")
+        }
+    }
+}
+
+/// The queries of a head, where they lie or widened and turned around.
+fn load_queries<'a, E: Element, K>(
+    problem: &Problem<'a, E, K>,
+    factor: Factor,
+    (batch, head): (usize, usize),
+    widened: &'a mut [f32],
+) -> Rows<'a, f32> {
+    let Shape { seq, dim, .. } = problem.sizes.q;
+    match E::kv_rows(problem.q.head(batch, head)) {
+        KvRows::F32(rows) if factor.sign == 1.0 => rows,
+        _ => {
+            for (i, query) in widened.chunks_exact_mut(dim).enumerate().take(seq) {
+                factor.load(problem.sizes.cpu.level, problem.q.row(batch, i, head), query);
+            }
+            Rows::new(&widened[..seq * dim], dim, seq, dim).expect("all rows")
+        }
+    }
+}
+
+/// One bit for each (row, key) that the mask allows.
+fn fill<E: Element, K: Element>(
+    problem: &Problem<'_, E, K>,
+    at: Site,
+    positions: &Range<usize>,
+    words: &mut [KeyWords],
+) {
+    let first = positions.end as isize - problem.sizes.q.seq as isize;
+    for (i, words) in (first..).zip(words) {
+        let bits = &mut words[..positions.len().div_ceil(PANEL)];
+        problem.mask.fill(at, i, positions.clone(), bits);
     }
 }

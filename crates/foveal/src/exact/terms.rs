@@ -43,7 +43,7 @@ impl Dropout {
         RowDropout {
             keys: [key as u32, (key >> 32) as u32],
             first: 0,
-            threshold: (keep * (1u64 << 32) as f64).min(f64::from(u32::MAX)) as u32,
+            most: ((keep * (1u64 << 32) as f64) as u64 - 1) as u32,
             factor: (1.0 / keep) as f32,
         }
     }
@@ -156,11 +156,20 @@ impl Terms<'_> {
         self.alibi.map_or(0.0, |slopes| slopes.of(head, heads))
     }
 
-    /// Leaves out weights of one row, the first of which is for the key at `first`.
-    pub(crate) fn drop(&self, level: Level, at: RowSite, first: usize, weights: &mut [f32]) {
-        if let Some(dropout) = self.dropout {
+    /// Leaves out weights `[row][KEY_TILE]` of a group's rows for the keys at `positions`, if the call has
+    /// dropout.
+    pub(crate) fn drop(
+        &self,
+        level: Level,
+        rows: impl Iterator<Item = RowSite>,
+        positions: &Range<usize>,
+        weights: &mut [f32],
+    ) {
+        let Some(dropout) = self.dropout else { return };
+        for (at, weights) in rows.zip(weights.chunks_exact_mut(KEY_TILE)) {
             let row = dropout.row((at.batch, at.head), at.position);
-            drop_row(level, RowDropout { first, ..row }, weights);
+            let row = RowDropout { first: positions.start, ..row };
+            drop_row(level, row, &mut weights[..positions.len()]);
         }
     }
 }
@@ -184,8 +193,12 @@ pub(crate) struct Finish<'a> {
 }
 
 impl Terms<'_> {
-    /// Turns products into logits of base 2. Only for terms that are not [`Terms::plain`].
-    pub(crate) fn finish(&self, rows: impl Iterator<Item = RowSite>, finish: Finish<'_>) {
+    /// Turns products into scores, and returns what they are then to be multiplied by to be logits of
+    /// base 2. Products of [`Terms::plain`] calls stay as they are.
+    pub(crate) fn finish(&self, rows: impl Iterator<Item = RowSite>, finish: Finish<'_>) -> f32 {
+        if self.plain() {
+            return finish.factor.factor;
+        }
         let Finish { level, factor, heads, positions, visible, scores, max, mut bend } = finish;
         let steps = visible.all_steps();
         let mut buffer = [0.0; KEY_TILE];
@@ -205,6 +218,7 @@ impl Terms<'_> {
                 },
             );
         }
+        1.0
     }
 
     /// One score from its product, in natural logits, with the derivative of the cap.
@@ -283,6 +297,10 @@ mod tests {
             // Independent: 0.75² of 4000 = 2250, standard deviation 31.
             assert!((2100..2400).contains(&both), "{both}");
         }
+        let all = Dropout { rate: 0.0, seed: 7 };
+        assert_eq!(all.row((0, 0), 5).most, u32::MAX);
+        let rarely = Dropout { rate: 1.0 - f32::EPSILON / 2.0, seed: 7 };
+        assert_eq!(rarely.row((0, 0), 5).most, 255);
         let count = base.iter().filter(|&&kept| kept).count();
         assert!((2880..3120).contains(&count), "{count}");
         assert!(

@@ -94,25 +94,32 @@ fn short_head_kernel<S: Simd, E: Element>(s: S, args: ShortHead<'_, E>) -> bool 
             s,
             Values { probabilities, visible, values, rescale: &rescale, out: acc },
         );
-        for r in 0..n {
+        for (r, acc) in acc.chunks_exact(padded(width)).enumerate() {
             let sum = tile::lane_sum(&running_sum[r * 16..(r + 1) * 16]);
-            let factor = s.splat(reciprocal(sum));
-            bad = s.fma(s.splat(sum), s.splat(0.0), bad);
-            let to = out.row(first + r);
-            assert_eq!(to.len(), width);
-            for at in (0..width).step_by(S::LANES) {
-                // SAFETY: the accumulator is padded; the row of `out` has `width` elements.
-                unsafe {
-                    let x = s.load(acc.as_ptr().add(r * padded(width) + at));
-                    bad = s.fma(x, s.splat(0.0), bad);
-                    let n = (width - at).min(S::LANES);
-                    E::store_part(s, to.as_mut_ptr().add(at), s.mul(x, factor), n);
-                }
-            }
+            bad = s.add(bad, finish_row(s, acc, sum, out.row(first + r)));
             if let Some(lse) = &mut lse {
                 lse.row(first + r)[0] = log_sum_exp(running_max[r], sum);
             }
         }
     }
     s.sum(bad) == 0.0
+}
+
+/// Writes `acc / sum`; returns zeros if all of it is finite, else some NaN.
+#[inline(always)]
+fn finish_row<S: Simd, E: Element>(s: S, acc: &[f32], sum: f32, out: &mut [E]) -> S::F {
+    let factor = s.splat(reciprocal(sum));
+    // x · 0 is 0 for finite x and NaN otherwise.
+    let mut bad = s.mul(s.splat(sum), s.splat(0.0));
+    assert_eq!(acc.len(), padded(out.len()));
+    for at in (0..out.len()).step_by(S::LANES) {
+        let n = (out.len() - at).min(S::LANES);
+        // SAFETY: the accumulator is padded; n elements of `out` are left.
+        unsafe {
+            let x = s.load(acc.as_ptr().add(at));
+            bad = s.fma(x, s.splat(0.0), bad);
+            E::store_part(s, out.as_mut_ptr().add(at), s.mul(x, factor), n);
+        }
+    }
+    bad
 }

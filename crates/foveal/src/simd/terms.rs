@@ -117,8 +117,8 @@ pub(crate) struct RowDropout {
     pub(crate) keys: [u32; 2],
     /// The position of the first weight.
     pub(crate) first: usize,
-    /// A weight survives if its 32 random bits are below this.
-    pub(crate) threshold: u32,
+    /// A weight survives if its 32 random bits are at most this.
+    pub(crate) most: u32,
     /// 1 / probability to survive.
     pub(crate) factor: f32,
 }
@@ -127,7 +127,7 @@ impl RowDropout {
     /// Whether the weight of the key at position `j` survives.
     #[inline(always)]
     pub(crate) fn keeps(self, j: usize) -> bool {
-        random_bits(self.keys, j as u32) < self.threshold
+        random_bits(self.keys, j as u32) <= self.most
     }
 }
 

@@ -1,21 +1,10 @@
 //! Backward calls on poisoned memory, and their gradients in f64.
 
 use super::Random;
+use super::sizes::Sizes;
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::reference::{Derivatives, Input, Options, attention_backward};
 use foveal::{Attention, Element, Forward, Shape, Tensor, TensorMut, Workspace};
-
-/// The extents of a call.
-#[derive(Debug, Clone, Copy)]
-pub struct Sizes {
-    pub batch: usize,
-    pub queries: usize,
-    pub keys: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub dim: usize,
-    pub value_dim: usize,
-}
 
 /// The tensors that a backward call reads, besides the results of forward.
 #[derive(Debug, Clone)]

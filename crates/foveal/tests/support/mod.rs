@@ -6,6 +6,7 @@ pub mod backward;
 pub mod golden;
 pub mod layer;
 pub mod rope;
+pub mod sizes;
 
 use foveal::reference::{Input, Partial};
 use foveal::{Cpu, Element, Level, Mask, Shape, Tensor, TensorRef, Threads};

@@ -184,36 +184,23 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let (keys, values) = (at.keys.keys, at.keys.values);
         product(&queries[at.part(dim)], dim, keys, f32::NEG_INFINITY, scores);
         product(&d_out[at.part(value_dim)], value_dim, values, 0.0, gradients);
-        let mut factor = self.engine.factor.factor;
         let sites = at.queries().map(|i| self.engine.row_site(self.chunk, i));
-        if !call.terms.plain() {
-            let finish = Finish {
-                level,
-                factor: self.engine.factor,
-                heads: call.sizes.q.heads,
-                positions: at.keys.positions.clone(),
-                visible,
-                scores,
-                max: &mut max,
-                bend: call.terms.softcap.is_some().then_some(bend),
-            };
-            call.terms.finish(sites.clone(), finish);
-            factor = 1.0;
-        }
-        let drop = |weights: &mut [f32]| {
-            for (site, weights) in sites.clone().zip(weights.chunks_exact_mut(KEY_TILE)) {
-                let weights = &mut weights[..at.keys.positions.len()];
-                call.terms.drop(level, site, at.keys.positions.start, weights);
-            }
+        let positions = &at.keys.positions;
+        let finish = Finish {
+            level,
+            factor: self.engine.factor,
+            heads: call.sizes.q.heads,
+            positions: positions.clone(),
+            visible,
+            scores,
+            max: &mut max,
+            bend: call.terms.softcap.is_some().then_some(bend),
         };
-        if call.terms.dropout.is_some() {
-            drop(gradients);
-        }
+        let factor = call.terms.finish(sites.clone(), finish);
+        call.terms.drop(level, sites.clone(), positions, gradients);
         let args = Differentiate { scores, gradients, visible, factor, lse, delta };
         gradient::differentiate(level, args);
-        if call.terms.dropout.is_some() {
-            drop(scores);
-        }
+        call.terms.drop(level, sites, positions, scores);
     }
 
     /// Gives dS of a group of rows to the gradients of terms, then takes it through the cap.
