@@ -20,6 +20,10 @@ use std::ops::Range;
 /// Query positions that a call may have.
 const QUERIES: usize = 64;
 
+/// Floating-point operations below which one thread is faster than two: waking another costs 25 to 30 µs (measured:
+/// `short/n16` and `short/n64` of the benchmark).
+const WAKE: usize = 8 << 20;
+
 /// Whether a call takes this path.
 pub(crate) fn fits(sizes: &Sizes, terms: &Terms<'_>) -> bool {
     let plain = terms.plain() && terms.sinks.is_none() && terms.dropout.is_none();
@@ -39,7 +43,12 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         return;
     }
     let parts = sizes.q.batch * sizes.kv_heads;
-    let scratches = floats.chunks_exact_mut(scratch(sizes));
+    let work = 2 * sizes.q.seq * sizes.keys * (sizes.q.dim + sizes.value_dim);
+    let threads = match (parts * sizes.group()).saturating_mul(work) {
+        0..WAKE => 1,
+        _ => sizes.cpu.threads.count(),
+    };
+    let scratches = floats.chunks_exact_mut(scratch(sizes)).take(threads);
     for_each_part(parts, scratches, |unit, scratch| attend(problem, unit, scratch));
 }
 
