@@ -3,7 +3,10 @@
 mod support;
 
 use foveal::Mask;
-use foveal::mask::{Band, Coverage, Dense, Documents, Extent, FILL_LIMIT, Pattern, Site};
+use foveal::mask::{
+    Band, BlockSize, Blocks, Coverage, Dense, Documents, Extent, FILL_LIMIT, Keys, Pattern, Prefix,
+    Site, Tree,
+};
 use std::ops::Range;
 use support::Random;
 
@@ -56,8 +59,59 @@ fn patterns(queries: usize, keys: usize, random: &mut Random) -> Vec<Mask> {
     masks.push(random_dense(random, extent(1, 1), 50));
     masks.push(random_dense(random, extent(BATCH, 1), 90));
     masks.push(random_dense(random, extent(BATCH, HEADS), 10));
+    masks.extend(by_length(keys, random));
+    masks.extend((0..8).map(|_| random_blocks(random, queries, keys)));
+    masks.extend((0..3).map(|_| random_tree(random, keys)));
+    let choices = [choice(&masks, HEADS, random), choice(&masks, BATCH, random)];
+    masks.extend([Mask::per_head(choices[0].clone()), Mask::per_sequence(choices[1].clone())]);
     masks.extend(compositions(&masks, random));
     masks
+}
+
+/// Prefixes, padding and streaming, for one sequence and for all.
+fn by_length(keys: usize, random: &mut Random) -> Vec<Mask> {
+    let mut length = || random.below(keys + 2);
+    vec![
+        Mask::prefix(length()),
+        Prefix::new(&[length(), length()]).into(),
+        Mask::keys(length()..length()),
+        Mask::key_lengths(&[length(), length()]),
+        Mask::left_padding(&[length(), length()]),
+        Keys::new(vec![length()..keys, 0..length()]).into(),
+        Mask::streaming(length(), length()),
+        Mask::streaming(2, 3),
+    ]
+}
+
+/// Blocks of random sizes, shared or not, that may cover less than all queries and keys.
+fn random_blocks(random: &mut Random, queries: usize, keys: usize) -> Mask {
+    let mut size = |most: usize| 1 + random.below(most.max(1));
+    let size = BlockSize { queries: size(queries / 2), keys: size(keys / 2) };
+    let (rows, columns) = match random.below(4) {
+        0 => (queries.max(keys).div_ceil(3), keys.div_ceil(2 * size.keys)),
+        _ => (queries.max(keys).div_ceil(size.queries), keys.div_ceil(size.keys)),
+    };
+    let (batch, heads) = [(1, 1), (BATCH, 1), (1, HEADS), (BATCH, HEADS)][random.below(4)];
+    let layout = Extent { batch, heads, queries: rows, keys: columns };
+    let percent = [10, 50, 90][random.below(3)];
+    let visible: Vec<_> =
+        (0..batch * heads * rows * columns).map(|_| random.below(100) < percent).collect();
+    let blocks = Blocks::new(&visible, layout, size).unwrap();
+    if random.below(2) == 0 { blocks.into() } else { blocks.by_query(queries, keys).into() }
+}
+
+/// A tree behind some of the keys, or behind more than there are.
+fn random_tree(random: &mut Random, keys: usize) -> Mask {
+    let before = random.below(keys + 2);
+    let count = keys.saturating_sub(before) + random.below(2);
+    let parents: Vec<_> = (0..count)
+        .map(|n| if n == 0 || random.below(4) == 0 { None } else { Some(random.below(n)) })
+        .collect();
+    Tree::new(before, &parents).unwrap().into()
+}
+
+fn choice(masks: &[Mask], count: usize, random: &mut Random) -> Vec<Mask> {
+    (0..count).map(|_| masks[random.below(masks.len())].clone()).collect()
 }
 
 fn bands() -> impl Iterator<Item = Band> {

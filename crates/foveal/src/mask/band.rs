@@ -7,7 +7,7 @@
 //! Causal attention (Vaswani et al. 2017, §3.2.3) is `ahead` = 0 without a lower end; a sliding window
 //! (Beltagy et al. 2020) of w keys is `behind` = w − 1, `ahead` = 0.
 
-use super::{Coverage, Pattern, Site, set_bits};
+use super::{Coverage, Pattern, Site, fill_range, live_between, set_bits};
 use std::ops::Range;
 
 /// Keys from `behind` before to `ahead` after the query's position, both included.
@@ -60,41 +60,11 @@ impl Pattern for Band {
     }
 
     fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        bits.fill(0);
-        let row = self.keys(i);
-        let (start, end) = (row.start.max(keys.start), row.end.min(keys.end));
-        if start < end {
-            set_bits(bits, start - keys.start, end - keys.start);
-        }
+        fill_range(self.keys(i), keys, bits);
     }
 
     fn same_for_all_heads(&self) -> bool {
         true
-    }
-}
-
-/// Visits the keys between two rows' ranges, whose bounds rise from row to row: what both see is
-/// full, what only some may see is partial.
-pub(super) fn live_between(
-    first: Range<usize>,
-    last: Range<usize>,
-    keys: Range<usize>,
-    visit: &mut dyn FnMut(Range<usize>, Coverage),
-) {
-    let clip = |x: usize| x.clamp(keys.start, keys.end);
-    let (start, end) = (clip(first.start), clip(last.end));
-    let (full_start, full_end) = (clip(last.start), clip(first.end));
-    let mut emit = |range: Range<usize>, coverage| {
-        if range.start < range.end {
-            visit(range, coverage);
-        }
-    };
-    if full_start < full_end {
-        emit(start..full_start, Coverage::Partial);
-        emit(full_start..full_end, Coverage::Full);
-        emit(full_end..end, Coverage::Partial);
-    } else {
-        emit(start..end, Coverage::Partial);
     }
 }
 
@@ -161,5 +131,8 @@ impl Pattern for Nothing {
     }
     fn same_for_all_heads(&self) -> bool {
         true
+    }
+    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nothing")
     }
 }

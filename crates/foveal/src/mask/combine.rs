@@ -48,6 +48,11 @@ impl Pattern for And<'_> {
         self.0.check(extent)?;
         self.1.check(extent)
     }
+
+    fn check_sequence(&self, batch: usize, extent: Extent) -> crate::Result<()> {
+        self.0.check_sequence(batch, extent)?;
+        self.1.check_sequence(batch, extent)
+    }
 }
 
 impl Pattern for Or<'_> {
@@ -103,5 +108,10 @@ impl Pattern for Or<'_> {
     fn check(&self, extent: Extent) -> crate::Result<()> {
         self.0.check(extent)?;
         self.1.check(extent)
+    }
+
+    fn check_sequence(&self, batch: usize, extent: Extent) -> crate::Result<()> {
+        self.0.check_sequence(batch, extent)?;
+        self.1.check_sequence(batch, extent)
     }
 }

@@ -8,7 +8,7 @@
 //! query row r of the packed queries belongs to the document in whose query span it lies, and its
 //! place within the document is aligned bottom-right with the document's keys.
 
-use super::{Band, Coverage, Extent, Pattern, Site, band, set_bits};
+use super::{Band, Coverage, Extent, Pattern, Site, fill_range, live_between};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -101,7 +101,7 @@ impl Pattern for Documents {
             let whole = row == rows.start && last == rows.end - 1;
             let span = done.max(keys.start)..keys.end;
             let (first, end) = (self.visible(row), self.visible(last));
-            band::live_between(first, end, span, &mut |range, coverage| {
+            live_between(first, end, span, &mut |range, coverage| {
                 done = range.end;
                 visit(range, if whole { coverage } else { Coverage::Partial });
             });
@@ -110,12 +110,7 @@ impl Pattern for Documents {
     }
 
     fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        bits.fill(0);
-        let row = self.visible(i);
-        let (start, end) = (row.start.max(keys.start), row.end.min(keys.end));
-        if start < end {
-            set_bits(bits, start - keys.start, end - keys.start);
-        }
+        fill_range(self.visible(i), keys, bits);
     }
 
     fn same_for_all_heads(&self) -> bool {

@@ -17,13 +17,25 @@
 //! ([`Pattern::live`], [`Pattern::fill`]) is a faster form of `allows` and must agree with it.
 
 mod band;
+mod blocks;
+mod choice;
 mod combine;
 mod dense;
 mod documents;
+mod keys;
+mod prefix;
+mod runs;
+mod tree;
 
 pub use band::Band;
+pub use blocks::{BlockSize, Blocks};
 pub use dense::Dense;
 pub use documents::Documents;
+pub use keys::Keys;
+pub use prefix::Prefix;
+pub use tree::{MAX_TREE, Tree};
+
+use runs::{fill_range, live_between, set_bits};
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -108,6 +120,24 @@ pub trait Pattern: std::fmt::Debug + Send + Sync {
         let _ = extent;
         Ok(())
     }
+
+    /// Refuses the lengths of one sequence, where each sequence of a batch has its own. The default is
+    /// [`Pattern::check`].
+    ///
+    /// # Errors
+    /// Those of [`Pattern::check`].
+    fn check_sequence(&self, batch: usize, extent: Extent) -> crate::Result<()> {
+        let _ = batch;
+        self.check(extent)
+    }
+
+    /// The pattern in a few words, for [`crate::Plan::explain`]. The default is its `Debug` form.
+    ///
+    /// # Errors
+    /// Those of the formatter.
+    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self:?}")
+    }
 }
 
 /// Which keys each query may see: a value that is cheap to clone and to combine.
@@ -173,6 +203,43 @@ impl Mask {
         Ok(Mask::Documents(Arc::new(Documents::new(starts, starts)?)))
     }
 
+    /// Everything within the first `length` tokens, causal after them (a prefix language model).
+    /// [`Prefix::new`] takes a length for each sequence.
+    pub fn prefix(length: usize) -> Mask {
+        Prefix::new(&[length]).into()
+    }
+
+    /// The keys of one range of positions, whatever the query.
+    pub fn keys(range: Range<usize>) -> Mask {
+        Keys::new(vec![range]).into()
+    }
+
+    /// The first `lengths[b]` keys of sequence `b`: what follows is padding.
+    pub fn key_lengths(lengths: &[usize]) -> Mask {
+        Keys::padded_right(lengths).into()
+    }
+
+    /// All but the first `padding[b]` keys of sequence `b`.
+    pub fn left_padding(padding: &[usize]) -> Mask {
+        Keys::padded_left(padding).into()
+    }
+
+    /// The first `sinks` tokens and the `width` newest ones, the query's own included; nothing after
+    /// the query (StreamingLLM, Xiao et al. 2024, §3.2, without its re-positioning).
+    pub fn streaming(sinks: usize, width: usize) -> Mask {
+        Mask::window(width).or(Mask::keys(0..sinks)).and(Mask::causal())
+    }
+
+    /// A mask for each query head, as many as there are.
+    pub fn per_head(masks: Vec<Mask>) -> Mask {
+        Mask::pattern(choice::Choice::by_head(masks))
+    }
+
+    /// A mask for each sequence of a batch, as many as there are.
+    pub fn per_sequence(masks: Vec<Mask>) -> Mask {
+        Mask::pattern(choice::Choice::by_sequence(masks))
+    }
+
     /// A pattern of your own.
     pub fn pattern(pattern: impl Pattern + 'static) -> Mask {
         Mask::Pattern(Arc::new(pattern))
@@ -207,6 +274,19 @@ impl From<Dense> for Mask {
         Mask::Dense(Arc::new(dense))
     }
 }
+
+/// Patterns that need no variant of their own.
+macro_rules! as_pattern {
+    ($($pattern:ty),*) => {
+        $(impl From<$pattern> for Mask {
+            fn from(pattern: $pattern) -> Mask {
+                Mask::pattern(pattern)
+            }
+        })*
+    };
+}
+
+as_pattern!(Blocks, Keys, Prefix, Tree);
 
 /// Calls a method of the variant's own pattern.
 macro_rules! each {
@@ -258,6 +338,14 @@ impl Pattern for Mask {
     fn check(&self, extent: Extent) -> crate::Result<()> {
         each!(self, p => p.check(extent))
     }
+
+    fn check_sequence(&self, batch: usize, extent: Extent) -> crate::Result<()> {
+        each!(self, p => p.check_sequence(batch, extent))
+    }
+
+    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }
 
 impl std::fmt::Display for Mask {
@@ -267,19 +355,26 @@ impl std::fmt::Display for Mask {
             Mask::Band(band) => band.fmt(f),
             Mask::Documents(documents) => write!(f, "{} documents", documents.count()),
             Mask::Dense(_) => f.write_str("dense"),
-            Mask::Pattern(pattern) => write!(f, "{pattern:?}"),
+            Mask::Pattern(pattern) => pattern.describe(f),
             Mask::And(both) => write!(f, "({} and {})", both[0], both[1]),
             Mask::Or(both) => write!(f, "({} or {})", both[0], both[1]),
         }
     }
 }
 
-/// Sets the bits of `first..end` (relative to the words' beginning) and leaves the others alone.
-fn set_bits(bits: &mut [u64], first: usize, end: usize) {
-    for (w, word) in bits.iter_mut().enumerate() {
-        let (low, high) = (first.clamp(w * 64, w * 64 + 64), end.clamp(w * 64, w * 64 + 64));
-        if low < high {
-            *word |= (u64::MAX >> (64 - (high - low))) << (low - w * 64);
-        }
+/// The only entry, or that of a sequence.
+fn one_or_own<T>(entries: &[T], batch: usize) -> Option<&T> {
+    match entries {
+        [one] => Some(one),
+        _ => entries.get(batch),
     }
+}
+
+/// Refuses a batch for which `what` holds neither one entry nor one a sequence.
+fn check_sequences(what: &'static str, entries: usize, extent: Extent) -> crate::Result<()> {
+    if entries == 1 || entries == extent.batch {
+        return Ok(());
+    }
+    let show = |n: usize| format!("{n} sequences");
+    Err(crate::Error::MaskShape { what, expected: show(entries), got: show(extent.batch) })
 }
