@@ -24,8 +24,8 @@ impl Blocked {
     /// The blocks that hold some of the keys.
     fn blocks(&self, keys: &Range<usize>) -> Range<usize> {
         let first = keys.start.saturating_sub(self.start) / self.size;
-        let end = keys.end.saturating_sub(self.start).div_ceil(self.size);
-        first..if keys.is_empty() { first } else { end.min(self.count) }
+        let end = keys.end.saturating_sub(self.start).div_ceil(self.size).min(self.count);
+        if keys.is_empty() || end <= first { 0..0 } else { first..end }
     }
 
     /// Visits the keys of set blocks. `words(w)` says which of the blocks `64 w ..` some row sees, and
