@@ -4,8 +4,9 @@ use crate::cache::{KvStore, Sequences};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::exact::inspect::{Forwarded, Look};
 use crate::exact::terms::Terms;
-use crate::exact::{Problem, decode, forward, short};
+use crate::exact::{Factor, Problem, decode, forward, short};
 use crate::mask::{Extent, Mask, Pattern};
 use crate::problem::Attention;
 use crate::simd::tile::KEY_TILE;
@@ -122,7 +123,7 @@ impl<'a> Plan<'a> {
         let v = Shape { dim: self.value_dim, ..self.k };
         expect("planned keys", self.k, inputs.k.shape())?;
         expect("planned values", v, inputs.v.shape())?;
-        self.check_mask(self.k.seq)?;
+        self.mask.check(self.extent(self.k.seq))?;
         self.execute(inputs.q, Sequences::Tensors(inputs.k, inputs.v), (out, lse), workspace)
     }
 
@@ -139,20 +140,7 @@ impl<'a> Plan<'a> {
         outputs: (TensorMut<'_, E>, Option<TensorMut<'_, f32>>),
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let planned = Shape { batch: stores.len(), ..self.k };
-        expect("one store for each sequence", self.k, planned)?;
-        for store in stores {
-            let (dim, value_dim) = store.dims();
-            let held = store.end() - store.start();
-            let got = Shape { batch: self.k.batch, seq: held, heads: store.kv_heads(), dim };
-            let fits = got.heads == self.k.heads && dim == self.k.dim && held <= self.k.seq;
-            if !fits || value_dim != self.value_dim {
-                let what = "a store must have the planned heads and dims, and no more tokens";
-                return Err(Error::ShapeMismatch { what, expected: self.k, got });
-            }
-            self.check_mask(store.end())?;
-            self.terms.check_end(store.end())?;
-        }
+        self.check_stores(stores)?;
         self.execute::<E, E>(q, Sequences::Stores(stores), outputs, workspace)
     }
 
@@ -187,9 +175,45 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    fn check_mask(&self, keys: usize) -> Result<()> {
+    fn check_stores(&self, stores: &[&dyn KvStore]) -> Result<()> {
+        let planned = Shape { batch: stores.len(), ..self.k };
+        expect("one store for each sequence", self.k, planned)?;
+        for (batch, store) in stores.iter().enumerate() {
+            let (dim, value_dim) = store.dims();
+            let held = store.end() - store.start();
+            let got = Shape { batch: self.k.batch, seq: held, heads: store.kv_heads(), dim };
+            let fits = got.heads == self.k.heads && dim == self.k.dim && held <= self.k.seq;
+            if !fits || value_dim != self.value_dim {
+                let what = "a store must have the planned heads and dims, and no more tokens";
+                return Err(Error::ShapeMismatch { what, expected: self.k, got });
+            }
+            self.mask.check_sequence(batch, self.extent(store.end()))?;
+            self.terms.check_end(store.end())?;
+        }
+        Ok(())
+    }
+
+    /// A forward whose weights are to be looked at, checked as the forward was.
+    pub(crate) fn look<'b, E: Element, K: Element>(
+        &'b self,
+        of: Forwarded<'b, E, K>,
+    ) -> Result<Look<'b, E, K>> {
+        expect("planned queries", self.q, of.q.shape())?;
+        expect("planned log-sum-exp", self.q.per_row(), of.lse.shape())?;
+        match of.keys {
+            Sequences::Tensors(keys, _) => {
+                expect("planned keys", self.k, keys.shape())?;
+                self.mask.check(self.extent(self.k.seq))?;
+            }
+            Sequences::Stores(stores) => self.check_stores(stores)?,
+        }
+        let factor = Factor::new(self.scale);
+        Ok(Look { of, mask: self.mask, terms: self.terms, factor, sizes: self.sizes() })
+    }
+
+    fn extent(&self, keys: usize) -> Extent {
         let Shape { batch, seq: queries, heads, .. } = self.q;
-        self.mask.check(Extent { batch, heads, queries, keys })
+        Extent { batch, heads, queries, keys }
     }
 
     fn sizes(&self) -> Sizes {
