@@ -13,7 +13,7 @@
 
 use super::state::Join;
 use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, live_tiles, seen_values};
+use super::{Factor, Problem, seen_values, sees};
 use crate::cache::with_rows;
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
@@ -214,16 +214,15 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let from = self.problem.q.row(work.batch, i, head);
             self.factor.load(self.problem.sizes.cpu.level, from, &mut query[..dim]);
         }
-        let mut compute = |positions| self.tile(work, positions, state, careful);
-        if self.problem.sizes.same_heads {
-            let rows = work.position(work.rows.start)..work.position(work.rows.end - 1) + 1;
-            let site = work.site(work.rows.start);
-            live_tiles(self.problem.mask, (site, rows), positions.clone(), &mut |tile, _| {
-                compute(tile);
-            });
-        } else {
-            for start in (positions.start..positions.end).step_by(KEY_TILE) {
-                compute(start..(start + KEY_TILE).min(positions.end));
+        let rows = work.position(work.rows.start)..work.position(work.rows.end - 1) + 1;
+        // Heads that see different keys: a tile counts if one of them sees some of it.
+        let heads = if self.problem.sizes.same_heads { 1 } else { work.group.min(work.rows.len()) };
+        let first = work.rows.start;
+        for start in positions.clone().step_by(KEY_TILE) {
+            let tile = start..(start + KEY_TILE).min(positions.end);
+            let sees = |row| sees(self.problem.mask, (work.site(row), rows.clone()), tile.clone());
+            if (first..first + heads).any(sees) {
+                self.tile(work, tile, state, careful);
             }
         }
     }

@@ -18,7 +18,7 @@
 //! on threads, not on how a prompt was cut into calls.
 
 use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, live_tiles, seen_values, short};
+use super::{Factor, Problem, live_tiles, seen_values, sees, short};
 use crate::cache::{KvRows, with_rows};
 use crate::element::Element;
 use crate::mask::{Pattern, Site};
@@ -230,14 +230,14 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     /// Whether any query of the sequence may see any of the positions.
     fn seen(&self, any: &QueryTile, positions: &Range<usize>) -> bool {
-        if !self.problem.sizes.same_heads {
-            return true;
-        }
-        let rows = any.origin..any.origin + self.problem.sizes.q.seq as isize;
-        let mut seen = false;
-        let site = any.site(any.rows.start);
-        self.problem.mask.live(site, rows, positions.clone(), &mut |_, _| seen = true);
-        seen
+        let sizes = &self.problem.sizes;
+        let rows = any.origin..any.origin + sizes.q.seq as isize;
+        let heads = if sizes.same_heads { 1 } else { sizes.group() };
+        let Site { q_head: first, .. } = any.site(any.rows.start);
+        (first..first + heads).any(|q_head| {
+            let site = Site { q_head, ..any.site(any.rows.start) };
+            sees(self.problem.mask, (site, rows.clone()), positions.clone())
+        })
     }
 
     /// Packs the keys of one tile and, unless they are `f32` already, widens its values.

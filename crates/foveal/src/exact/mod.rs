@@ -137,6 +137,13 @@ fn live_tiles(
     }
 }
 
+/// Whether some of the rows may see some of the keys.
+fn sees(mask: &Mask, (site, rows): (Site, Range<isize>), keys: Range<usize>) -> bool {
+    let mut seen = false;
+    mask.live(site, rows, keys, &mut |_, _| seen = true);
+    seen
+}
+
 /// A copy of a tile's values with zeros where the row's bit is not set. Allocates.
 fn seen_values<E: Element>(values: Rows<'_, E>, words: &KeyWords) -> Vec<f32> {
     let mut copy = vec![0.0; values.count() * values.width()];
