@@ -6,8 +6,8 @@ use foveal::mask::{Pattern, Site};
 use foveal::reference::{Input, Options, Partial, attention, attention_with, merge};
 use foveal::{Mask, Shape};
 use support::attention::{
-    Answer, Keys, Problem, bucketed_problems, dense, dropout_problems, entry, inputs,
-    packed_problems, problems,
+    Answer, Problem, bucketed_problems, dense, dropout_problems, entry, inputs, packed_problems,
+    problems,
 };
 use support::golden::cases;
 
@@ -103,7 +103,7 @@ fn attention_over_parts_of_the_keys_gives_the_golden_parts() {
         let (mut outs, mut lses, mut start) = (vec![], vec![], 0);
         for length in parts {
             let end = start + length.as_u64().unwrap() as usize;
-            let mask = whole.clone().and(Mask::pattern(Keys(start..end)));
+            let mask = whole.clone().and(Mask::keys(start..end));
             let part = attend(&inputs(&case), case.number("scale"), &mask);
             outs.extend(part.out);
             lses.extend(part.lse);

@@ -1,10 +1,9 @@
 //! Golden attention calls as problems: inputs, every way to say their mask, and the answer.
 
 use super::golden::{Array, Case, cases, check};
-use foveal::mask::{Band, Coverage, Dense, Documents, Extent, Pattern, Site};
+use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site};
 use foveal::position::{RelativeBias, Slopes};
 use foveal::{Attention, Mask, Shape, Strides, TensorRef};
-use std::ops::Range;
 
 /// One golden attention call.
 #[derive(Debug)]
@@ -240,14 +239,12 @@ fn typed(case: &Case) -> Option<Mask> {
         "w strictly earlier keys, self excluded" => {
             Mask::window(window() + 1).and(Mask::pattern(NotSelf))
         }
-        "causal window plus first s tokens always visible (StreamingLLM mask, no re-positioning)" =>
-        {
-            let first = Mask::pattern(Keys(0..count("sink_tokens").unwrap()));
-            Mask::window(window()).or(first).and(Mask::causal())
+        "causal window plus first s tokens always visible (StreamingLLM mask, no re-positioning)" => {
+            Mask::streaming(count("sink_tokens").unwrap(), window())
         }
-        "explicit key padding" => per_sequence(&lengths("key_lengths"), |len| 0..len),
+        "explicit key padding" => Mask::key_lengths(&lengths("key_lengths")),
         "causal and left padding of keys" => {
-            Mask::causal().and(per_sequence(&lengths("left_pad"), |pad| pad..keys))
+            Mask::causal().and(Mask::left_padding(&lengths("left_pad")))
         }
         "causal and same document" => {
             let ids = lengths("doc_id");
@@ -257,7 +254,7 @@ fn typed(case: &Case) -> Option<Mask> {
                 starts.push(keys);
                 Mask::documents(&starts).unwrap()
             });
-            Mask::causal().and(Mask::pattern(PerSequence(starts.collect())))
+            Mask::causal().and(Mask::per_sequence(starts.collect()))
         }
         "explicit" => return None,
         other => panic!("{}: unknown mask {other:?}", case.name),
@@ -312,22 +309,6 @@ fn dense_documents(rows: &[usize], keys: &[usize], band: Band) -> Mask {
     Dense::new(&visible, Extent { batch: 1, heads: 1, queries, keys: total }).unwrap().into()
 }
 
-/// A range of keys for each sequence.
-fn per_sequence(numbers: &[usize], range: impl Fn(usize) -> Range<usize>) -> Mask {
-    let masks = numbers.iter().map(|&n| Mask::pattern(Keys(range(n)))).collect();
-    Mask::pattern(PerSequence(masks))
-}
-
-/// Certain keys, whatever the query.
-#[derive(Debug)]
-pub struct Keys(pub Range<usize>);
-
-impl Pattern for Keys {
-    fn allows(&self, _: Site, _: isize, j: usize) -> bool {
-        self.0.contains(&j)
-    }
-}
-
 /// Everything but the token itself.
 #[derive(Debug)]
 struct NotSelf;
@@ -335,27 +316,5 @@ struct NotSelf;
 impl Pattern for NotSelf {
     fn allows(&self, _: Site, i: isize, j: usize) -> bool {
         i != j as isize
-    }
-}
-
-/// Another mask for each sequence of the batch.
-#[derive(Debug)]
-struct PerSequence(Vec<Mask>);
-
-impl Pattern for PerSequence {
-    fn allows(&self, at: Site, i: isize, j: usize) -> bool {
-        self.0[at.batch].allows(at, i, j)
-    }
-    fn live(
-        &self,
-        at: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        self.0[at.batch].live(at, rows, keys, visit);
-    }
-    fn fill(&self, at: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        self.0[at.batch].fill(at, i, keys, bits);
     }
 }
