@@ -2,7 +2,7 @@
 
 use arbitrary::{Result, Unstructured};
 use foveal::cache::TILE;
-use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site};
+use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site, Tree};
 use foveal::{Cpu, Level, Mask, Phase, Scale, Shape, Threads};
 use std::num::NonZeroUsize;
 
@@ -173,7 +173,7 @@ struct Masks {
 
 impl Masks {
     fn read(&mut self, input: &mut Unstructured<'_>, depth: usize) -> Result<Mask> {
-        Ok(match input.int_in_range(0..=if depth == 0 { 5 } else { 9 })? {
+        Ok(match input.int_in_range(0..=if depth == 0 { 5 } else { 14 })? {
             0 => Mask::full(),
             1 => Mask::causal(),
             2 => Mask::window(far(input)?),
@@ -185,8 +185,27 @@ impl Masks {
             5 => self.dense(input)?,
             6 => Mask::pattern(Strided { by: input.int_in_range(1..=5)? }),
             7 | 8 => self.read(input, depth - 1)?.and(self.read(input, depth - 1)?),
-            _ => self.read(input, depth - 1)?.or(self.read(input, depth - 1)?),
+            9 => self.read(input, depth - 1)?.or(self.read(input, depth - 1)?),
+            10 => Mask::prefix(far(input)?),
+            11 => Mask::streaming(far(input)?, far(input)?),
+            12 => Mask::keys(far(input)?..far(input)?),
+            13 => self.tree(input)?,
+            _ => {
+                let heads = self.extent.heads.min(16);
+                let masks = (0..heads).map(|_| self.read(input, 0)).collect::<Result<_>>()?;
+                if heads < self.extent.heads { Mask::causal() } else { Mask::per_head(masks) }
+            }
         })
+    }
+
+    /// A tree of the newest tokens; shorter sequences see less of it.
+    fn tree(&mut self, input: &mut Unstructured<'_>) -> Result<Mask> {
+        let keys = self.extent.keys;
+        let count = input.int_in_range(0..=keys.min(70))?;
+        let parent =
+            |n: usize| -> Result<Option<usize>> { Ok(input.int_in_range(0..=n)?.checked_sub(1)) };
+        let parents = (0..count).map(parent).collect::<Result<Vec<_>>>()?;
+        Ok(Tree::new(keys - count, &parents).expect("parents come first").into())
     }
 
     fn documents(&mut self, input: &mut Unstructured<'_>) -> Result<Mask> {
