@@ -40,7 +40,8 @@
 //! | module | what | source |
 //! |---|---|---|
 //! | [`Attention`], [`plan`] | exact attention, forward and backward | Vaswani et al. 2017; Dao et al. 2022, 2023 |
-//! | [`mask`] | causal, window, documents, dense, combinations, patterns of your own | |
+//! | [`mask`] | causal, window, prefix, padding, documents, blocks, trees, dense, combinations, patterns of your own | |
+//! | [`inspect`] | weights, column sums, entropies and block means, made again from the log-sum-exp | Zhang et al. 2023; Li et al. 2024 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
 //! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |

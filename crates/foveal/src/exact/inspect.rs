@@ -417,9 +417,10 @@ impl<E: Element, K: Element> Look<'_, E, K> {
             self.factor.load(level, query, &mut queries[r * depth..(r + 1) * depth]);
             shift[r] = self.base_2((batch, row, head));
         }
-        let mut max = [0.0; GROUP];
         let keys = &scratch.keys[..tile.positions.len().div_ceil(PANEL) * PANEL * depth];
-        tile::scores(level, Scores { queries, depth, keys, visible, out: weights, max: &mut max });
+        let (out, max) = (&mut *weights, &mut [0.0; GROUP]);
+        let (rows, stride) = (n, depth);
+        tile::scores(level, Scores { queries, stride, rows, depth, keys, visible, out, max });
         let factor = self.finish(&tile, visible, weights);
         scratch.logits[..n * KEY_TILE].copy_from_slice(weights);
         let shift = &shift[..n];
