@@ -199,7 +199,6 @@ fn plans_say_which_head_sees_what() {
     ]));
     let shape = Shape { batch: 1, seq: 300, heads: HEADS, dim: DIM };
     let words = attention.plan(shape, shape, shape).unwrap().explain().mask;
-    let expected =
-        "by head (0 to 1: causal, 2: window 128, 3: ((window 128 or keys 0..4) and causal))";
+    let expected = "by head (0 to 1: causal, 2: window 128, 3: first 4 and window 128)";
     assert_eq!(words, expected);
 }

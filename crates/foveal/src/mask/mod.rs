@@ -25,6 +25,7 @@ mod documents;
 mod keys;
 mod prefix;
 mod runs;
+mod streaming;
 mod tree;
 
 pub use band::Band;
@@ -227,7 +228,7 @@ impl Mask {
     /// The first `sinks` tokens and the `width` newest ones, the query's own included; nothing after
     /// the query (StreamingLLM, Xiao et al. 2024, §3.2, without its re-positioning).
     pub fn streaming(sinks: usize, width: usize) -> Mask {
-        Mask::window(width).or(Mask::keys(0..sinks)).and(Mask::causal())
+        Mask::pattern(streaming::Streaming { sinks, width })
     }
 
     /// A mask for each query head, as many as there are.
