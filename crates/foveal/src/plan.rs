@@ -123,7 +123,7 @@ impl<'a> Plan<'a> {
         let v = Shape { dim: self.value_dim, ..self.k };
         expect("planned keys", self.k, inputs.k.shape())?;
         expect("planned values", v, inputs.v.shape())?;
-        self.mask.check(self.extent(self.k.seq))?;
+        self.check_mask(self.k.seq)?;
         self.execute(inputs.q, Sequences::Tensors(inputs.k, inputs.v), (out, lse), workspace)
     }
 
@@ -203,12 +203,16 @@ impl<'a> Plan<'a> {
         match of.keys {
             Sequences::Tensors(keys, _) => {
                 expect("planned keys", self.k, keys.shape())?;
-                self.mask.check(self.extent(self.k.seq))?;
+                self.check_mask(self.k.seq)?;
             }
             Sequences::Stores(stores) => self.check_stores(stores)?,
         }
         let factor = Factor::new(self.scale);
         Ok(Look { of, mask: self.mask, terms: self.terms, factor, sizes: self.sizes() })
+    }
+
+    fn check_mask(&self, keys: usize) -> Result<()> {
+        self.mask.check(self.extent(keys))
     }
 
     fn extent(&self, keys: usize) -> Extent {

@@ -418,9 +418,10 @@ impl<E: Element, K: Element> Look<'_, E, K> {
             shift[r] = self.base_2((batch, row, head));
         }
         let keys = &scratch.keys[..tile.positions.len().div_ceil(PANEL) * PANEL * depth];
-        let (out, max) = (&mut *weights, &mut [0.0; GROUP]);
+        let (out, max, hidden) = (&mut *weights, &mut [0.0; GROUP], f32::NEG_INFINITY);
         let (rows, stride) = (n, depth);
-        tile::scores(level, Scores { queries, stride, rows, depth, keys, visible, out, max });
+        let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+        tile::scores(level, product);
         let factor = self.finish(&tile, visible, weights);
         scratch.logits[..n * KEY_TILE].copy_from_slice(weights);
         let shift = &shift[..n];
