@@ -24,6 +24,7 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/exact/backward/tile.rs",
     "crates/foveal/src/exact/decode.rs",
     "crates/foveal/src/exact/forward.rs",
+    "crates/foveal/src/exact/inspect.rs",
     "crates/foveal/src/exact/mod.rs",
     "crates/foveal/src/exact/short.rs",
     "crates/foveal/src/tensor.rs",
