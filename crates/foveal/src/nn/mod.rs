@@ -9,7 +9,10 @@ mod norm;
 mod softmax;
 
 pub use activation::{add, gelu_gate, silu_gate};
-pub use norm::{RmsNorm, rms_norm, rms_norm_in_place};
+pub use norm::{
+    LayerNorm, NormBackward, NormGradients, RmsNorm, layer_norm, layer_norm_backward, rms_norm,
+    rms_norm_backward, rms_norm_in_place,
+};
 pub use softmax::{log_softmax, softmax};
 
 use crate::error::{Error, Result};

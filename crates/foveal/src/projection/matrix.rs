@@ -2,6 +2,7 @@
 
 use super::{Format, RowError};
 use crate::error::{Error, Result};
+use crate::simd::projection::bytes_of;
 use std::ops::Range;
 
 /// The extents of a stored matrix, by name, so that they can't be swapped in silence.
@@ -49,6 +50,22 @@ impl<'a> Matrix<'a> {
             return Err(Error::MatrixBytes { format, out_features, in_features, expected, got });
         }
         Ok(Matrix { format, shape, row_bytes, bytes })
+    }
+
+    /// Views numbers in memory, `[out_features, in_features]`, row-major.
+    ///
+    /// # Errors
+    /// [`Error::MatrixBytes`] unless `numbers` is exactly the matrix.
+    ///
+    /// ```
+    /// use foveal::projection::{Matrix, MatrixShape};
+    ///
+    /// let shape = MatrixShape { out_features: 2, in_features: 3 };
+    /// assert!(Matrix::from_floats(shape, &[0.0; 6]).is_ok());
+    /// assert!(Matrix::from_floats(shape, &[0.0; 5]).is_err());
+    /// ```
+    pub fn from_floats(shape: MatrixShape, numbers: &'a [f32]) -> Result<Matrix<'a>> {
+        Matrix::new(Format::F32, shape, bytes_of(numbers))
     }
 
     /// The element format.

@@ -9,7 +9,7 @@
 //!
 //! in f32 without ever expanding the matrix as a whole: 2 · rows · out_features · in_features
 //! operations, and each stored byte read from memory once. [`project_many`] does it for several
-//! matrices of one input, [`embed`] reads rows.
+//! matrices of one input, [`embed`] reads rows, [`project_backward`] computes gradients.
 //!
 //! With s and m a block's scale and minimum, c the middle of its integers q, and K = in_features,
 //! the absolute error of a result is at most
@@ -21,12 +21,16 @@
 //! with n = K / 32 + 16 for generated rows and n = min(K, 256) + K / 256 + 4 for prompts; for plain
 //! floats the bracket is |W\[n, k\]|. (Inputs below 2⁻¹¹⁰ may lose bits besides.)
 
+mod backward;
 mod dequantize;
 mod embed;
 mod format;
 mod matrix;
 mod project;
 
+pub use backward::{
+    ProjectionBackward, ProjectionGradients, backward_workspace_bytes, project_backward,
+};
 pub use dequantize::{RowError, dequantize_row};
 pub use embed::embed;
 pub use format::Format;

@@ -132,7 +132,7 @@ pub fn project_many(
 ) -> Result<()> {
     let Some(first) = projections.first() else { return Ok(()) };
     let width = first.weights.shape().in_features;
-    check_input(x, width)?;
+    check_input("projection input", x, width)?;
     if call.phase == Phase::Generated && x.rows > MAX_GENERATED_ROWS {
         return Err(Error::TooManyRows { got: x.rows, limit: MAX_GENERATED_ROWS });
     }
@@ -159,16 +159,37 @@ pub fn project_many(
     Ok(())
 }
 
-fn check_input(x: Input<'_>, width: usize) -> Result<()> {
-    let expected = match x.rows {
-        0 => 0,
-        rows => (rows - 1).saturating_mul(x.stride).saturating_add(width),
-    };
-    if x.data.len() < expected {
-        let got = x.data.len();
-        return Err(Error::BufferLength { what: "projection input", expected, got });
+pub(super) fn check_input(what: &'static str, x: Input<'_>, width: usize) -> Result<()> {
+    let (expected, got) = (span(x.rows, x.stride, width), x.data.len());
+    if got < expected {
+        return Err(Error::BufferLength { what, expected, got });
     }
     Ok(())
+}
+
+pub(super) fn check_output(
+    what: &'static str,
+    output: &Output<'_>,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    if rows > 1 && output.stride < width {
+        let shape = Shape { batch: 1, seq: rows, heads: 1, dim: width };
+        return Err(Error::OverlappingOutput { shape });
+    }
+    let (expected, got) = (span(rows, output.stride, width), output.data.len());
+    if got < expected {
+        return Err(Error::BufferLength { what, expected, got });
+    }
+    Ok(())
+}
+
+/// Numbers from the first of `rows` rows to the end of the last.
+fn span(rows: usize, stride: usize, width: usize) -> usize {
+    match rows {
+        0 => 0,
+        _ => (rows - 1).saturating_mul(stride).saturating_add(width),
+    }
 }
 
 fn check_projection(projection: &Projection<'_>, rows: usize, width: usize) -> Result<()> {
@@ -177,19 +198,7 @@ fn check_projection(projection: &Projection<'_>, rows: usize, width: usize) -> R
         let what = "in_features of matrices with one input";
         return Err(Error::LengthMismatch { what, expected: width, got: in_features });
     }
-    let (stride, got) = (projection.output.stride, projection.output.data.len());
-    if rows > 1 && stride < out_features {
-        let shape = Shape { batch: 1, seq: rows, heads: 1, dim: out_features };
-        return Err(Error::OverlappingOutput { shape });
-    }
-    let expected = match rows {
-        0 => 0,
-        _ => (rows - 1).saturating_mul(stride).saturating_add(out_features),
-    };
-    if got < expected {
-        return Err(Error::BufferLength { what: "projection output", expected, got });
-    }
-    Ok(())
+    check_output("projection output", &projection.output, rows, out_features)
 }
 
 /// A matrix of a region, cut into parts of `part_rows` rows.
@@ -327,10 +336,16 @@ fn prompt_panel(job: &Job<'_>, columns: Range<usize>, level: Level, scratch: &mu
         let weights = &mut packed[..PANEL * depth.len()];
         pack_keys(level, rows, weights);
         let Input { data, rows, stride } = job.x;
-        let columns = columns.clone();
-        panel(
-            level,
-            &PanelCall { x: data, x_stride: stride, rows, depth, weights, out: &job.out, columns },
-        );
+        let call = PanelCall {
+            x: &data[depth.start..],
+            x_stride: stride,
+            depth: depth.len(),
+            weights,
+            out: &job.out,
+            rows: 0..rows,
+            columns: columns.clone(),
+            add: start > 0,
+        };
+        panel(level, &call);
     }
 }

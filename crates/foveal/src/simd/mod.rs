@@ -26,6 +26,7 @@ pub(crate) mod decode;
 pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod nn;
+pub(crate) mod norm;
 pub(crate) mod peak;
 pub(crate) mod projection;
 pub(crate) mod rotate;

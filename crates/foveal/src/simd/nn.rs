@@ -4,7 +4,7 @@ use super::{Simd, dispatch, math};
 
 /// Numbers of a vector from `at` on, zeros beyond the end.
 #[inline(always)]
-fn load<S: Simd>(s: S, x: &[f32], at: usize) -> S::F {
+pub(super) fn load<S: Simd>(s: S, x: &[f32], at: usize) -> S::F {
     let x = &x[at..];
     // SAFETY: at most as many numbers as `x` holds.
     unsafe {
@@ -13,7 +13,7 @@ fn load<S: Simd>(s: S, x: &[f32], at: usize) -> S::F {
 }
 
 #[inline(always)]
-fn store<S: Simd>(s: S, x: &mut [f32], at: usize, value: S::F) {
+pub(super) fn store<S: Simd>(s: S, x: &mut [f32], at: usize, value: S::F) {
     let x = &mut x[at..];
     // SAFETY: at most as many numbers as `x` holds.
     unsafe {

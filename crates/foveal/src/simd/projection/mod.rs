@@ -8,6 +8,7 @@ mod blocks;
 pub(crate) mod dequantize;
 pub(crate) mod panel;
 mod row;
+pub(crate) mod transpose;
 
 use super::words::Words;
 use super::{Kind, Level, Simd, dispatch};
@@ -60,6 +61,12 @@ impl<'a> Columns<'a> {
             std::slice::from_raw_parts_mut(at, columns.len())
         }
     }
+}
+
+/// The bytes of numbers in memory, which are those of a stored F32 row.
+pub(crate) fn bytes_of(numbers: &[f32]) -> &[u8] {
+    // SAFETY: the bytes are those of the slice, all of them are initialised, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), std::mem::size_of_val(numbers)) }
 }
 
 /// What [`rows`] reads and writes.

@@ -1,4 +1,4 @@
-//! Tiles of results: up to 6 input rows × 64 weight rows, over a run of columns of the weights.
+//! Tiles of results: up to 6 input rows × 64 columns, over a run of the numbers that are summed over.
 //!
 //! The weights come as a panel `[k][64]`, so that a vector of results is a sum over k of a
 //! broadcast input times neighbouring weights. Each sum starts at zero, has one accumulator, and is
@@ -12,32 +12,34 @@ use std::ops::Range;
 /// What [`panel`] reads and writes.
 #[derive(Debug, Clone)]
 pub(crate) struct PanelCall<'a> {
-    /// Input rows.
+    /// Input rows, from the first number of the run on.
     pub(crate) x: &'a [f32],
     /// Numbers from one input row to the next.
     pub(crate) x_stride: usize,
-    /// Input rows.
-    pub(crate) rows: usize,
-    /// The run of input columns that the panel covers.
-    pub(crate) depth: Range<usize>,
-    /// `[k][64]` weights, `depth.len()` of k.
+    /// Numbers of the run.
+    pub(crate) depth: usize,
+    /// `[k][64]` weights, `depth` of k.
     pub(crate) weights: &'a [f32],
     /// Results.
     pub(crate) out: &'a Columns<'a>,
-    /// The panel's columns of results, at most 64 and this call's alone.
+    /// The rows of results that belong to the input rows.
+    pub(crate) rows: Range<usize>,
+    /// The panel's columns of results, at most 64; in these rows they are this call's alone.
     pub(crate) columns: Range<usize>,
+    /// Whether to add to the results; else they are written.
+    pub(crate) add: bool,
 }
 
 dispatch! {
-    /// Products of one panel with every input row; the first run writes, later ones add.
+    /// Products of one panel with every input row.
     pub(crate) fn panel(call: &PanelCall<'_>) = panel_kernel
 }
 
 #[inline(always)]
 fn panel_kernel<S: Simd>(s: S, call: &PanelCall<'_>) {
-    assert!(call.weights.len() >= call.depth.len() * PANEL && call.columns.len() <= PANEL);
-    for row in (0..call.rows).step_by(GROUP) {
-        match (call.rows - row).min(GROUP) {
+    assert!(call.weights.len() >= call.depth * PANEL && call.columns.len() <= PANEL);
+    for row in (0..call.rows.len()).step_by(GROUP) {
+        match (call.rows.len() - row).min(GROUP) {
             1 => group::<S, 1>(s, call, row),
             2 => group::<S, 2>(s, call, row),
             3 => group::<S, 3>(s, call, row),
@@ -50,7 +52,7 @@ fn panel_kernel<S: Simd>(s: S, call: &PanelCall<'_>) {
 
 #[inline(always)]
 fn group<S: Simd, const R: usize>(s: S, call: &PanelCall<'_>, row: usize) {
-    let last = (row + R - 1) * call.x_stride + call.depth.end;
+    let last = (row + R - 1) * call.x_stride + call.depth;
     assert!(call.x.len() >= last);
     let vectors = call.columns.len().div_ceil(S::LANES);
     let mut v = 0;
@@ -72,7 +74,7 @@ fn group<S: Simd, const R: usize>(s: S, call: &PanelCall<'_>, row: usize) {
 }
 
 /// # Safety
-/// `call.x` holds rows `row..row + R` up to `call.depth.end`, and `lane + V * LANES <= 64`.
+/// `call.x` holds `call.depth` numbers of rows `row..row + R`, and `lane + V * LANES <= 64`.
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize, const V: usize>(
     s: S,
@@ -81,11 +83,11 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize>(
     lane: usize,
 ) {
     let mut sums = [[s.splat(0.0); V]; R];
-    let (depth, stride) = (call.depth.len(), call.x_stride);
+    let (depth, stride) = (call.depth, call.x_stride);
     // SAFETY: k < depth stays inside the panel and inside the input rows.
     unsafe {
         let weights = call.weights.as_ptr().add(lane);
-        let x = call.x.as_ptr().add(row * stride + call.depth.start);
+        let x = call.x.as_ptr().add(row * stride);
         for k in 0..depth {
             let mut weight = [s.splat(0.0); V];
             for (v, weight) in weight.iter_mut().enumerate() {
@@ -104,11 +106,11 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize>(
         for (v, &sum) in sums.iter().enumerate() {
             let first = (at + v * S::LANES).min(call.columns.end);
             let columns = first..call.columns.end.min(first + S::LANES);
-            // SAFETY: the columns are this call's alone, and as many are loaded and stored.
+            // SAFETY: the rows' columns are this call's alone; as many are loaded and stored.
             unsafe {
-                let out = call.out.part(row + r, columns);
+                let out = call.out.part(call.rows.start + row + r, columns);
                 let (p, n) = (out.as_mut_ptr(), out.len());
-                let sum = if call.depth.start == 0 { sum } else { s.add(s.load_part(p, n), sum) };
+                let sum = if call.add { s.add(s.load_part(p, n), sum) } else { sum };
                 s.store_part(p, sum, n);
             }
         }
