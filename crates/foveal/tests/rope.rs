@@ -87,6 +87,32 @@ fn unrotating_restores_and_the_rest_of_a_head_stays() {
     }
 }
 
+/// ⟨g, R x⟩ = ⟨Rᵀ g, x⟩ for partial rotations with an amplitude, and the rest of a head passes through.
+#[test]
+fn gradients_are_rotated_by_the_transpose() {
+    for ((layout, name), level) in
+        LAYOUTS.into_iter().flat_map(|x| Level::available().map(move |level| (x, level)))
+    {
+        let table = yarn_rope(layout).table(1000..1005).unwrap();
+        assert!(table.rope().amplitude() > 1.1);
+        let x: Tensor<f32> = Random::new(6).tensor(SHAPE, 1.0);
+        let d_y: Tensor<f32> = Random::new(7).tensor(SHAPE, 1.0);
+        let (mut y, mut d_x) = (x.clone(), d_y.clone());
+        table.rotate(level, y.view_mut()).unwrap();
+        table.rotate_gradient(level, d_x.view_mut()).unwrap();
+        let rows = |x: &Tensor<f32>| -> Vec<Vec<f64>> {
+            widen(x).chunks(13).map(<[f64]>::to_vec).collect()
+        };
+        let product = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+        let (x, y, d_x, d_y) = (rows(&x), rows(&y), rows(&d_x), rows(&d_y));
+        for row in 0..x.len() {
+            assert_eq!(d_x[row][10..], d_y[row][10..], "{name} {level}");
+            let (behind, before) = (product(&d_y[row], &y[row]), product(&d_x[row], &x[row]));
+            assert!((behind - before).abs() < 2e-6, "{name} {level} {behind} {before}");
+        }
+    }
+}
+
 #[test]
 fn scores_depend_on_the_distance_alone() {
     for (layout, name) in LAYOUTS {

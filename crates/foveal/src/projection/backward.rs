@@ -5,8 +5,8 @@
 //! ```
 //!
 //! 4 · rows · N · K operations; W may be stored in any format and is never expanded as a whole, gradients
-//! are f32. Both products run through the panels of the forward pass. Results are cut into blocks of
-//! 96 × 256, each computed whole by one thread, in an order that no cut changes.
+//! are f32. Both products run through the panels of the forward pass. Results are cut into blocks of up
+//! to 384 × 256, each computed whole by one thread, in an order that no cut changes.
 
 use super::project::{Input, Output, check_input, check_output};
 use super::{Matrix, MatrixShape};
@@ -27,12 +27,16 @@ use std::ops::Range;
 
 /// Numbers that are summed over in one run.
 const DEPTH: usize = 256;
-/// Rows of results of a block; a multiple of the kernel's 6.
-const BLOCK_ROWS: usize = 96;
+/// Rows of results that one left factor is laid out for; a multiple of the kernel's 6.
+const STRIP: usize = 96;
+/// The most strips of a block: they share the panels of its right factor.
+const MOST_STRIPS: usize = 4;
+/// Blocks for each thread, where there are enough strips: so that none waits long for the last.
+const BLOCKS_PER_THREAD: usize = 4;
 /// Columns of results of a block: whole panels, and a multiple of every block length.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
-/// The block's left factor, then the panels of its right factor, then a widened row of that.
-const SCRATCH: usize = DEPTH * (BLOCK_ROWS + BLOCK_COLUMNS) + BLOCK_COLUMNS;
+/// A strip of the left factor, then the panels of the right factor, then a widened row of that.
+const SCRATCH: usize = DEPTH * (STRIP + BLOCK_COLUMNS) + BLOCK_COLUMNS;
 /// Less than this many multiplications are not worth waking threads for.
 const SPLIT_PRODUCTS: usize = 2 << 20;
 
@@ -182,48 +186,56 @@ struct Product<'a> {
 impl Product<'_> {
     fn run(&self, cpu: Cpu, scratch: &mut [f32]) {
         let Sizes { rows, columns, depth } = self.sizes;
-        let across = columns.div_ceil(BLOCK_COLUMNS);
-        let parts = rows.div_ceil(BLOCK_ROWS) * across;
+        let split = rows.saturating_mul(columns).saturating_mul(depth) >= SPLIT_PRODUCTS;
+        let threads = if split { cpu.threads.count() } else { 1 };
+        let (strips, across) = (rows.div_ceil(STRIP), columns.div_ceil(BLOCK_COLUMNS));
+        let block = match threads {
+            1 => MOST_STRIPS,
+            _ => (strips * across / (BLOCKS_PER_THREAD * threads)).clamp(1, MOST_STRIPS),
+        };
+        let parts = strips.div_ceil(block) * across;
         let work = |part: usize, scratch: &mut &mut [f32]| {
-            let (row, column) = (part / across * BLOCK_ROWS, part % across * BLOCK_COLUMNS);
-            let rows = row..rows.min(row + BLOCK_ROWS);
+            let (row, column) = (part / across * block * STRIP, part % across * BLOCK_COLUMNS);
+            let rows = row..rows.min(row + block * STRIP);
             self.block(rows, column..columns.min(column + BLOCK_COLUMNS), cpu.level, scratch);
         };
-        let split = rows.saturating_mul(columns).saturating_mul(depth) >= SPLIT_PRODUCTS;
-        let threads = if split { cpu.threads.count().min(parts).max(1) } else { 1 };
+        let threads = threads.min(parts).max(1);
         for_each_part(parts, scratch.chunks_exact_mut(SCRATCH).take(threads), work);
     }
 
     fn block(&self, rows: Range<usize>, columns: Range<usize>, level: Level, scratch: &mut [f32]) {
-        let (left, rest) = scratch.split_at_mut(DEPTH * BLOCK_ROWS);
+        let (left, rest) = scratch.split_at_mut(DEPTH * STRIP);
         let (panels, widened) = rest.split_at_mut(DEPTH * BLOCK_COLUMNS);
         // A product over nothing still has results, zeros.
         for start in (0..self.sizes.depth.max(1)).step_by(DEPTH) {
             let depth = start..self.sizes.depth.min(start + DEPTH);
-            let (x, x_stride) = self.left_block(rows.clone(), depth.clone(), level, left);
             for (at, k) in depth.clone().enumerate() {
                 let row = self.right_row(k, columns.clone(), level, widened);
                 spread(row, &mut panels[at * PANEL..]);
             }
-            let starts = columns.clone().step_by(PANEL);
-            for (start, weights) in starts.zip(panels.chunks_exact(DEPTH * PANEL)) {
-                let call = PanelCall {
-                    x,
-                    x_stride,
-                    depth: depth.len(),
-                    weights,
-                    out: &self.out,
-                    rows: rows.clone(),
-                    columns: start..columns.end.min(start + PANEL),
-                    add: self.add || depth.start > 0,
-                };
-                panel(level, &call);
+            for first in rows.clone().step_by(STRIP) {
+                let rows = first..rows.end.min(first + STRIP);
+                let (x, x_stride) = self.left_strip(rows.clone(), depth.clone(), level, left);
+                let starts = columns.clone().step_by(PANEL);
+                for (start, weights) in starts.zip(panels.chunks_exact(DEPTH * PANEL)) {
+                    let call = PanelCall {
+                        x,
+                        x_stride,
+                        depth: depth.len(),
+                        weights,
+                        out: &self.out,
+                        rows: rows.clone(),
+                        columns: start..columns.end.min(start + PANEL),
+                        add: self.add || depth.start > 0,
+                    };
+                    panel(level, &call);
+                }
             }
         }
     }
 
     /// Rows of the left factor from `depth.start` on, and their stride.
-    fn left_block<'a>(
+    fn left_strip<'a>(
         &'a self,
         rows: Range<usize>,
         depth: Range<usize>,
