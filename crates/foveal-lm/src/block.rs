@@ -44,12 +44,7 @@ pub(crate) struct Activations {
 }
 
 impl Block {
-    pub(crate) fn new(
-        parts: &Parts<'_>,
-        layer: usize,
-        rope: usize,
-        cpu: Cpu,
-    ) -> Result<Block, Error> {
+    pub(crate) fn new(parts: &Parts<'_>, layer: usize, rope: usize) -> Result<Block, Error> {
         let config = parts.config();
         let (width, inner) = (config.width, config.feed_forward);
         let post_norm = |part| {
@@ -58,7 +53,7 @@ impl Block {
         };
         Ok(Block {
             attention_norm: parts.norm(layer, Part::AttentionNorm, width)?,
-            mixer: GroupedQueryAttention::new(parts, layer, rope, cpu)?,
+            mixer: GroupedQueryAttention::new(parts, layer, rope)?,
             post_attention_norm: post_norm(Part::PostAttentionNorm)?,
             feed_forward_norm: parts.norm(layer, Part::FeedForwardNorm, width)?,
             gate: parts.linear(layer, Part::Gate, [inner, width], false)?,
@@ -97,7 +92,7 @@ impl Block {
         gate.resize(inner, 0.0);
         up.resize(inner, 0.0);
         self.feed_forward_norm.forward(x, normed, run.cpu)?;
-        let both = [(&self.gate, &mut gate[..]), (&self.up, &mut up[..])];
+        let both = [(self.gate.view()?, &mut gate[..]), (self.up.view()?, &mut up[..])];
         forward_together(normed, both, run)?;
         match self.activation {
             Activation::Silu => nn::silu_gate(gate, up, run.cpu.level)?,

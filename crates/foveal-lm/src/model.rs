@@ -106,7 +106,7 @@ impl Model {
         let cpu = Cpu::detect()?;
         let parts = Parts::new(weights, &config);
         let mut ropes = Ropes::new(&config);
-        let block = |layer| Block::new(&parts, layer, ropes.layer(layer)?, cpu);
+        let block = |layer| Block::new(&parts, layer, ropes.layer(layer)?);
         let blocks = (0..config.layers.len()).map(block).collect::<Result<_, Error>>()?;
         let (embedding, head) = (parts.embedding()?, parts.head()?);
         let final_norm = parts.final_norm()?;

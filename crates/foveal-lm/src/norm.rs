@@ -17,6 +17,10 @@ impl Norm {
         Norm { weight, epsilon }
     }
 
+    pub(crate) fn into_weight(self) -> Vec<f32> {
+        self.weight
+    }
+
     fn parameters(&self) -> RmsNorm<'_> {
         RmsNorm { weight: &self.weight, epsilon: self.epsilon }
     }

@@ -23,6 +23,15 @@ impl<T> Gradient<T> {
         }
     }
 
+    /// The same with another form of the place.
+    pub fn map<U>(self, form: impl FnOnce(T) -> U) -> Gradient<U> {
+        match self {
+            Gradient::Skip => Gradient::Skip,
+            Gradient::Write(place) => Gradient::Write(form(place)),
+            Gradient::Add(place) => Gradient::Add(form(place)),
+        }
+    }
+
     /// The place, and whether to add to it.
     pub(crate) fn into_place(self) -> Option<(T, bool)> {
         match self {

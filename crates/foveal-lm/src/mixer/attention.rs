@@ -1,187 +1,302 @@
-//! Causal attention with query heads grouped over key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
+//! Multi-head attention with its projections (Vaswani et al. 2017, §3.2.2), heads grouped or not (Ainslie et al. 2023,
+//! arXiv:2305.13245).
 //!
 //! ```text
-//! q = rope(norm(x Wqᵀ))   k = rope(norm(x Wkᵀ))   v = x Wvᵀ        x [T, width], q [T, H, D], k v [T, KV, D]
-//! y = concat_h(softmax(scale · q_h K_gᵀ) V_g) Woᵀ                  g = h / (H / KV)
+//! q = rope(norm(x Wqᵀ + bq))   k = rope(norm(u Wkᵀ + bk))   v = w Wvᵀ + bv      q [T, H, D], k v [S, KV, D]
+//! y = concat_h(softmax(scale · q_h K_gᵀ) V_g) Woᵀ + bo                          g = h / (H / KV)
 //! ```
 //!
-//! The norms of queries and keys are Qwen 3's and Gemma 3's; other models have none. Keys are stored rotated. A query
-//! sees the newest `reach` tokens, its own included.
+//! Rows x are as wide as the layer; u and w are x itself, or rows of another sequence of any widths (cross-attention).
+//! K and V are those of this call after those that the state holds, stored rotated. The norms are Qwen 3's and Gemma
+//! 3's, the sinks gpt-oss's; biases, norms, rotation and sinks are there where parameters or inputs hold them.
+//!
+//! Forward costs 2 · T · width · D · (2 H + 2 KV) operations besides attention, backward twice that. It keeps, per
+//! token, its inputs, q, k, v, the output of attention and its log-sum-exp, and q and k before their norm.
 
-use std::ops::Range;
+mod backward;
+mod parameters;
+mod saved;
+mod stored;
 
-use foveal::cache::KvStore;
-use foveal::position::{Rope, RopeTable};
-use foveal::{Attention, Cpu, Mask, Phase, Scale, Shape, TensorMut, TensorRef, cache};
+use foveal::cache::{KvStore, TILE};
+use foveal::nn::{RmsNorm, rms_norm_in_place};
+use foveal::position::RopeTable;
+use foveal::projection::Matrix;
+use foveal::{Attention, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
 
 use super::LayerState;
 use crate::Error;
-use crate::config::AttentionConfig;
-use crate::linear::{Linear, Run, forward_together};
-use crate::names::{Part, Parts};
-use crate::norm::Norm;
+use crate::linear::{Run, forward_together};
 
-/// One layer's attention: its projections, its positions and its reach.
-#[derive(Clone, Debug)]
-pub struct GroupedQueryAttention {
-    config: AttentionConfig,
-    reach: usize,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    query_norm: Option<Norm>,
-    key_norm: Option<Norm>,
-    /// Which of the model's rotary embeddings.
-    rope: usize,
-    attention: Attention<'static>,
+pub use backward::{InputGradients, Upstream};
+pub use parameters::AttentionParameters;
+pub use saved::{Saved, StateGradient};
+pub(crate) use stored::Activations;
+pub use stored::GroupedQueryAttention;
+
+/// What a layer of attention computes, without its parameters.
+///
+/// ```
+/// use foveal::{Cpu, Mask, Phase, Scale, Workspace};
+/// use foveal_lm::mixer::{Affine, AttentionParameters, Inputs, MultiHeadAttention, Run, Upstream};
+///
+/// # fn main() -> Result<(), foveal_lm::Error> {
+/// let layer = MultiHeadAttention {
+///     width: 32,
+///     key_width: 32,
+///     value_width: 32,
+///     heads: 4,
+///     kv_heads: 2,
+///     head_dim: 8,
+///     scale: Scale::InverseSqrtDim,
+///     mask: Mask::causal(),
+///     reach: None,
+///     norm_epsilon: 1e-6,
+/// };
+/// let affine = |rows: usize| Affine { weight: vec![0.1; rows * 32], bias: None };
+/// let (query, key, value, output) = (affine(32), affine(16), affine(16), affine(32));
+/// let (query_norm, key_norm, sinks) = (None, None, None);
+/// let parameters =
+///     AttentionParameters { query, key, value, output, query_norm, key_norm, sinks };
+///
+/// let mut workspace = Workspace::new();
+/// let mut run = Run { cpu: Cpu::detect()?, phase: Phase::Prompt, workspace: &mut workspace };
+/// let mut states = [layer.state()?, layer.state()?];
+/// // Two sequences of three tokens.
+/// let inputs = Inputs { x: &[0.5; 2 * 3 * 32], ..Inputs::default() };
+/// let (y, saved) = layer.forward(&parameters.as_slices(), inputs, &mut states, &mut run)?;
+///
+/// let mut gradients = parameters.zeros();
+/// let upstream = Upstream { d_y: &y, d_state: None };
+/// let before = layer.backward(
+///     &parameters.as_slices(),
+///     &saved,
+///     upstream,
+///     &mut gradients.as_slices_mut(),
+///     &mut run,
+/// )?;
+/// assert_eq!(before.d_x.len(), y.len());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct MultiHeadAttention {
+    /// Numbers of an input and an output row.
+    pub width: usize,
+    /// Numbers of the rows that keys are made from; `width` for self-attention.
+    pub key_width: usize,
+    /// Numbers of the rows that values are made from; `width` for self-attention.
+    pub value_width: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Numbers of a head.
+    pub head_dim: usize,
+    /// What scores are multiplied by.
+    pub scale: Scale,
+    /// Which keys each query may see.
+    pub mask: Mask,
+    /// How many of the newest tokens a query sees at most, its own included: states give up older ones. `None` where the
+    /// mask has no such bound, or is about more than distance.
+    pub reach: Option<usize>,
+    /// ε of the norms of queries and keys.
+    pub norm_epsilon: f32,
 }
 
-/// Activations of an attention layer, one row a token.
-#[derive(Debug, Default)]
-pub(crate) struct Activations {
-    /// The rotations of the call's positions, for each of the model's rotary embeddings.
-    rotations: Vec<RopeTable>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    mixed: Vec<f32>,
+/// The tokens of one call, the same number of each sequence; sequences one after the other.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Inputs<'a> {
+    /// `[sequences, T, width]`.
+    pub x: &'a [f32],
+    /// What keys and values are made from.
+    pub source: Source<'a>,
+    /// The rotations of the tokens' positions: of queries and keys alike.
+    pub rotation: Option<&'a RopeTable>,
 }
 
-impl Activations {
-    pub(crate) fn set_positions(
-        &mut self,
-        ropes: &[Rope],
-        positions: Range<usize>,
-    ) -> Result<(), Error> {
-        if self.rotations.iter().map(RopeTable::rope).ne(ropes) {
-            let tables = ropes.iter().map(|rope| rope.table(positions.clone()));
-            self.rotations = tables.collect::<Result<_, _>>()?;
-            return Ok(());
-        }
-        for table in &mut self.rotations {
-            table.set_positions(positions.clone())?;
-        }
-        Ok(())
-    }
+/// What new keys and values are made from.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Source<'a> {
+    /// The layer's own inputs: self-attention.
+    #[default]
+    Own,
+    /// Another sequence: cross-attention. With empty slices, queries see what the states hold already.
+    Other {
+        /// `[sequences, new, key_width]`.
+        keys: &'a [f32],
+        /// `[sequences, new, value_width]`.
+        values: &'a [f32],
+    },
 }
 
-impl GroupedQueryAttention {
-    pub(crate) fn new(
-        parts: &Parts<'_>,
-        layer: usize,
-        rope: usize,
-        cpu: Cpu,
-    ) -> Result<GroupedQueryAttention, Error> {
-        let model = parts.config();
-        let config = model.attention;
-        let (width, q_dim, kv_dim) = (model.width, config.q_dim(), config.kv_dim());
-        let reach = model.reach(&model.layers[layer]);
-        let norm = |part| {
-            let norm = config.qk_norm.then(|| parts.norm(layer, part, config.head_dim));
-            norm.transpose()
-        };
-        Ok(GroupedQueryAttention {
-            config,
-            reach,
-            query: parts.linear(layer, Part::Query, [q_dim, width], config.qkv_bias)?,
-            key: parts.linear(layer, Part::Key, [kv_dim, width], config.qkv_bias)?,
-            value: parts.linear(layer, Part::Value, [kv_dim, width], config.qkv_bias)?,
-            output: parts.linear(
-                layer,
-                Part::AttentionOutput,
-                [width, q_dim],
-                config.output_bias,
-            )?,
-            query_norm: norm(Part::QueryNorm)?,
-            key_norm: norm(Part::KeyNorm)?,
-            rope,
-            attention: Attention::new()
-                .mask(Mask::window(reach))
-                .scale(Scale::Value(config.scale))
-                .cpu(cpu),
-        })
-    }
+/// Parameters as kernels read them.
+pub(crate) type Views<'a> = AttentionParameters<Matrix<'a>, &'a [f32]>;
 
+/// A layer with its parameters.
+struct Bound<'a> {
+    layer: &'a MultiHeadAttention,
+    parameters: Views<'a>,
+}
+
+impl MultiHeadAttention {
     /// A state that holds no tokens; it grows as they come.
-    pub(crate) fn state(&self) -> Result<LayerState, Error> {
-        let AttentionConfig { kv_heads, head_dim, .. } = self.config;
-        Ok(LayerState::new(kv_heads, (head_dim, head_dim), 0)?)
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] for sizes beyond the address space.
+    pub fn state(&self) -> Result<LayerState, Error> {
+        Ok(LayerState::new(self.kv_heads, (self.head_dim, self.head_dim), 0)?)
     }
 
-    /// Gives up what no query from `position` on can see, and makes room for `tokens` more.
+    /// Mixes the tokens of `states.len()` sequences, whose keys and values it appends to the states. Returns a result
+    /// for every row of `inputs.x`, and what backward needs.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] if parameters, inputs or states do not fit the layer, or each other.
+    pub fn forward(
+        &self,
+        parameters: &AttentionParameters<&[f32]>,
+        inputs: Inputs<'_>,
+        states: &mut [LayerState],
+        run: &mut Run<'_>,
+    ) -> Result<(Vec<f32>, Saved), Error> {
+        let mut saved = Saved::kept();
+        let mut y = vec![0.0; inputs.x.len()];
+        let bound = Bound { layer: self, parameters: self.views(parameters)? };
+        bound.forward(inputs, &mut y, states, &mut saved, run)?;
+        Ok((y, saved))
+    }
+
+    /// Numbers of a token's queries.
+    fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Numbers of a token's keys or values.
+    fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    fn shape(&self, [batch, seq]: [usize; 2], heads: usize) -> Shape {
+        Shape { batch, seq, heads, dim: self.head_dim }
+    }
+
+    fn attention<'a>(&self, sinks: Option<&'a [f32]>, run: &Run<'_>) -> Attention<'a> {
+        let attention = Attention::new().mask(self.mask.clone()).scale(self.scale).cpu(run.cpu);
+        match sinks {
+            Some(sinks) => attention.sinks(sinks),
+            None => attention,
+        }
+    }
+
+    /// Gives up what no query from `state.end()` on can see, and makes room for `tokens` more.
     ///
     /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
     fn make_room(&self, state: &mut LayerState, tokens: usize) -> Result<(), Error> {
-        let position = state.end();
-        state.forget((position + 1).saturating_sub(self.reach));
+        let (position, reach) = (state.end(), self.reach.unwrap_or(usize::MAX));
+        state.forget((position + 1).saturating_sub(reach));
         if state.room() < tokens {
             let needed = position - state.start() + tokens;
-            let most = self.reach.saturating_add(2 * cache::TILE);
-            let doubled = needed.next_power_of_two().max(cache::TILE);
+            let most = reach.saturating_add(2 * TILE);
+            let doubled = needed.next_power_of_two().max(TILE);
             state.grow(doubled.min(most).max(needed))?;
         }
         Ok(())
     }
+}
 
-    /// Mixes the tokens `x`, `[tokens, width]`, into `y` of the same shape, and appends them to `state`.
-    pub(crate) fn forward(
+impl Bound<'_> {
+    /// [`MultiHeadAttention::forward`] into given memory.
+    fn forward(
         &self,
-        x: &[f32],
+        inputs: Inputs<'_>,
         y: &mut [f32],
-        state: &mut LayerState,
-        activations: &mut Activations,
+        states: &mut [LayerState],
+        saved: &mut Saved,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let Activations { rotations, q, k, v, mixed } = activations;
-        let AttentionConfig { heads, kv_heads, head_dim, .. } = self.config;
-        let tokens = x.len() / self.query.in_features();
-        let shape = |heads| Shape { batch: 1, seq: tokens, heads, dim: head_dim };
-        for (buffer, len) in [
-            (&mut *q, self.config.q_dim()),
-            (k, self.config.kv_dim()),
-            (v, self.config.kv_dim()),
-            (mixed, self.config.q_dim()),
-        ] {
-            buffer.resize(tokens * len, 0.0);
+        saved.begin(self.layer, &inputs, states)?;
+        self.project(inputs, saved, run)?;
+        self.normalize(saved, run)?;
+        if let Some(rotation) = inputs.rotation {
+            let (q, k) = (saved.query_shape(self.layer), saved.new_shape(self.layer));
+            rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.q, q)?)?;
+            rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.k, k)?)?;
         }
+        self.append(saved, states)?;
+        self.attend(saved, states, run)?;
+        forward_together(&saved.mixed, [(self.parameters.output, y)], run)
+    }
 
-        let all = [(&self.query, &mut q[..]), (&self.key, &mut k[..]), (&self.value, &mut v[..])];
-        forward_together(x, all, run)?;
-        if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
-            query_norm.forward_in_place(q, run.cpu)?;
-            key_norm.forward_in_place(k, run.cpu)?;
+    /// Queries, keys and values as they leave their projections.
+    fn project(
+        &self,
+        inputs: Inputs<'_>,
+        saved: &mut Saved,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        let AttentionParameters { query, key, value, .. } = self.parameters;
+        let Saved { q, k, v, .. } = saved;
+        match inputs.source {
+            Source::Own => forward_together(inputs.x, [(query, q), (key, k), (value, v)], run),
+            Source::Other { keys, values } => {
+                forward_together(inputs.x, [(query, q)], run)?;
+                forward_together(keys, [(key, k)], run)?;
+                forward_together(values, [(value, v)], run)
+            }
         }
-        let rotation = &rotations[self.rope];
-        rotation.rotate(run.cpu.level, TensorMut::new(q, shape(heads))?)?;
-        rotation.rotate(run.cpu.level, TensorMut::new(k, shape(kv_heads))?)?;
+    }
 
-        self.make_room(state, tokens)?;
-        let (k, v) = (TensorRef::new(k, shape(kv_heads))?, TensorRef::new(v, shape(kv_heads))?);
-        state.append(k, v)?;
-        let q = TensorRef::new(q, shape(heads))?;
-        self.attend(q, state, TensorMut::new(mixed, shape(heads))?, run)?;
-        self.output.forward(mixed, y, run)
+    fn normalize(&self, saved: &mut Saved, run: &Run<'_>) -> Result<(), Error> {
+        let Saved { q, k, plain_q, plain_k, kept, .. } = saved;
+        let AttentionParameters { query_norm, key_norm, .. } = self.parameters;
+        for (weight, rows, plain) in [(query_norm, q, plain_q), (key_norm, k, plain_k)] {
+            let Some(weight) = weight else { continue };
+            if *kept {
+                plain.clone_from(rows);
+            }
+            let norm = RmsNorm { weight, epsilon: self.layer.norm_epsilon };
+            rms_norm_in_place(norm, rows, run.cpu.level)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the states on, and keeps what they hold.
+    fn append(&self, saved: &mut Saved, states: &mut [LayerState]) -> Result<(), Error> {
+        let tokens = saved.new;
+        let len = tokens * self.layer.kv_width();
+        for (n, state) in states.iter_mut().enumerate() {
+            self.layer.make_room(state, tokens)?;
+            let shape = self.layer.shape([1, tokens], self.layer.kv_heads);
+            let own = n * len..(n + 1) * len;
+            let (k, v) = (&saved.k[own.clone()], &saved.v[own]);
+            state.append(TensorRef::new(k, shape)?, TensorRef::new(v, shape)?)?;
+        }
+        saved.keep_states(self.layer, states);
+        Ok(())
     }
 
     fn attend(
         &self,
-        q: TensorRef<'_, f32>,
-        state: &LayerState,
-        out: TensorMut<'_, f32>,
+        saved: &mut Saved,
+        states: &[LayerState],
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let held = state.end() - state.start();
-        let keys = Shape { seq: held, heads: self.config.kv_heads, ..q.shape() };
+        let layer = self.layer;
+        let shape = saved.query_shape(layer);
+        let held = states.iter().map(|state| state.end() - state.start()).max().unwrap_or(0);
+        let keys = layer.shape([states.len(), held], layer.kv_heads);
+        let attention = layer.attention(self.parameters.sinks, run);
         let plan = match run.phase {
-            Phase::Prompt => self.attention.plan(q.shape(), keys, keys)?,
-            Phase::Generated => self.attention.plan_decode(q.shape(), keys, keys)?,
+            Phase::Prompt => attention.plan(shape, keys, keys)?,
+            Phase::Generated => attention.plan_decode(shape, keys, keys)?,
         };
         run.workspace.reserve(plan.workspace_bytes());
-        plan.forward_cached(q, &[state], (out, None), run.workspace)?;
+        let stores: Vec<&dyn KvStore> = states.iter().map(|state| state as &dyn KvStore).collect();
+        let q = TensorRef::new(&saved.q, shape)?;
+        let out = TensorMut::new(&mut saved.mixed, shape)?;
+        let lse = saved.kept.then(|| TensorMut::new(&mut saved.lse, shape.per_row()));
+        plan.forward_cached(q, &stores, (out, lse.transpose()?), run.workspace)?;
         Ok(())
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,8 +1,28 @@
 //! Token mixing: the part of a layer through which tokens see each other.
+//!
+//! Every mechanism is a description of what it computes, without numbers, and has the same four companions:
+//!
+//! | | what | for [`MultiHeadAttention`] |
+//! |---|---|---|
+//! | parameters | what is learned, generic over what holds the numbers: vectors, slices, gradients, a file's weights | [`AttentionParameters`] |
+//! | state | what a sequence carries from call to call | [`LayerState`]: keys and values |
+//! | saved | what forward leaves for backward | [`Saved`] |
+//! | gradient of the state | what backward carries from call to call, the other way | [`StateGradient`] |
+//!
+//! ```text
+//! forward(parameters, x, state) → (y, saved)                         state moves on
+//! backward(parameters, saved, d_y, d_state) → (d_x, d_state before)  gradients of parameters are added up
+//! ```
+//!
+//! Models that are only run share one [`Saved`] among all layers and calls, as scratch memory.
 
 pub(crate) mod attention;
 
-pub use attention::GroupedQueryAttention;
+pub use crate::linear::{Affine, Run};
+pub use attention::{
+    AttentionParameters, GroupedQueryAttention, InputGradients, Inputs, MultiHeadAttention, Saved,
+    Source, StateGradient, Upstream,
+};
 
 /// What a layer keeps of the tokens seen so far.
 pub type LayerState = foveal::cache::ContiguousCache<f32>;

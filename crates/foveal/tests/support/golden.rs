@@ -65,7 +65,7 @@ pub fn check(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
 
 /// All cases of a mechanism, in the manifest's order.
 pub fn cases(mechanism: &str) -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../foveal/tests/golden");
     let manifest = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
     let mut manifest: Value = serde_json::from_str(&manifest).unwrap();
     let entries = manifest["cases"].as_array_mut().unwrap();

@@ -2,11 +2,12 @@
 
 use foveal::position::{RopeConfig, RopeLayout, RopeScaling, Yarn};
 use foveal::projection::Format;
-use foveal::{Cpu, Workspace};
+use foveal::{Cpu, Phase, Workspace};
 use safetensors::SafeTensors;
 
 use super::*;
-use crate::weights::Weight;
+use crate::config::AttentionConfig;
+use crate::linear::Linear;
 
 /// A golden layer: its file, and what the file doesn't say about it.
 struct Layer {
@@ -67,28 +68,35 @@ impl Layer {
         Linear::new(weight, self.tensor(&format!("{part}.bias")).map(|(_, bias)| bias))
     }
 
-    fn norm(&self, part: &str) -> Option<Norm> {
+    fn norm(&self, part: &str) -> Option<Vec<f32>> {
         let (_, weight) = self.tensor(&format!("{part}.weight"))?;
-        let weight = weight.into_iter().map(|weight| weight + self.norm_offset).collect();
-        Some(Norm::new(weight, 1e-6))
+        Some(weight.into_iter().map(|weight| weight + self.norm_offset).collect())
     }
 
-    fn mixer(&self, cpu: Cpu) -> GroupedQueryAttention {
-        GroupedQueryAttention {
-            config: self.config,
-            reach: self.reach,
+    fn mixer(&self) -> GroupedQueryAttention {
+        let width = self.tensor("x").unwrap().0[2];
+        let parameters = AttentionParameters {
             query: self.linear("q_proj"),
             key: self.linear("k_proj"),
             value: self.linear("v_proj"),
             output: self.linear("o_proj"),
             query_norm: self.norm("q_norm"),
             key_norm: self.norm("k_norm"),
-            rope: 0,
-            attention: Attention::new()
-                .mask(Mask::window(self.reach))
-                .scale(Scale::Value(self.config.scale))
-                .cpu(cpu),
-        }
+            sinks: None,
+        };
+        let layer = MultiHeadAttention {
+            width,
+            key_width: width,
+            value_width: width,
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+            scale: Scale::Value(self.config.scale),
+            mask: Mask::window(self.reach),
+            reach: Some(self.reach),
+            norm_epsilon: 1e-6,
+        };
+        GroupedQueryAttention { layer, parameters, rope: 0 }
     }
 
     /// The first of the positions, which go up by one.
@@ -101,7 +109,7 @@ impl Layer {
     /// Runs each sequence as calls of the given lengths, over and over, and compares.
     fn check(&self, phase: Phase, lengths: &[usize]) {
         let cpu = Cpu::detect().unwrap();
-        let mixer = self.mixer(cpu);
+        let mixer = self.mixer();
         let (shape, x) = self.tensor("x").unwrap();
         let (_, expected) = self.tensor("out").unwrap();
         let [_, tokens, width] = shape[..] else { panic!("{shape:?}") };
