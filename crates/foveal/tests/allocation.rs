@@ -1,9 +1,15 @@
 //! Planning and running a call allocate nothing: an allocator that counts.
 
 use foveal::cache::{ContiguousCache, KvStore};
+use foveal::nn::{LayerNorm, NormBackward, NormGradients, layer_norm_backward};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
+use foveal::projection::{
+    Input, Matrix, MatrixShape, Output, ProjectionBackward, ProjectionGradients,
+    backward_workspace_bytes, project_backward,
+};
 use foveal::{
-    Attention, Cpu, Element, Level, Mask, Phase, Plan, Shape, Tensor, TensorMut, Threads, Workspace,
+    Attention, Cpu, Element, Gradient, Level, Mask, Phase, Plan, Shape, Tensor, TensorMut, Threads,
+    Workspace,
 };
 use half::bf16;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -189,4 +195,41 @@ fn appending_and_forgetting_allocate_nothing() {
         cache.clear();
     });
     assert_eq!(count, 0);
+}
+
+#[test]
+fn gradients_of_projections_and_norms_allocate_nothing() {
+    let (rows, shape) = (70, MatrixShape { out_features: 130, in_features: 300 });
+    let MatrixShape { out_features, in_features } = shape;
+    let (numbers, x) = (vec![0.5; out_features * in_features], vec![0.25; rows * in_features]);
+    let d_y = vec![1.0; rows * out_features];
+    let mut d_x = vec![0.0; rows * in_features];
+    let (mut d_weights, mut d_bias) = (vec![0.0; numbers.len()], vec![0.0; out_features]);
+    let (mut d_weight, mut d_shift) = (vec![0.0; in_features], vec![0.0; in_features]);
+    for level in Level::available() {
+        let cpu = Cpu { level, threads: Threads::ONE };
+        let mut workspace = Workspace::new();
+        workspace.reserve(backward_workspace_bytes(cpu));
+        let count = allocations(|| {
+            let weights = Matrix::from_floats(shape, &numbers).unwrap();
+            let x_rows = Input { data: &x, rows, stride: in_features };
+            let d_y = Input { data: &d_y, rows, stride: out_features };
+            let gradients = ProjectionGradients {
+                d_x: Gradient::Write(Output { data: &mut d_x, stride: in_features }),
+                d_weights: Gradient::Add(&mut d_weights),
+                d_bias: Gradient::Add(&mut d_bias),
+            };
+            let backward = ProjectionBackward { weights, x: x_rows, d_y };
+            project_backward(backward, gradients, cpu, &mut workspace).unwrap();
+            let (weight, bias) = (&numbers[..in_features], Some(&numbers[..in_features]));
+            let norm = LayerNorm { weight, bias, epsilon: 1e-5 };
+            let gradients = NormGradients {
+                d_x: Gradient::Write(&mut d_x),
+                d_weight: Gradient::Add(&mut d_weight),
+                d_bias: Gradient::Add(&mut d_shift),
+            };
+            layer_norm_backward(norm, NormBackward { x: &x, d_y: &x }, gradients, level).unwrap();
+        });
+        assert_eq!(count, 0, "{level}");
+    }
 }

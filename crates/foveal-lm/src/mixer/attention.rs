@@ -152,7 +152,8 @@ impl MultiHeadAttention {
     /// for every row of `inputs.x`, and what backward needs.
     ///
     /// # Errors
-    /// [`Error::Kernel`] if parameters, inputs or states do not fit the layer, or each other.
+    /// [`Error::Kernel`] if parameters, inputs or states do not fit the layer, or each other. Where it is the mask or the
+    /// grouping of heads that does not fit, the states have already moved on.
     pub fn forward(
         &self,
         parameters: &AttentionParameters<&[f32]>,

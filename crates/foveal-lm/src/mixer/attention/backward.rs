@@ -63,8 +63,8 @@ impl MultiHeadAttention {
         let d_state = d.take_state(saved);
         layer.rotation(saved, &mut d, run)?;
         layer.norms(saved, &mut d, gradients, run)?;
-        let (d_x, d_source) = layer.projections(saved, &d, gradients, run)?;
-        Ok(InputGradients { d_x, d_source, d_state })
+        let inputs = layer.projections(saved, &d, gradients, run)?;
+        Ok(InputGradients { d_state, ..inputs })
     }
 }
 
@@ -248,24 +248,26 @@ impl Bound<'_> {
         d: &Heads,
         gradients: &mut AttentionParameters<&mut [f32]>,
         run: &mut Run<'_>,
-    ) -> Result<(Vec<f32>, Option<[Vec<f32>; 2]>), Error> {
+    ) -> Result<InputGradients, Error> {
         let AttentionParameters { query, key, value, .. } = self.parameters;
         let mut d_x = vec![0.0; saved.x.len()];
         let step = Step { affine: query, x: &saved.x, d_y: &d.q };
         step.run(&mut gradients.query, Gradient::Write(&mut d_x), run)?;
-        let Some([keys, values]) = &saved.source else {
+        let mut d_source = None;
+        if let Some([keys, values]) = &saved.source {
+            let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
+            let step = Step { affine: key, x: keys, d_y: &d.k };
+            step.run(&mut gradients.key, Gradient::Write(&mut d_keys), run)?;
+            let step = Step { affine: value, x: values, d_y: &d.v };
+            step.run(&mut gradients.value, Gradient::Write(&mut d_values), run)?;
+            d_source = Some([d_keys, d_values]);
+        } else {
             let step = Step { affine: key, x: &saved.x, d_y: &d.k };
             step.run(&mut gradients.key, Gradient::Add(&mut d_x), run)?;
             let step = Step { affine: value, x: &saved.x, d_y: &d.v };
             step.run(&mut gradients.value, Gradient::Add(&mut d_x), run)?;
-            return Ok((d_x, None));
-        };
-        let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
-        let step = Step { affine: key, x: keys, d_y: &d.k };
-        step.run(&mut gradients.key, Gradient::Write(&mut d_keys), run)?;
-        let step = Step { affine: value, x: values, d_y: &d.v };
-        step.run(&mut gradients.value, Gradient::Write(&mut d_values), run)?;
-        Ok((d_x, Some([d_keys, d_values])))
+        }
+        Ok(InputGradients { d_x, d_source, d_state: StateGradient::default() })
     }
 }
 
