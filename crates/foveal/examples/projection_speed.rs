@@ -2,17 +2,18 @@
 //!
 //! Prints, taken in turn and best of several rounds: bytes read a second by one-row projections of
 //! matrices that no cache holds, beside a plain loop that reads the same memory; arithmetic of prompt
-//! projections beside a loop of fused multiply-adds in registers; and the projections of one token of
-//! a model with the shapes of SmolLM2-135M.
+//! projections, and of their gradients, beside a loop of fused multiply-adds in registers; and the
+//! projections of one token of a model with the shapes of SmolLM2-135M.
 //!
 //! `cargo run --release -p foveal --example projection_speed [rounds] [part]` with the part `reading`,
-//! `arithmetic` or `token`; all without one.
+//! `arithmetic`, `gradients` or `token`; all without one.
 
 use foveal::projection::{
-    Call, Format, Input, Matrix, MatrixShape, Output, Projection, project_many, workspace_bytes,
+    Call, Format, Input, Matrix, MatrixShape, Output, Projection, ProjectionBackward,
+    ProjectionGradients, backward_workspace_bytes, project_backward, project_many, workspace_bytes,
 };
 use foveal::testing::multiply_add;
-use foveal::{Cpu, Level, Phase, Threads, Workspace};
+use foveal::{Cpu, Gradient, Level, Phase, Threads, Workspace};
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::time::Instant;
@@ -31,6 +32,9 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         }
         if wanted("arithmetic") {
             arithmetic(cpu, rounds)?;
+        }
+        if wanted("gradients") {
+            gradients(cpu, rounds)?;
         }
         if wanted("token") {
             token(cpu, rounds)?;
@@ -177,6 +181,43 @@ fn arithmetic(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
                 );
             }
         }
+    }
+    Ok(())
+}
+
+fn gradients(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
+    println!("\ngradients of f32 matrices, one thread: share of the peak loop, of d_x and of d_W");
+    let cpu = Cpu { threads: Threads::ONE, ..cpu };
+    let mut workspace = Workspace::new();
+    workspace.reserve(backward_workspace_bytes(cpu));
+    for [rows, out_features, in_features] in
+        [[512; 3], [1024; 3], [2048, 576, 1536], [2048, 1536, 576], [4096, 128, 128]]
+    {
+        let weights = vec![0.5; out_features * in_features];
+        let (x, d_y) = (vec![0.5; rows * in_features], vec![0.5; rows * out_features]);
+        let (mut d_x, mut d_weights) = (x.clone(), weights.clone());
+        let shape = MatrixShape { out_features, in_features };
+        let projection = ProjectionBackward {
+            weights: Matrix::from_floats(shape, &weights)?,
+            x: Input { data: &x, rows, stride: in_features },
+            d_y: Input { data: &d_y, rows, stride: out_features },
+        };
+        let mut run = |gradients: ProjectionGradients<'_>| {
+            seconds(|| {
+                project_backward(projection, gradients, cpu, &mut workspace).expect("shapes agree");
+            })
+        };
+        let (mut best, mut peak) = ([f64::MAX; 2], 0f64);
+        for _ in 0..rounds {
+            peak = peak.max(peak_flops(cpu.level));
+            let d_x = Gradient::Write(Output { data: &mut d_x, stride: in_features });
+            best[0] = best[0].min(run(ProjectionGradients { d_x, ..Default::default() }));
+            let d_weights = Gradient::Write(&mut d_weights[..]);
+            best[1] = best[1].min(run(ProjectionGradients { d_weights, ..Default::default() }));
+        }
+        let operations = 2.0 * (rows * out_features * in_features) as f64;
+        let [d_x, d_weights] = best.map(|best| 100.0 * operations / best / 1e9 / peak);
+        println!("{rows:4} rows {out_features:4}x{in_features:<4} {d_x:3.0} % {d_weights:3.0} %");
     }
     Ok(())
 }
