@@ -101,6 +101,14 @@ pub enum Error {
         "the plan is for generated tokens, which have no backward pass; make it with Attention::plan"
     )]
     NoBackward,
+    /// Memory that the system does not give.
+    #[error("there is no memory for {what} of {bytes} bytes")]
+    OutOfMemory {
+        /// What it is for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// An append that would exceed a cache's capacity. The cache is unchanged.
     #[error("the cache holds {len} of {capacity} tokens; {appended} more do not fit")]
     CacheFull {

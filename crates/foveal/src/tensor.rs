@@ -71,18 +71,21 @@ impl Strides {
         b * self.batch + s * self.seq + h * self.heads
     }
 
-    /// Elements that a buffer must hold: the last one's offset plus one.
-    fn required(&self, shape: Shape, what: &'static str) -> Result<usize> {
+    /// Elements that a buffer must hold: the last one's offset plus one. `None` if that is beyond `isize::MAX`.
+    pub fn checked_span(&self, shape: Shape) -> Option<usize> {
         if shape.is_empty() {
-            return Ok(0);
+            return Some(0);
         }
         let along = |extent: usize, stride: usize| (extent - 1).checked_mul(stride);
-        along(shape.batch, self.batch)
-            .and_then(|n| n.checked_add(along(shape.seq, self.seq)?))
-            .and_then(|n| n.checked_add(along(shape.heads, self.heads)?))
-            .and_then(|n| n.checked_add(shape.dim))
+        along(shape.batch, self.batch)?
+            .checked_add(along(shape.seq, self.seq)?)?
+            .checked_add(along(shape.heads, self.heads)?)?
+            .checked_add(shape.dim)
             .filter(|&n| n <= isize::MAX as usize)
-            .ok_or(Error::ShapeOverflow { what, shape })
+    }
+
+    fn required(&self, shape: Shape, what: &'static str) -> Result<usize> {
+        self.checked_span(shape).ok_or(Error::ShapeOverflow { what, shape })
     }
 
     /// Whether rows are certainly disjoint: sorted by stride, each axis clears the ones below it.

@@ -26,6 +26,22 @@ impl Workspace {
         }
     }
 
+    /// Like [`Workspace::reserve`], for callers that can go on where memory is short.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; the workspace is empty then.
+    pub fn try_reserve(&mut self, bytes: usize) -> Result<()> {
+        let needed = bytes.div_ceil(4) + ALIGNMENT / 4;
+        if self.buffer.len() < needed {
+            self.buffer = Vec::new();
+            let what = "a workspace";
+            let refused = self.buffer.try_reserve_exact(needed);
+            refused.map_err(|_| Error::OutOfMemory { what, bytes })?;
+            self.buffer.resize(needed, 0.0);
+        }
+        Ok(())
+    }
+
     /// Bytes that a plan may use.
     pub fn bytes(&self) -> usize {
         self.buffer.len().saturating_sub(ALIGNMENT / 4) * 4

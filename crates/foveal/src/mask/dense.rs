@@ -37,6 +37,26 @@ impl Dense {
         Ok(Dense { batch, heads, queries, keys, words_per_row, bits })
     }
 
+    /// A mask from rows of bits, 1 = visible: key `j` of a row is bit `j % 64` of its word `j / 64`, and each row
+    /// begins with a word of its own. Takes the vector; bits beyond the last key are cleared.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`] unless `bits` holds exactly the words of the extent's rows.
+    pub fn from_words(mut bits: Vec<u64>, extent: Extent) -> Result<Dense> {
+        let Extent { batch, heads, queries, keys } = extent;
+        let words_per_row = keys.div_ceil(64);
+        let rows = batch.checked_mul(heads).and_then(|n| n.checked_mul(queries));
+        let expected = rows.and_then(|n| n.checked_mul(words_per_row)).unwrap_or(usize::MAX);
+        if bits.len() != expected {
+            return Err(Error::BufferLength { what: "dense mask", expected, got: bits.len() });
+        }
+        if keys % 64 != 0 {
+            let last = bits.iter_mut().skip(words_per_row - 1).step_by(words_per_row);
+            last.for_each(|word| *word &= (1 << (keys % 64)) - 1);
+        }
+        Ok(Dense { batch, heads, queries, keys, words_per_row, bits })
+    }
+
     /// The words of the row at absolute position `i = row + S − T`.
     fn row(&self, at: Site, i: isize) -> Option<&[u64]> {
         let row = usize::try_from(i + self.queries as isize - self.keys as isize).ok()?;
@@ -135,5 +155,31 @@ impl Pattern for Dense {
         let own =
             Extent { batch: self.batch, heads: self.heads, queries: self.queries, keys: self.keys };
         Err(Error::MaskShape { what: "a dense mask", expected: show(own), got: show(extent) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Dense, Extent};
+
+    #[test]
+    fn words_and_booleans_make_the_same_mask() {
+        for keys in [0, 1, 63, 64, 65, 130] {
+            let extent = Extent { batch: 2, heads: 1, queries: 3, keys };
+            let words_per_row = keys.div_ceil(64);
+            let words: Vec<u64> = (1..=6 * words_per_row as u64)
+                .map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+                .collect();
+            let row = |r: usize| &words[r * words_per_row..][..words_per_row];
+            let visible: Vec<bool> = (0..6)
+                .flat_map(|r| (0..keys).map(move |j| row(r)[j / 64] >> (j % 64) & 1 == 1))
+                .collect();
+            let dense = Dense::from_words(words.clone(), extent).unwrap();
+            assert_eq!(dense, Dense::new(&visible, extent).unwrap(), "{keys}");
+            let longer = [words.as_slice(), &[0]].concat();
+            assert!(Dense::from_words(longer, extent).is_err());
+        }
+        let extent = Extent { batch: usize::MAX, heads: 3, queries: 1, keys: 1 };
+        assert!(Dense::from_words(vec![], extent).is_err());
     }
 }
