@@ -28,6 +28,13 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/exact/mod.rs",
     "crates/foveal/src/exact/short.rs",
     "crates/foveal/src/tensor.rs",
+    "crates/foveal-c/src/attention.rs",
+    "crates/foveal-c/src/call.rs",
+    "crates/foveal-c/src/error.rs",
+    "crates/foveal-c/src/mask.rs",
+    "crates/foveal-c/src/memory.rs",
+    "crates/foveal-c/src/views.rs",
+    "crates/foveal-c/src/workspace.rs",
     "crates/foveal-lm/src/weights/mapping.rs",
     "bench/src/product.rs",
 ];
@@ -116,7 +123,7 @@ fn files() -> Result<Vec<File>> {
 }
 
 fn collect(root: &Path, folder: &Path, files: &mut Vec<File>) -> Result<()> {
-    const TEXT: &[&str] = &["rs", "toml", "md", "py", "sh", "json"];
+    const TEXT: &[&str] = &["rs", "toml", "md", "py", "sh", "json", "c", "h"];
     const OTHERS: &[&str] = &["target", "corpus", "artifacts", "golden", "fixtures", ".git"];
     for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
