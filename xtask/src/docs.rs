@@ -1,6 +1,7 @@
-//! `cargo xtask docs`: the README's table of mechanisms, from the registry.
+//! `cargo xtask docs`: the README's table of mechanisms, from the registry, and the header of the C interface, from
+//! its crate.
 
-use crate::run;
+use crate::{header, run};
 use anyhow::{Context, Result, bail};
 use foveal::registry::MECHANISMS;
 use std::fs;
@@ -14,6 +15,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         [flag] if flag == "--check" => true,
         _ => bail!("docs takes --check or nothing"),
     };
+    header::update(check)?;
     let path = run::root().join("README.md");
     let text = fs::read_to_string(&path).context("README.md")?;
     let (before, rest) = text.split_once(BEGIN).context("README.md has no <!-- mechanisms -->")?;

@@ -3,9 +3,11 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod c;
 mod ci;
 mod docs;
 mod fuzz;
+mod header;
 mod rules;
 mod run;
 mod test;
@@ -16,10 +18,12 @@ const USAGE: &str = "\
 cargo xtask COMMAND
 
   test [FILTER...]           all tests: the workspace, its examples in the documentation, the kernels without threads,
-                             the kernels with each forced level; with FILTER, the workspace's tests of these names
+                             the kernels with each forced level, the example in C; with FILTER, the workspace's tests
+                             of these names
   ci                         what .ci/run runs: format, lints, documentation, rules, package, tests
   rules                      what no lint checks: where intrinsics, unsafe and machine paths may be, how long files are
-  docs [--check]             write the README's table of mechanisms (or only compare it)
+  docs [--check]             write the README's table of mechanisms and the header of the C interface (or only
+                             compare them)
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test there is, with cargo alone, or with nextest where that is installed.
 
+use crate::c;
 use crate::run::{self, cargo};
 use anyhow::{Result, bail};
 
@@ -21,7 +22,7 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
         let mut command = cargo(&["test", "--release", "-p", "foveal", "--test", "dispatch"]);
         run::run(command.env("FOVEAL_SIMD", level.name()))?;
     }
-    Ok(())
+    c::run()
 }
 
 /// Unit and integration tests.
