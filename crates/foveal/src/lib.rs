@@ -42,6 +42,7 @@
 //! | [`Attention`], [`plan`] | exact attention, forward and backward | Vaswani et al. 2017; Dao et al. 2022, 2023 |
 //! | [`mask`] | causal, window, prefix, padding, documents, blocks, trees, dense, combinations, patterns of your own | |
 //! | [`inspect`] | weights, column sums, entropies and block means, made again from the log-sum-exp | Zhang et al. 2023; Li et al. 2024 |
+//! | [`differential`] | the difference of two softmaxes, forward and backward | Ye et al. 2024 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
 //! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |
@@ -78,7 +79,7 @@ pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use exact::state::SoftmaxState;
 pub use exact::terms::Dropout;
-pub use exact::{inspect, reference};
+pub use exact::{differential, inspect, reference};
 pub use gradient::Gradient;
 pub use mask::Mask;
 pub use parallel::Threads;

@@ -343,7 +343,7 @@ impl Workspace {
     }
 }
 
-fn expect(what: &'static str, expected: Shape, got: Shape) -> Result<()> {
+pub(crate) fn expect(what: &'static str, expected: Shape, got: Shape) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, got }) }
 }
 

@@ -57,6 +57,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         backward: true,
         decode: true,
     },
+    Mechanism {
+        name: "differential",
+        group: Group::Exact,
+        summary: "the difference of two softmaxes over the same values, normalised",
+        paper: "arXiv:2410.05258",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
 ];
 
 #[cfg(test)]

@@ -208,6 +208,17 @@ impl<'a, E> Rows<'a, E> {
         Rows { data: &self.data[at.min(end)..end], stride, count, width }
     }
 
+    /// A range of each row's elements.
+    ///
+    /// # Panics
+    /// If the range is not within the rows' width.
+    pub(crate) fn columns(&self, columns: Range<usize>) -> Rows<'a, E> {
+        assert!(columns.start <= columns.end && columns.end <= self.width);
+        let end = self.data.len() - (self.width - columns.end).min(self.data.len());
+        let data = &self.data[columns.start.min(end)..end];
+        Rows { data, width: columns.len(), ..*self }
+    }
+
     /// One row.
     ///
     /// # Panics

@@ -9,13 +9,15 @@
 //! Neither S nor P is ever stored as a whole: keys pass by in tiles of 256, and each query row keeps
 //! a running maximum, sum and accumulator (Dao et al. 2022; Dao 2023). [`forward`] runs tiles of query
 //! rows for prompts, [`decode`] runs single rows for generated tokens, `state` joins partial results,
-//! [`reference`] is the definition in f64; [`inspect`] makes P again to look at it.
+//! [`reference`] is the definition in f64; [`inspect`] makes P again to look at it;
+//! [`differential`] subtracts two runs.
 //!
 //! Cost: 2·T·S·(Dk + Dv) floating-point operations a head for the visible part; memory beyond inputs
 //! and outputs is one packed copy of the keys in flight.
 
 pub(crate) mod backward;
 pub(crate) mod decode;
+pub mod differential;
 pub(crate) mod forward;
 pub mod inspect;
 pub mod reference;
