@@ -52,7 +52,7 @@ fn prepare_as<E: Element>(case: &AttentionCase, bound: f64) -> anyhow::Result<Pr
         contenders: vec![Box::new(InProcess::new("foveal", note, move || call.run()))],
         absent: Vec::new(),
         work: Work { flops, bytes: 0.0 },
-        roof: Roof { level, threads: case.threads, bytes: 0 },
+        roof: Roof { level, dtype: E::DTYPE, threads: case.threads, bytes: 0 },
     })
 }
 

@@ -1,6 +1,6 @@
 //! What this machine can do at the moment of a case: multiply-add peak and read bandwidth.
 
-use foveal::{Level, testing};
+use foveal::{DType, Level, testing};
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
@@ -17,6 +17,8 @@ const TURN: f64 = 3e-3;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Roof {
     pub(crate) level: Level,
+    /// What both factors of products are stored as: pairs of bf16 have a peak of their own.
+    pub(crate) dtype: DType,
     pub(crate) threads: usize,
     /// Bytes that an execution reads again and again; 0 if that does not matter.
     pub(crate) bytes: usize,
@@ -74,9 +76,10 @@ impl Peaks {
 fn flops(roof: Roof) -> f64 {
     let start = Instant::now();
     let trial = 100_000;
-    black_box(testing::multiply_add(roof.level, trial));
+    black_box(testing::multiply_add(roof.level, roof.dtype, trial));
     let passes = (TURN / start.elapsed().as_secs_f64() * trial as f64) as usize + 1;
-    let work = |_, _| black_box(testing::multiply_add(roof.level, passes)).0 as f64;
+    let run = || testing::multiply_add(roof.level, roof.dtype, passes);
+    let work = |_, _| black_box(run()).0 as f64;
     together(roof.threads, 2 * SAMPLES, work)
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use foveal::projection::{
     Call, Format, Input, Matrix, MatrixShape, Output, dequantize_row, project, workspace_bytes,
 };
-use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Threads, Workspace};
+use foveal::{Cpu, DType, MAX_GENERATED_ROWS, Phase, Threads, Workspace};
 use std::num::NonZeroUsize;
 
 /// Results that are compared with the definition.
@@ -39,7 +39,7 @@ pub(crate) fn prepare(case: &ProjectionCase, peers: &Peers) -> anyhow::Result<Pr
     contenders.insert(0, Box::new(ours(stored, case, call)?));
     let bytes = row_bytes(case)? * case.out_features;
     let flops = 2.0 * (case.rows * case.out_features * case.in_features) as f64;
-    let roof = Roof { level, threads: case.threads, bytes: bytes * case.copies };
+    let roof = Roof { level, dtype: DType::F32, threads: case.threads, bytes: bytes * case.copies };
     Ok(Prepared { contenders, absent, work: Work { flops, bytes: bytes as f64 }, roof })
 }
 

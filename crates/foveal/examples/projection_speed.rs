@@ -13,7 +13,7 @@ use foveal::projection::{
     ProjectionGradients, backward_workspace_bytes, project_backward, project_many, workspace_bytes,
 };
 use foveal::testing::multiply_add;
-use foveal::{Cpu, Gradient, Level, Phase, Threads, Workspace};
+use foveal::{Cpu, DType, Gradient, Level, Phase, Threads, Workspace};
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::time::Instant;
@@ -273,6 +273,6 @@ fn token(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
 
 fn peak_flops(level: Level) -> f64 {
     let mut operations = 0;
-    let time = seconds(|| operations = black_box(multiply_add(level, 100_000)).0);
+    let time = seconds(|| operations = black_box(multiply_add(level, DType::F32, 100_000)).0);
     operations as f64 / time / 1e9
 }

@@ -1,11 +1,12 @@
-//! Storage types: `f32`, `f16` and `bf16` hold numbers in memory; all arithmetic is `f32`.
+//! Storage types: `f32`, `f16` and `bf16` hold numbers in memory; sums are `f32`.
 
 use half::{bf16, f16};
 
 /// A type that tensors may be stored in: `f32`, `half::f16` or `half::bf16`.
 ///
 /// Kernels widen on load and round (to nearest, ties to even) on store; sums, statistics and
-/// accumulators are `f32` for all three.
+/// accumulators are `f32` for all three. Products of bf16 with bf16 are taken in pairs where the processor has an
+/// instruction for it.
 pub trait Element: Lanes + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
     /// Which of the three this is.
     const DTYPE: DType;
@@ -95,7 +96,7 @@ mod lanes {
     }
 
     macro_rules! sixteen_bit {
-        ($ty:ty, $widen:ident, $rows:ident) => {
+        ($ty:ty, $widen:ident, $round:ident, $rows:ident) => {
             impl Lanes for $ty {
                 fn kv_rows(rows: Rows<'_, $ty>) -> KvRows<'_> {
                     KvRows::$rows(rows)
@@ -116,20 +117,21 @@ mod lanes {
                 }
                 #[inline(always)]
                 unsafe fn store_part<S: Simd>(s: S, p: *mut $ty, x: S::F, n: usize) {
-                    let mut wide = [0f32; 16];
-                    // SAFETY: LANES <= 16 lanes fit `wide`; n elements are writable at p.
+                    // SAFETY: LANES <= 16 numbers fit `part`, of which n are writable at p.
                     unsafe {
-                        s.store(wide.as_mut_ptr(), x);
-                        for (i, &lane) in wide[..n].iter().enumerate() {
-                            p.add(i).write(<$ty>::from_f32(lane));
+                        if n == S::LANES {
+                            return s.$round(p.cast(), x);
                         }
+                        let mut part = [0u16; 16];
+                        s.$round(part.as_mut_ptr(), x);
+                        std::ptr::copy_nonoverlapping(part.as_ptr(), p.cast::<u16>(), n);
                     }
                 }
             }
         };
     }
-    sixteen_bit!(half::f16, load_f16, F16);
-    sixteen_bit!(half::bf16, load_bf16, Bf16);
+    sixteen_bit!(half::f16, load_f16, store_f16, F16);
+    sixteen_bit!(half::bf16, load_bf16, store_bf16, Bf16);
 }
 
 impl Element for f32 {

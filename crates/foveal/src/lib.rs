@@ -52,7 +52,7 @@
 //!
 //! `parallel` (default) splits work over the current rayon pool. There is no feature per mechanism or per
 //! instruction set: instructions are found at run time, and the environment variable `FOVEAL_SIMD`
-//! (`portable`, `avx2`, `avx512`) forces one.
+//! (`portable`, `avx2`, `avx512`, `avx512bf16`) forces one.
 
 pub mod cache;
 mod cpu;

@@ -273,7 +273,8 @@ pub enum Kernel {
 pub struct Explanation {
     /// The kernels.
     pub kernel: Kernel,
-    /// The instructions: `portable`, `avx2` or `avx512`.
+    /// The instructions: `portable`, `avx2`, `avx512` or `avx512bf16`. The last is `avx512` for all but queries and keys of
+    /// bf16, which it multiplies in pairs.
     pub level: &'static str,
     /// The mask, in words.
     pub mask: String,

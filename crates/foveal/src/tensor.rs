@@ -195,6 +195,11 @@ impl<'a, E> Rows<'a, E> {
         Ok(Rows { data: &data[..expected], stride, count, width })
     }
 
+    /// A row alone.
+    pub(crate) fn single(data: &'a [E]) -> Self {
+        Rows { data, stride: data.len(), count: 1, width: data.len() }
+    }
+
     /// The rows of a range.
     ///
     /// # Panics

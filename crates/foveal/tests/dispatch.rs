@@ -40,7 +40,7 @@ fn the_environment_chooses_the_level() {
 /// The level is read once per process, so each name needs one of its own: this test again.
 #[test]
 fn every_level_in_the_environment_is_obeyed_or_refused() {
-    for name in ["", "portable", "avx2", "avx512", "nonsense"] {
+    for name in ["", "portable", "avx2", "avx512", "avx512bf16", "nonsense"] {
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "the_environment_chooses_the_level"])
             .env("FOVEAL_SIMD", name)

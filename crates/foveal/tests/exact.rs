@@ -80,6 +80,20 @@ fn shapes_around_every_block_size() {
 }
 
 #[test]
+fn many_heads_of_one_key() {
+    for (n, &(queries, keys)) in
+        [(1, 300), (2, 5), (3, 257), (5, 64), (64, 290), (0, 3), (3, 0)].iter().enumerate()
+    {
+        let (heads, kv_heads) = [(12, 1), (24, 2), (32, 1), (13, 1)][n % 4];
+        let (dim, value_dim) = [(64, 128), (33, 17), (7, 48), (128, 5)][n % 4];
+        let sizes = Sizes { batch: 2, queries, keys, heads, kv_heads, dim, value_dim };
+        for mask in masks(sizes) {
+            check::<f32>(sizes, &mask, 3e-6);
+        }
+    }
+}
+
+#[test]
 fn sixteen_bit_storage_errs_by_its_last_rounding() {
     let sizes =
         Sizes { batch: 1, queries: 33, keys: 290, heads: 4, kv_heads: 2, dim: 72, value_dim: 40 };

@@ -71,6 +71,11 @@ macro_rules! with_rows {
 }
 pub(crate) use with_rows;
 
+/// Rows as rows of any storage type.
+pub(crate) fn kv_rows<E: Element>(rows: Rows<'_, E>) -> KvRows<'_> {
+    E::kv_rows(rows)
+}
+
 /// The keys and values of a batch: stores, or tensors seen as stores.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Sequences<'a, E> {
@@ -90,6 +95,17 @@ impl<'a, E: Element> Sequences<'a, E> {
         match self {
             Sequences::Stores(stores) => stores[batch].start(),
             Sequences::Tensors(..) => 0,
+        }
+    }
+
+    /// What all keys and values are stored as, if it is the same type.
+    pub(crate) fn dtype(&self) -> Option<DType> {
+        match self {
+            Sequences::Stores(stores) => {
+                let first = stores.first()?.dtype();
+                stores.iter().all(|store| store.dtype() == first).then_some(first)
+            }
+            Sequences::Tensors(..) => Some(E::DTYPE),
         }
     }
 

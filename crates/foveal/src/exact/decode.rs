@@ -8,22 +8,25 @@
 //! ```
 //!
 //! Keys and values are read once for all query heads of a group and all query rows of the call
-//! (flash-decoding, Dao et al. 2023). Spans start at fixed positions and are joined in order, so a row's
+//! (flash-decoding, Dao et al. 2023). Where many heads share a key, each tile is packed for the kernels of prompts.
+//! Queries and keys of bf16 are multiplied in pairs where the processor can and heads share keys. Spans start at fixed positions and are joined in order, so a row's
 //! bits do not depend on threads, on the batch, or on how many rows share the call.
 
 use super::state::Join;
 use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, seen_values, sees};
-use crate::cache::with_rows;
+use super::{Factor, Problem, seen, sees};
+use crate::cache::{KvRows, kv_rows, with_rows};
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
-use crate::simd::decode::{RowScores, RowValues, row_scores, row_values};
-use crate::simd::row;
+use crate::simd::decode::{RowScores, RowValues, row_score_pairs, row_scores, row_values};
+use crate::simd::decode_pairs::row_value_pairs;
+use crate::simd::product::Form;
 use crate::simd::tile::{
-    GROUP, KEY_TILE, KeyWords, STEP, Softmax, Visible, lane_sum, padded, softmax,
+    self, GROUP, KEY_TILE, KeyWords, STEP, Scores, Softmax, Values, Visible, padded, softmax,
 };
+use crate::simd::{pairs, row};
 use crate::tensor::{Rows, Shape, TensorMut};
 use std::ops::Range;
 
@@ -31,6 +34,8 @@ use std::ops::Range;
 const SPAN: usize = 2 * KEY_TILE;
 /// Query rows (positions × heads of a group) that share one pass over the keys.
 const ROWS: usize = 48;
+/// From so many query heads of a key/value head on, packing a tile pays: its keys are then multiplied often enough.
+const PACKED_GROUP: usize = 12;
 /// Floats after a partial accumulator: its maximum, its sum, and room to the next cache line.
 const TAIL: usize = 16;
 
@@ -47,6 +52,8 @@ struct Layout {
     partial: usize,
     /// Floats of one thread.
     scratch: usize,
+    /// Whether so many heads share a key that tiles are packed for the kernels of prompts.
+    packed: bool,
 }
 
 impl Layout {
@@ -55,13 +62,16 @@ impl Layout {
         let width = padded(sizes.value_dim);
         // Queries; accumulators and their tile's sums; scores; lanes, maximum, tile maximum, rescale.
         let row = padded(sizes.q.dim) + 2 * width + KEY_TILE + 16 + 3;
+        let packed = sizes.group() >= PACKED_GROUP;
+        let tile = if packed { KEY_TILE * (sizes.q.dim + sizes.value_dim) } else { 0 };
         Layout {
             units: sizes.q.batch * sizes.kv_heads,
             rows,
             passes: rows.div_ceil(ROWS),
             spans: sizes.keys.div_ceil(SPAN) + 1,
             partial: width + TAIL,
-            scratch: ROWS * row,
+            scratch: ROWS * row + tile,
+            packed,
         }
     }
 
@@ -87,7 +97,12 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
     let (partials, scratch) = floats.split_at_mut(layout.partials());
     let shape =
         Shape { batch: layout.units, seq: layout.spans, heads: layout.rows, dim: layout.partial };
-    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    // Alone, a head waits for memory whatever the product: then numbers, which are faster to wait with and more exact.
+    let form = match problem.sizes.group() {
+        0 | 1 => Form::Numbers(problem.sizes.cpu.level),
+        _ => problem.form(),
+    };
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale), form };
     {
         let mut partials = TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
@@ -174,6 +189,7 @@ struct Engine<'a, E, K> {
     problem: &'a Problem<'a, E, K>,
     layout: Layout,
     factor: Factor,
+    form: Form,
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
@@ -205,14 +221,14 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         state: &mut State<'_>,
         careful: bool,
     ) {
-        let dim = self.problem.sizes.q.dim;
-        let stride = padded(dim);
+        let cells = self.form.cells(self.problem.sizes.q.dim);
+        let stride = self.query_stride();
         for (r, row) in work.rows.clone().enumerate() {
             let (i, head) = work.query(row);
             let query = &mut state.queries[r * stride..(r + 1) * stride];
-            query[dim..].fill(0.0);
+            query[cells..].fill(0.0);
             let from = self.problem.q.row(work.batch, i, head);
-            self.factor.load(self.problem.sizes.cpu.level, from, &mut query[..dim]);
+            self.factor.load(self.form, from, &mut query[..cells]);
         }
         let rows = work.position(work.rows.start)..work.position(work.rows.end - 1) + 1;
         // Heads that see different keys: a tile counts if one of them sees some of it.
@@ -227,65 +243,155 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         }
     }
 
+    /// Cells from one query to the next.
+    fn query_stride(&self) -> usize {
+        let dim = self.problem.sizes.q.dim;
+        if self.layout.packed { self.form.cells(dim) } else { padded(dim) }
+    }
+
     /// One key tile for all rows.
     fn tile(&self, work: &Span, positions: Range<usize>, state: &mut State<'_>, careful: bool) {
-        let level = self.problem.sizes.cpu.level;
         let rows = work.rows.len();
         let mut words = [KeyWords::default(); ROWS];
         let words = &mut words[..rows];
         work.fill(self.problem.mask, &positions, words);
-        let n = positions.len();
         let tile = self.problem.kv.tile(work.batch, work.kv_head, positions.clone());
-        let State { queries, acc, sums, scores, lanes, max, tile_max, rescale } = &mut *state;
-        with_rows!(tile.keys, keys => {
-            let max = &mut tile_max[..rows];
-            row_scores(level, RowScores { queries, keys, visible: words, out: scores, max });
-        });
+        self.scores(tile.keys, words, state);
         for first in (0..rows).step_by(GROUP) {
             let group = first..(first + GROUP).min(rows);
-            let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
-            group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
-            let at = work.rows.start;
-            let sites = (at + group.start..at + group.end).map(|row| work.row_site(row));
-            let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
-            let factor = self.problem.terms.finish(
-                sites.clone(),
-                Finish {
-                    level,
-                    factor: self.factor,
-                    heads: self.problem.sizes.q.heads,
-                    positions: positions.clone(),
+            self.weights(work, (&positions, &words[group.clone()]), group, state);
+        }
+        if careful {
+            with_rows!(tile.values, values => {
+                let (seen, width) = (seen(values, &words[0]), values.width());
+                let values = Rows::new(&seen, width, values.count(), width);
+                self.values(kv_rows(values.expect("as many as before")), words, state);
+            });
+        } else {
+            self.values(tile.values, words, state);
+        }
+    }
+
+    /// Products of all rows with a tile's keys, and their maxima.
+    fn scores(&self, keys: KvRows<'_>, words: &[KeyWords], state: &mut State<'_>) {
+        let (rows, level) = (words.len(), self.problem.sizes.cpu.level);
+        let State { queries, scores, tile_max, local, .. } = state;
+        if self.layout.packed {
+            let depth = self.query_stride();
+            let packed = self.form.pack_keys(keys, local);
+            for first in (0..rows).step_by(GROUP) {
+                let group = first..(first + GROUP).min(rows);
+                let mut max = [0.0; GROUP];
+                let args = Scores {
+                    queries: &queries[group.start * depth..group.end * depth],
+                    stride: depth,
+                    rows: group.len(),
+                    depth,
+                    keys: packed,
                     visible: Visible::Some(&words[group.clone()]),
-                    scores: &mut *scores,
-                    max: &mut group_max,
-                    bend: None,
-                },
-            );
-            softmax(
+                    hidden: f32::NEG_INFINITY,
+                    out: &mut scores[group.start * KEY_TILE..],
+                    max: &mut max,
+                };
+                tile::scores(self.form, args);
+                tile_max[group.clone()].copy_from_slice(&max[..group.len()]);
+            }
+            return;
+        }
+        let (out, max) = (&mut **scores, &mut tile_max[..rows]);
+        match (self.form, keys) {
+            (Form::Pairs(token), KvRows::Bf16(keys)) => {
+                row_score_pairs(token, RowScores { queries, keys, visible: words, out, max });
+            }
+            _ => with_rows!(keys, keys => {
+                row_scores(level, RowScores { queries, keys, visible: words, out, max });
+            }),
+        }
+    }
+
+    /// Turns the scores of up to six rows into weights, and brings maxima and sums up to date.
+    fn weights(
+        &self,
+        work: &Span,
+        (positions, words): (&Range<usize>, &[KeyWords]),
+        group: Range<usize>,
+        state: &mut State<'_>,
+    ) {
+        let level = self.problem.sizes.cpu.level;
+        let State { scores, lanes, max, tile_max, rescale, .. } = state;
+        let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
+        group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
+        let at = work.rows.start;
+        let sites = (at + group.start..at + group.end).map(|row| work.row_site(row));
+        let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
+        let visible = Visible::Some(words);
+        let factor = self.problem.terms.finish(
+            sites.clone(),
+            Finish {
                 level,
-                Softmax {
-                    scores: &mut *scores,
-                    max: &group_max,
-                    visible: Visible::All(n.next_multiple_of(STEP)),
-                    factor,
-                    running_max: &mut max[group.clone()],
-                    running_sum: &mut lanes[group.start * 16..group.end * 16],
-                    rescale: &mut group_rescale,
-                },
-            );
-            rescale[group.clone()].copy_from_slice(&group_rescale[..group.len()]);
-            self.problem.terms.drop(level, sites, &positions, scores);
+                factor: self.factor,
+                heads: self.problem.sizes.q.heads,
+                positions: positions.clone(),
+                visible,
+                scores: &mut *scores,
+                max: &mut group_max,
+                bend: None,
+            },
+        );
+        // The tile kernels leave what no row of a group sees untouched; the row kernels write it all.
+        let computed = match self.layout.packed {
+            true => visible,
+            false => Visible::All(positions.len().next_multiple_of(STEP)),
+        };
+        softmax(
+            level,
+            Softmax {
+                scores: &mut *scores,
+                max: &group_max,
+                visible: computed,
+                factor,
+                running_max: &mut max[group.clone()],
+                running_sum: &mut lanes[group.start * 16..group.end * 16],
+                rescale: &mut group_rescale,
+            },
+        );
+        rescale[group.clone()].copy_from_slice(&group_rescale[..group.len()]);
+        self.problem.terms.drop(level, sites, positions, scores);
+        if let Form::Pairs(token) = self.form {
+            pairs::round(token, scores, computed.all_steps());
+        }
+    }
+
+    /// Adds a tile's weighted values to the accumulators of all rows.
+    fn values(&self, values: KvRows<'_>, words: &[KeyWords], state: &mut State<'_>) {
+        let (rows, level) = (words.len(), self.problem.sizes.cpu.level);
+        let State { acc, sums, scores, rescale, local, .. } = state;
+        if self.layout.packed {
+            let width = padded(self.problem.sizes.value_dim);
+            let values = self.form.cell_rows(values, local);
+            for first in (0..rows).step_by(GROUP) {
+                let group = first..(first + GROUP).min(rows);
+                let mut factors = [0.0; GROUP];
+                factors[..group.len()].copy_from_slice(&rescale[group.clone()]);
+                let args = Values {
+                    probabilities: &scores[group.start * KEY_TILE..],
+                    visible: Visible::Some(&words[group.clone()]),
+                    values,
+                    rescale: &factors,
+                    out: &mut acc[group.start * width..group.end * width],
+                };
+                tile::values(self.form, args);
+            }
+            return;
         }
         let (probabilities, rescale, out) = (&**scores, &rescale[..rows], &mut **acc);
-        if careful {
-            let seen = with_rows!(tile.values, values => seen_values(values, &words[0]));
-            let width = self.problem.sizes.value_dim;
-            let values = Rows::new(&seen, width, n, width).expect("as many as before");
-            row_values(level, RowValues { probabilities, values, rescale, out, sums });
-        } else {
-            with_rows!(tile.values, values => {
+        match (self.form, values) {
+            (Form::Pairs(token), KvRows::Bf16(values)) => {
+                row_value_pairs(token, RowValues { probabilities, values, rescale, out, sums });
+            }
+            _ => with_rows!(values, values => {
                 row_values(level, RowValues { probabilities, values, rescale, out, sums });
-            });
+            }),
         }
     }
 
@@ -325,6 +431,8 @@ struct State<'a> {
     max: &'a mut [f32],
     tile_max: &'a mut [f32],
     rescale: &'a mut [f32],
+    /// A packed tile of keys, then of values, where tiles are packed.
+    local: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
@@ -336,17 +444,18 @@ impl<'a> State<'a> {
         let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (lanes, rest) = rest.split_at_mut(ROWS * 16);
         let (max, rest) = rest.split_at_mut(ROWS);
-        let (tile_max, rescale) = rest.split_at_mut(ROWS);
+        let (tile_max, rest) = rest.split_at_mut(ROWS);
+        let (rescale, local) = rest.split_at_mut(ROWS);
         acc[..rows * width].fill(0.0);
         lanes[..rows * 16].fill(0.0);
         max[..rows].fill(f32::NEG_INFINITY);
-        State { queries, acc, sums, scores, lanes, max, tile_max, rescale }
+        State { queries, acc, sums, scores, lanes, max, tile_max, rescale, local }
     }
 
     /// Accumulator, maximum and sum of a row.
     fn row(&self, r: usize) -> (&[f32], f32, f32) {
         let width = self.acc.len() / ROWS;
-        let sum = lane_sum(&self.lanes[r * 16..(r + 1) * 16]);
+        let sum = tile::lane_sum(&self.lanes[r * 16..(r + 1) * 16]);
         (&self.acc[r * width..(r + 1) * width], self.max[r], sum)
     }
 

@@ -13,21 +13,25 @@
 //! is the same for all: then row r is position r / fold of head r % fold. One tile or less per
 //! key/value head packs its keys as it goes instead, so that short inputs read keys once.
 //!
+//! Queries, keys and values of bf16 are multiplied in pairs where the processor can; P is then rounded to bf16 for the
+//! product with V (but not for its sum). Everything else is the same.
+//!
 //! Key tiles start at multiples of 256 of the sequence's own position and are taken in order, so a
 //! row's bits depend on nothing but its query, keys and values: not on the other rows of the call, not
 //! on threads, not on how a prompt was cut into calls.
 
 use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, live_tiles, seen_values, sees, short};
-use crate::cache::{KvRows, with_rows};
+use super::{Factor, Problem, live_tiles, sees, short};
+use crate::cache::KvRows;
 use crate::element::Element;
 use crate::mask::{Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
-use crate::simd::row;
+use crate::simd::product::Form;
 use crate::simd::tile::{
     self, GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Softmax, Values, Visible, padded,
 };
+use crate::simd::{pairs, row};
 use crate::tensor::{Rows, Shape, TensorMut};
 use std::ops::Range;
 
@@ -101,7 +105,8 @@ pub(super) fn run_unit<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit
     // Keys are packed as they come, by rows that are computed a second time as well.
     let local = if layout.shared { layout.tile_floats } else { 0 };
     let layout = Layout { shared: false, scratch: layout.scratch + local, ..layout };
-    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    let (factor, form) = (Factor::new(problem.scale), problem.form());
+    let engine = Engine { problem, layout, factor, form };
     let mut scratch = vec![0.0; layout.scratch];
     for part in 0..layout.segments * layout.tiles {
         let tile = engine.query_tile(unit, part / layout.tiles, part % layout.tiles);
@@ -123,7 +128,8 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
     let layout = Layout::new(&problem.sizes);
     let (shared, scratch) = floats.split_at_mut(layout.shared_floats());
     let units = problem.sizes.q.batch * problem.sizes.kv_heads;
-    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
+    let (factor, form) = (Factor::new(problem.scale), problem.form());
+    let engine = Engine { problem, layout, factor, form };
     for first in (0..units).step_by(layout.wave) {
         let wave = first..(first + layout.wave).min(units);
         if layout.shared {
@@ -187,9 +193,15 @@ struct Engine<'a, E, K> {
     problem: &'a Problem<'a, E, K>,
     layout: Layout,
     factor: Factor,
+    form: Form,
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
+    /// Cells of a query or key.
+    fn depth(&self) -> usize {
+        self.form.cells(self.problem.sizes.q.dim)
+    }
+
     fn query_tile(&self, unit: usize, segment: usize, tile: usize) -> QueryTile {
         let sizes = &self.problem.sizes;
         let (batch, kv_head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
@@ -240,18 +252,13 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         })
     }
 
-    /// Packs the keys of one tile and, unless they are `f32` already, widens its values.
+    /// Packs the keys of one tile and, unless they are used where they lie, its values.
     fn pack_tile(&self, tile: &QueryTile, positions: Range<usize>, floats: &mut [f32]) {
-        let level = self.problem.sizes.cpu.level;
-        let kv = self.problem.kv.tile(tile.batch, tile.kv_head, positions.clone());
-        let (keys, values) = floats.split_at_mut(KEY_TILE * self.problem.sizes.q.dim);
-        let panels = positions.len().div_ceil(PANEL) * PANEL * self.problem.sizes.q.dim;
-        with_rows!(kv.keys, rows => tile::pack_keys(level, rows, &mut keys[..panels]));
+        let kv = self.problem.kv.tile(tile.batch, tile.kv_head, positions);
+        let (keys, values) = floats.split_at_mut(KEY_TILE * self.depth());
+        self.form.pack_keys(kv.keys, keys);
         if !self.problem.kv.plain() {
-            let width = self.problem.sizes.value_dim;
-            with_rows!(kv.values, rows => for i in 0..rows.count() {
-                row::widen(level, rows.row(i), &mut values[i * width..(i + 1) * width]);
-            });
+            self.form.pack_values(kv.values, values);
         }
     }
 
@@ -292,12 +299,11 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         state: &mut State<'_>,
         careful: bool,
     ) {
-        let dim = self.problem.sizes.q.dim;
+        let depth = self.depth();
         for (r, row) in tile.rows.clone().enumerate() {
             let (i, head) = tile.query(row);
-            let query = &mut state.queries[r * dim..(r + 1) * dim];
-            let from = self.problem.q.row(tile.batch, i, head);
-            self.factor.load(self.problem.sizes.cpu.level, from, query);
+            let query = &mut state.queries[r * depth..(r + 1) * depth];
+            self.factor.load(self.form, self.problem.q.row(tile.batch, i, head), query);
         }
         let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
         let mut walk = Walk { engine: self, tile, packed, state, careful };
@@ -312,8 +318,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 /// Keys and values of one tile.
 struct KeyTile<'a> {
     positions: &'a Range<usize>,
-    /// Packed panels.
+    /// Packed panels of cells.
     keys: &'a [f32],
+    /// Rows of cells.
     values: Rows<'a, f32>,
 }
 
@@ -326,16 +333,16 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         (group, visible): (Range<usize>, Visible<'_>),
         state: &mut State<'_>,
     ) {
-        let Engine { problem, factor, .. } = *self;
+        let Engine { problem, factor, form, .. } = *self;
         let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
-        let (depth, width) = (sizes.q.dim, padded(sizes.value_dim));
+        let (depth, width) = (self.depth(), padded(sizes.value_dim));
         let KeyTile { positions, keys, values } = *at;
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
         let (out, hidden) = (&mut *state.scores, f32::NEG_INFINITY);
         let (rows, stride, max) = (group.len(), depth, &mut tile_max);
         let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
-        tile::scores(level, product);
+        tile::scores(form, product);
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
         let factor = problem.terms.finish(
@@ -364,9 +371,13 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             },
         );
         problem.terms.drop(level, rows, positions, state.scores);
+        if let Form::Pairs(token) = form {
+            let weights = &mut state.scores[..group.len() * KEY_TILE];
+            pairs::round(token, weights, visible.all_steps());
+        }
         let probabilities = &*state.scores;
         let out = &mut state.acc[group.start * width..group.end * width];
-        tile::values(level, Values { probabilities, visible, values, rescale: &rescale, out });
+        tile::values(form, Values { probabilities, visible, values, rescale: &rescale, out });
     }
 }
 
@@ -402,20 +413,21 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
                 &*local
             }
         };
-        let (keys, widened) = floats.split_at(KEY_TILE * sizes.q.dim);
-        let keys = &keys[..positions.len().div_ceil(PANEL) * PANEL * sizes.q.dim];
+        let depth = self.engine.depth();
+        let (keys, packed) = floats.split_at(KEY_TILE * depth);
+        let keys = &keys[..positions.len().div_ceil(PANEL) * PANEL * depth];
         let width = sizes.value_dim;
         let kv = problem.kv.tile(self.tile.batch, self.tile.kv_head, positions.clone());
-        let values = match kv.values {
-            KvRows::F32(rows) if problem.kv.plain() => rows,
-            _ => Rows::new(widened, width, positions.len(), width).expect("a tile's values"),
-        };
+        let count = self.engine.form.cells(positions.len());
+        let cells = |floats| Rows::new(floats, width, count, width).expect("a tile's values");
         let masked;
-        let values = if self.careful {
-            masked = seen_values(values, &words[0]);
-            Rows::new(&masked, width, positions.len(), width).expect("as many as before")
-        } else {
-            values
+        let values = match kv.values {
+            rows if self.careful => {
+                masked = self.engine.form.seen_values(rows, &words[0]);
+                cells(&masked)
+            }
+            KvRows::F32(rows) if problem.kv.plain() => rows,
+            _ => cells(packed),
         };
         let tile = KeyTile { positions: &positions, keys, values };
         let size = tile::group_size(rows);

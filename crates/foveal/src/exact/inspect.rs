@@ -21,6 +21,7 @@ use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::{Plan, Sizes};
 use crate::simd::Level;
+use crate::simd::product::Form;
 use crate::simd::tile::{self, GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Softmax, Visible};
 use crate::tensor::{Shape, Tensor, TensorRef};
 use std::f32::consts::LOG2_E;
@@ -411,17 +412,17 @@ impl<E: Element, K: Element> Look<'_, E, K> {
         let (batch, head) = (tile.site.batch, tile.site.q_head);
         let (queries, weights) =
             (&mut scratch.queries[..n * depth], &mut scratch.weights[..n * KEY_TILE]);
-        let mut shift = [0.0; GROUP];
+        let (mut shift, form) = ([0.0; GROUP], Form::Numbers(level));
         for (r, row) in tile.rows.clone().enumerate() {
             let query = self.of.q.row(batch, row, head);
-            self.factor.load(level, query, &mut queries[r * depth..(r + 1) * depth]);
+            self.factor.load(form, query, &mut queries[r * depth..(r + 1) * depth]);
             shift[r] = self.base_2((batch, row, head));
         }
         let keys = &scratch.keys[..tile.positions.len().div_ceil(PANEL) * PANEL * depth];
         let (out, max, hidden) = (&mut *weights, &mut [0.0; GROUP], f32::NEG_INFINITY);
         let (rows, stride) = (n, depth);
         let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
-        tile::scores(level, product);
+        tile::scores(form, product);
         let factor = self.finish(&tile, visible, weights);
         scratch.logits[..n * KEY_TILE].copy_from_slice(weights);
         let shift = &shift[..n];

@@ -16,6 +16,7 @@
 //! and outputs is one packed copy of the keys in flight.
 
 pub(crate) mod backward;
+mod cells;
 pub(crate) mod decode;
 pub mod differential;
 pub(crate) mod forward;
@@ -29,9 +30,11 @@ use crate::cache::Sequences;
 use crate::element::Element;
 use crate::mask::{Coverage, Mask, Pattern, Site};
 use crate::plan::Sizes;
-use crate::simd::tile::{KEY_TILE, KeyWords};
-use crate::simd::{Level, row};
-use crate::tensor::{Rows, SharedRows, TensorRef};
+use crate::simd::product::Form;
+use crate::simd::row;
+use crate::simd::tile::KEY_TILE;
+use crate::tensor::{SharedRows, TensorRef};
+use cells::seen;
 use std::ops::Range;
 use terms::Terms;
 
@@ -77,6 +80,16 @@ impl<E: Element, K> Problem<'_, E, K> {
     }
 }
 
+impl<E: Element, K: Element> Problem<'_, E, K> {
+    /// How the call's products are computed.
+    fn form(&self) -> Form {
+        match self.kv.dtype() {
+            Some(stored) => Form::of(self.sizes.cpu.level, [E::DTYPE, stored]),
+            None => Form::Numbers(self.sizes.cpu.level),
+        }
+    }
+}
+
 /// Scores are multiplied by a non-negative factor; a negative scale turns the queries around.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Factor {
@@ -99,12 +112,9 @@ impl Factor {
         }
     }
 
-    /// Copies one query, turned around if the scale asks for it.
-    fn load<E: Element>(self, level: Level, query: &[E], to: &mut [f32]) {
-        row::widen(level, query, to);
-        if self.sign != 1.0 {
-            to.iter_mut().for_each(|x| *x *= self.sign);
-        }
+    /// Copies the cells of one query, turned around if the scale asks for it.
+    fn load<E: Element>(self, form: Form, query: &[E], to: &mut [f32]) {
+        form.load(query, self.sign, to);
     }
 }
 
@@ -144,15 +154,4 @@ fn sees(mask: &Mask, (site, rows): (Site, Range<isize>), keys: Range<usize>) -> 
     let mut seen = false;
     mask.live(site, rows, keys, &mut |_, _| seen = true);
     seen
-}
-
-/// A copy of a tile's values with zeros where the row's bit is not set. Allocates.
-fn seen_values<E: Element>(values: Rows<'_, E>, words: &KeyWords) -> Vec<f32> {
-    let mut copy = vec![0.0; values.count() * values.width()];
-    for (j, to) in copy.chunks_exact_mut(values.width()).enumerate() {
-        if words[j / 64] >> (j % 64) & 1 == 1 {
-            to.iter_mut().zip(values.row(j)).for_each(|(to, from)| *to = from.to_f32());
-        }
-    }
-    copy
 }

@@ -6,14 +6,14 @@
 
 use super::terms::Terms;
 use super::{Factor, Problem, forward};
-use crate::cache::{KvRows, with_rows};
+use crate::cache::KvRows;
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
-use crate::simd::row;
+use crate::simd::product::Form;
 use crate::simd::short::{ShortHead, scratch_floats, short_head};
-use crate::simd::tile::{KeyWords, PANEL, STEP, pack_keys};
+use crate::simd::tile::{KeyWords, PANEL, STEP};
 use crate::tensor::{Rows, Shape};
 use std::ops::Range;
 
@@ -49,19 +49,29 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         _ => sizes.cpu.threads.count(),
     };
     let scratches = floats.chunks_exact_mut(scratch(sizes)).take(threads);
-    for_each_part(parts, scratches, |unit, scratch| attend(problem, unit, scratch));
+    let form = problem.form();
+    for_each_part(parts, scratches, |unit, scratch| attend(problem, form, unit, scratch));
 }
 
 /// All rows of one (sequence, key/value head).
-fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scratch: &mut [f32]) {
+fn attend<E: Element, K: Element>(
+    problem: &Problem<'_, E, K>,
+    form: Form,
+    unit: usize,
+    scratch: &mut [f32],
+) {
     let sizes = &problem.sizes;
-    let (dim, width) = (sizes.q.dim, sizes.value_dim);
+    let (depth, width) = (form.cells(sizes.q.dim), sizes.value_dim);
     let (batch, kv_head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
     let positions = problem.kv.start(batch)..problem.kv.end(batch);
-    let (keys, rest) = scratch.split_at_mut(PANEL * dim);
-    let (widened, rest) = rest.split_at_mut(PANEL * width);
-    let (queries, scratch) = rest.split_at_mut(QUERIES * dim);
-    let values = load_keys(problem, (batch, kv_head), &positions, (keys, widened));
+    let (keys, rest) = scratch.split_at_mut(PANEL * depth);
+    let (values, rest) = rest.split_at_mut(PANEL * width);
+    let (queries, scratch) = rest.split_at_mut(QUERIES * depth);
+    let kv = problem.kv.tile(batch, kv_head, positions.clone());
+    if !positions.is_empty() {
+        form.pack_keys(kv.keys, keys);
+    }
+    let values = form.cell_rows(kv.values, values);
     let factor = Factor::new(problem.scale);
     let mut words = [KeyWords::default(); QUERIES];
     let words = &mut words[..sizes.q.seq];
@@ -78,7 +88,7 @@ fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scra
             (problem.out.head(batch, head), lse)
         };
         let args = ShortHead {
-            queries: load_queries(problem, factor, (batch, head), queries),
+            queries: load_queries(problem, (form, factor), (batch, head), queries),
             keys,
             values,
             words: (!all).then_some(&*words),
@@ -87,51 +97,29 @@ fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scra
             out,
             lse,
         };
-        finite &= short_head(sizes.cpu.level, args);
+        finite &= short_head(form, args);
     }
     if !finite {
         forward::run_unit(problem, unit);
     }
 }
 
-/// Packs the keys; returns the values, where they lie or widened.
-fn load_keys<'a, E: Element, K: Element>(
-    problem: &Problem<'a, E, K>,
-    (batch, kv_head): (usize, usize),
-    positions: &Range<usize>,
-    (keys, widened): (&mut [f32], &'a mut [f32]),
-) -> Rows<'a, f32> {
-    let (level, width, n) = (problem.sizes.cpu.level, problem.sizes.value_dim, positions.len());
-    let kv = problem.kv.tile(batch, kv_head, positions.clone());
-    if n > 0 {
-        with_rows!(kv.keys, rows => pack_keys(level, rows, keys));
-    }
-    match kv.values {
-        KvRows::F32(rows) => rows,
-        other => {
-            with_rows!(other, rows => for i in 0..n {
-                row::widen(level, rows.row(i), &mut widened[i * width..(i + 1) * width]);
-            });
-            Rows::new(&widened[..n * width], width, n, width).expect("a row for each key")
-        }
-    }
-}
-
-/// The queries of a head, where they lie or widened and turned around.
+/// The queries of a head as cells, where they lie or copied and turned around.
 fn load_queries<'a, E: Element, K>(
     problem: &Problem<'a, E, K>,
-    factor: Factor,
+    (form, factor): (Form, Factor),
     (batch, head): (usize, usize),
-    widened: &'a mut [f32],
+    copies: &'a mut [f32],
 ) -> Rows<'a, f32> {
     let Shape { seq, dim, .. } = problem.sizes.q;
+    let depth = form.cells(dim);
     match E::kv_rows(problem.q.head(batch, head)) {
         KvRows::F32(rows) if factor.sign == 1.0 => rows,
         _ => {
-            for (i, query) in widened.chunks_exact_mut(dim).enumerate().take(seq) {
-                factor.load(problem.sizes.cpu.level, problem.q.row(batch, i, head), query);
+            for (i, query) in copies.chunks_exact_mut(depth).enumerate().take(seq) {
+                factor.load(form, problem.q.row(batch, i, head), query);
             }
-            Rows::new(&widened[..seq * dim], dim, seq, dim).expect("all rows")
+            Rows::new(&copies[..seq * depth], depth, seq, depth).expect("all rows")
         }
     }
 }

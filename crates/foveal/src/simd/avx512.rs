@@ -62,6 +62,23 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, x: __m512) {
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, x: __m512) {
+        unsafe {
+            let bits = _mm512_castps_si512(x);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+            let quiet = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(quiet));
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }

@@ -5,10 +5,12 @@
 //! the other query rows. A score is one chain of products over d, summed over lanes by a fixed tree; an
 //! output is one chain over the keys of a tile. Neither depends on how many rows share the call.
 
+use super::product::{Product, dispatch_pairs};
 use super::tile::{KEY_TILE, KeyWords, padded};
 use super::{Simd, dispatch};
 use crate::element::Element;
 use crate::tensor::Rows;
+use half::bf16;
 
 /// Keys that are read before the next query row takes its turn.
 const BLOCK: usize = 16;
@@ -18,7 +20,7 @@ const MAX_VECTORS: usize = 16;
 /// What [`row_scores`] reads and writes.
 #[derive(Debug)]
 pub(crate) struct RowScores<'a, E> {
-    /// Query rows, each padded with zeros to a multiple of 16 numbers.
+    /// Query rows of cells, each padded with zeros to the numbers of a key rounded up to 16.
     pub(crate) queries: &'a [f32],
     /// The tile's keys.
     pub(crate) keys: Rows<'a, E>,
@@ -35,11 +37,18 @@ dispatch! {
     pub(crate) fn row_scores<E: Element>(args: RowScores<'_, E>) = row_scores_kernel
 }
 
+dispatch_pairs! {
+    /// Like [`row_scores`], with cells of pairs.
+    pub(crate) fn row_score_pairs(args: RowScores<'_, bf16>) = row_scores_kernel
+}
+
 #[inline(always)]
-fn row_scores_kernel<S: Simd, E: Element>(s: S, args: RowScores<'_, E>) {
+fn row_scores_kernel<P: Product, E: Element>(product: P, args: RowScores<'_, E>) {
+    let s = product.simd();
     let RowScores { queries, keys, visible, out, max } = args;
-    let (rows, width) = (visible.len(), keys.width());
+    let (rows, width, cells) = (visible.len(), keys.width(), P::S::LANES * P::CELL);
     let stride = padded(width);
+    let (vectors, whole) = (width / cells, width.is_multiple_of(cells));
     assert!(queries.len() >= rows * stride && out.len() >= rows * KEY_TILE && max.len() == rows);
     assert!(keys.count() <= KEY_TILE);
     for first in (0..keys.count()).step_by(BLOCK) {
@@ -48,18 +57,19 @@ fn row_scores_kernel<S: Simd, E: Element>(s: S, args: RowScores<'_, E>) {
         while r < rows {
             let q = queries[r * stride..].as_ptr();
             let to = out[r * KEY_TILE + first..].as_mut_ptr();
-            let pair = r + 1 < rows && (width == 4 * S::LANES || width == 8 * S::LANES);
+            let pair = r + 1 < rows && whole && (vectors == 2 || vectors == 4 || vectors == 8);
             // SAFETY: queries hold `width` numbers padded to 16, and `out` KEY_TILE for each row, of
             // which this block is 16; a pair is taken only where two rows are left.
             unsafe {
-                match width / S::LANES {
-                    4 if pair => pair_dots::<S, E, 4>(s, q, block, to),
-                    8 if pair => pair_dots::<S, E, 8>(s, q, block, to),
-                    2 if width == 2 * S::LANES => dots::<S, E, 2>(s, q, block, to),
-                    4 if width == 4 * S::LANES => dots::<S, E, 4>(s, q, block, to),
-                    8 if width == 8 * S::LANES => dots::<S, E, 8>(s, q, block, to),
-                    16 if width == 16 * S::LANES => dots::<S, E, 16>(s, q, block, to),
-                    _ => dots_any::<S, E>(s, q, block, to),
+                match vectors {
+                    2 if pair => pair_dots::<P, E, 2>(product, q, block, to),
+                    4 if pair => pair_dots::<P, E, 4>(product, q, block, to),
+                    8 if pair => pair_dots::<P, E, 8>(product, q, block, to),
+                    2 if whole => dots::<P, E, 2>(product, q, block, to),
+                    4 if whole => dots::<P, E, 4>(product, q, block, to),
+                    8 if whole => dots::<P, E, 8>(product, q, block, to),
+                    16 if whole => dots::<P, E, 16>(product, q, block, to),
+                    _ => dots_any::<P, E>(product, q, block, to),
                 }
             }
             r += 1 + usize::from(pair);
@@ -67,9 +77,9 @@ fn row_scores_kernel<S: Simd, E: Element>(s: S, args: RowScores<'_, E>) {
     }
     for r in 0..rows {
         let mut largest = s.splat(f32::NEG_INFINITY);
-        for at in (0..keys.count().next_multiple_of(BLOCK)).step_by(S::LANES) {
+        for at in (0..keys.count().next_multiple_of(BLOCK)).step_by(P::S::LANES) {
             let bits = (visible[r][at / 64] >> (at % 64)) as u32;
-            let row = out[r * KEY_TILE + at..][..S::LANES].as_mut_ptr();
+            let row = out[r * KEY_TILE + at..][..P::S::LANES].as_mut_ptr();
             // SAFETY: a vector was sliced off just now.
             unsafe {
                 let x = s.select(bits, s.load(row), s.splat(f32::NEG_INFINITY));
@@ -86,24 +96,26 @@ fn row_scores_kernel<S: Simd, E: Element>(s: S, args: RowScores<'_, E>) {
 /// # Safety
 /// `query` is valid for V vectors, `out` for 16 numbers.
 #[inline(always)]
-unsafe fn dots<S: Simd, E: Element, const V: usize>(
-    s: S,
+unsafe fn dots<P: Product, E: Element, const V: usize>(
+    product: P,
     query: *const f32,
     keys: Rows<'_, E>,
     out: *mut f32,
 ) {
     const { assert!(V <= MAX_VECTORS) };
+    let s = product.simd();
     // SAFETY: see the contract; key rows are V vectors wide.
     unsafe {
         let mut q = [s.splat(0.0); V];
         for (v, q) in q.iter_mut().enumerate() {
-            *q = s.load(query.add(v * S::LANES));
+            *q = s.load(query.add(v * P::S::LANES));
         }
         let mut sums = [s.splat(0.0); BLOCK];
         for (j, sum) in sums.iter_mut().enumerate().take(keys.count()) {
             let key = keys.as_ptr().add(j * keys.stride());
             for (v, q) in q.iter().enumerate() {
-                *sum = s.fma(*q, E::load(s, key.add(v * S::LANES)), *sum);
+                let x = product.load_cells(key.add(v * P::S::LANES * P::CELL));
+                *sum = product.step(*q, x, *sum);
             }
         }
         s.sums(&sums, out);
@@ -115,24 +127,27 @@ unsafe fn dots<S: Simd, E: Element, const V: usize>(
 /// # Safety
 /// `queries` is valid for two rows of V vectors, `out` for 16 numbers in each of two score rows.
 #[inline(always)]
-unsafe fn pair_dots<S: Simd, E: Element, const V: usize>(
-    s: S,
+unsafe fn pair_dots<P: Product, E: Element, const V: usize>(
+    product: P,
     queries: *const f32,
     keys: Rows<'_, E>,
     out: *mut f32,
 ) {
     const HALF: usize = BLOCK / 2;
+    let s = product.simd();
     // SAFETY: see the contract; key rows are V vectors wide, a multiple of 16 numbers.
     unsafe {
+        let second = queries.add(padded(keys.width()));
         for first in (0..keys.count()).step_by(HALF) {
             let mut sums = [s.splat(0.0); BLOCK];
             for j in 0..HALF.min(keys.count() - first) {
                 let key = keys.as_ptr().add((first + j) * keys.stride());
                 let (mut a, mut b) = (s.splat(0.0), s.splat(0.0));
                 for v in 0..V {
-                    let (at, x) = (v * S::LANES, E::load(s, key.add(v * S::LANES)));
-                    a = s.fma(s.load(queries.add(at)), x, a);
-                    b = s.fma(s.load(queries.add(V * S::LANES + at)), x, b);
+                    let at = v * P::S::LANES;
+                    let x = product.load_cells(key.add(at * P::CELL));
+                    a = product.step(s.load(queries.add(at)), x, a);
+                    b = product.step(s.load(second.add(at)), x, b);
                 }
                 (sums[j], sums[HALF + j]) = (a, b);
             }
@@ -149,20 +164,27 @@ unsafe fn pair_dots<S: Simd, E: Element, const V: usize>(
 /// # Safety
 /// `query` is valid for the width rounded up to 16, `out` for 16 numbers.
 #[inline(always)]
-unsafe fn dots_any<S: Simd, E: Element>(s: S, query: *const f32, keys: Rows<'_, E>, out: *mut f32) {
-    let (whole, tail) = (keys.width() / S::LANES, keys.width() % S::LANES);
+unsafe fn dots_any<P: Product, E: Element>(
+    product: P,
+    query: *const f32,
+    keys: Rows<'_, E>,
+    out: *mut f32,
+) {
+    let s = product.simd();
+    let cells = P::S::LANES * P::CELL;
+    let (whole, tail) = (keys.width() / cells, keys.width() % cells);
     // SAFETY: see the contract; whole vectors and the tail lie inside each row.
     unsafe {
         let mut sums = [s.splat(0.0); BLOCK];
         for (j, sum) in sums.iter_mut().enumerate().take(keys.count()) {
             let key = keys.as_ptr().add(j * keys.stride());
             for v in 0..whole {
-                let at = v * S::LANES;
-                *sum = s.fma(s.load(query.add(at)), E::load(s, key.add(at)), *sum);
+                let x = product.load_cells(key.add(v * cells));
+                *sum = product.step(s.load(query.add(v * P::S::LANES)), x, *sum);
             }
             if tail > 0 {
-                let at = whole * S::LANES;
-                *sum = s.fma(s.load(query.add(at)), E::load_part(s, key.add(at), tail), *sum);
+                let x = product.load_cells_part(key.add(whole * cells), tail);
+                *sum = product.step(s.load(query.add(whole * P::S::LANES)), x, *sum);
             }
         }
         s.sums(&sums, out);

@@ -1,8 +1,8 @@
 //! Which instructions a call uses: found once, passed around as a value, and its own proof.
 
-use super::Portable;
 #[cfg(target_arch = "x86_64")]
-use super::{Avx2, Avx512};
+use super::{Avx2, Avx512, Avx512Bf16};
+use super::{Pairs, Portable};
 use crate::error::{Error, Result};
 use std::sync::OnceLock;
 
@@ -20,6 +20,9 @@ pub(crate) enum Kind {
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// Kernels that do not multiply pairs of bf16 are those of AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
 }
 
 impl Level {
@@ -30,12 +33,13 @@ impl Level {
         {
             levels.extend(Avx2::detect().map(|token| Level(Kind::Avx2(token))));
             levels.extend(Avx512::detect().map(|token| Level(Kind::Avx512(token))));
+            levels.extend(Avx512Bf16::detect().map(|token| Level(Kind::Avx512Bf16(token))));
         }
         levels.into_iter()
     }
 
     /// The level that calls use unless told otherwise: the one named by the environment variable
-    /// `FOVEAL_SIMD` (`portable`, `avx2`, `avx512`), else the fastest. Read once per process.
+    /// `FOVEAL_SIMD` (`portable`, `avx2`, `avx512`, `avx512bf16`), else the fastest. Read once per process.
     ///
     /// # Errors
     /// [`Error::SimdUnavailable`] if the variable names a level that is not here.
@@ -49,7 +53,7 @@ impl Level {
             .clone()
     }
 
-    /// The level called `portable`, `avx2` or `avx512`.
+    /// The level called `portable`, `avx2`, `avx512` or `avx512bf16`.
     ///
     /// # Errors
     /// [`Error::SimdUnavailable`] if there is none of that name on this processor.
@@ -60,7 +64,7 @@ impl Level {
         })
     }
 
-    /// `portable`, `avx2` or `avx512`.
+    /// `portable`, `avx2`, `avx512` or `avx512bf16`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Portable(_) => "portable",
@@ -68,11 +72,30 @@ impl Level {
             Kind::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16(_) => "avx512bf16",
         }
     }
 
     pub(crate) fn kind(self) -> Kind {
         self.0
+    }
+
+    /// The level that such a token stands for.
+    pub(crate) fn of(pairs: Pairs) -> Level {
+        #[cfg(target_arch = "x86_64")]
+        return Level(Kind::Avx512Bf16(pairs));
+        #[cfg(not(target_arch = "x86_64"))]
+        match pairs {}
+    }
+
+    /// The token of products of pairs, where the level has them.
+    pub(crate) fn pairs(self) -> Option<Pairs> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16(token) => Some(token),
+            _ => None,
+        }
     }
 }
 

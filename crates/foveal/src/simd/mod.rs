@@ -21,13 +21,18 @@ mod portable;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
 
 pub(crate) mod decode;
+pub(crate) mod decode_pairs;
 pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod nn;
 pub(crate) mod norm;
+pub(crate) mod pairs;
 pub(crate) mod peak;
+pub(crate) mod product;
 pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;
@@ -39,8 +44,12 @@ mod words;
 pub(crate) use level::Kind;
 pub use level::Level;
 pub(crate) use portable::Portable;
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) use product::NoPairs as Pairs;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use {avx2::Avx2, avx512::Avx512};
+pub(crate) use {
+    avx2::Avx2, avx512::Avx512, avx512bf16::Avx512Bf16, avx512bf16::Avx512Bf16 as Pairs,
+};
 
 /// Vectors of `f32` and what kernels do with them.
 ///
@@ -75,6 +84,14 @@ pub trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading `LANES` bfloat16 numbers.
     unsafe fn load_bf16(self, p: *const u16) -> Self::F;
+    /// Rounded to nearest, ties to even.
+    /// # Safety
+    /// `p` is valid for writing `LANES` IEEE binary16 numbers.
+    unsafe fn store_f16(self, p: *mut u16, x: Self::F);
+    /// Rounded to nearest, ties to even.
+    /// # Safety
+    /// `p` is valid for writing `LANES` bfloat16 numbers.
+    unsafe fn store_bf16(self, p: *mut u16, x: Self::F);
     /// # Safety
     /// `p` is valid for reading `LANES` bytes.
     unsafe fn load_i8(self, p: *const i8) -> Self::F;
@@ -152,6 +169,11 @@ macro_rules! dispatch {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::simd::Kind::Avx512(token) => unsafe { avx512(token, $($arg),*) },
+                // SAFETY: as above; this level has all that AVX-512 stands for.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Kind::Avx512Bf16(token) => unsafe {
+                    avx512(token.avx512(), $($arg),*)
+                },
             }
         }
     };

@@ -1,6 +1,7 @@
 //! What the processor can do at most: loops of nothing but multiplications and additions, and of
 //! nothing but loads. Benches measure kernels against them.
 
+use super::product::{Product, dispatch_form};
 use super::{Simd, dispatch};
 
 /// Rows of accumulators, as in the tile kernels.
@@ -8,35 +9,37 @@ const ROWS: usize = 6;
 /// Vectors that one pass of the reading loop loads.
 const STREAMS: usize = 8;
 
-dispatch! {
-    /// Runs `passes` passes of independent `a * b + c` on registers; returns how many floating-point
-    /// operations that was (two each) and a number that depends on all of them.
+dispatch_form! {
+    /// Runs `passes` passes of independent `c + a * b` on registers; returns how many floating-point
+    /// operations that was (two for each pair of numbers) and a number that depends on all of them.
     pub(crate) fn multiply_add(passes: usize) -> (u64, f32) = multiply_add_kernel
 }
 
 #[inline(always)]
-fn multiply_add_kernel<S: Simd>(s: S, passes: usize) -> (u64, f32) {
-    match S::TILE_VECTORS {
-        4 => multiply_add_columns::<S, 4>(s, passes),
-        2 => multiply_add_columns::<S, 2>(s, passes),
-        _ => multiply_add_columns::<S, 1>(s, passes),
+fn multiply_add_kernel<P: Product>(product: P, passes: usize) -> (u64, f32) {
+    match P::S::TILE_VECTORS {
+        4 => multiply_add_columns::<P, 4>(product, passes),
+        2 => multiply_add_columns::<P, 2>(product, passes),
+        _ => multiply_add_columns::<P, 1>(product, passes),
     }
 }
 
 #[inline(always)]
-fn multiply_add_columns<S: Simd, const V: usize>(s: S, passes: usize) -> (u64, f32) {
+fn multiply_add_columns<P: Product, const V: usize>(product: P, passes: usize) -> (u64, f32) {
+    let s = product.simd();
     let (a, b) = std::hint::black_box((0.999_f32, 0.001_f32));
     let (a, b) = (s.splat(a), s.splat(b));
     let mut sums = [[b; V]; ROWS];
     for _ in 0..passes {
         for row in &mut sums {
             for sum in row {
-                *sum = s.fma(*sum, a, b);
+                *sum = product.step(a, b, *sum);
             }
         }
     }
     let total = sums.as_flattened().iter().fold(s.splat(0.0), |total, &sum| s.add(total, sum));
-    (2 * (ROWS * V * S::LANES) as u64 * passes as u64, s.sum(total))
+    let numbers = ROWS * V * P::S::LANES * P::CELL;
+    (2 * numbers as u64 * passes as u64, s.sum(total))
 }
 
 dispatch! {

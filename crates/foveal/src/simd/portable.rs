@@ -82,6 +82,18 @@ impl Simd for Portable {
         Lanes8(bits.map(|b| f32::from_bits(u32::from(b) << 16)))
     }
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, x: Lanes8) {
+        let bits = x.0.map(|x| half::f16::from_f32(x).to_bits());
+        // SAFETY: the caller promises eight writable numbers.
+        unsafe { p.cast::<[u16; 8]>().write_unaligned(bits) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, x: Lanes8) {
+        let bits = x.0.map(|x| half::bf16::from_f32(x).to_bits());
+        // SAFETY: the caller promises eight writable numbers.
+        unsafe { p.cast::<[u16; 8]>().write_unaligned(bits) }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> Lanes8 {
         // SAFETY: the caller promises eight readable bytes.
         let bytes = unsafe { p.cast::<[i8; 8]>().read_unaligned() };

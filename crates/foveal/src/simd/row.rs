@@ -134,3 +134,46 @@ fn dot_kernel<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
     }
     s.sum(sum)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Level;
+    use half::{bf16, f16};
+
+    /// Every exponent and sign, with mantissas around ties, in every lane.
+    fn numbers() -> Vec<f32> {
+        let mut numbers = vec![];
+        for high in 0..=0x1ff_u32 {
+            for mantissa in [0, 1, 0xfff, 0x1000, 0x1001, 0x3000, 0x7fff, 0x8000, 0x8001, 0x1_8000]
+            {
+                for top in [0, 0x7e_0000, 0x40_0000] {
+                    numbers.push(f32::from_bits(high << 23 | mantissa | top));
+                }
+            }
+        }
+        numbers.push(f32::from_bits(0x7fff_ffff));
+        numbers
+    }
+
+    fn check<E: Element>() {
+        for level in Level::available() {
+            let from = numbers();
+            let mut to = vec![E::default(); from.len()];
+            scale_into(level, &from, 1.0, &mut to);
+            for (&x, &got) in from.iter().zip(&to) {
+                let expected = E::from_f32(x).to_f32();
+                let same = got.to_f32().to_bits() == expected.to_bits();
+                assert!(same || got.to_f32().is_nan() && x.is_nan(), "{level} {x:e} {got:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_round_as_numbers_do() {
+        assert!(!numbers().len().is_multiple_of(16));
+        check::<f16>();
+        check::<bf16>();
+        check::<f32>();
+    }
+}

@@ -3,10 +3,11 @@
 //! The steps are those of [`tile`](super::tile), in the same order for each element, so that a row has the same bits
 //! here as there; what is saved is everything around them.
 
+use super::Simd;
+use super::product::{Product, dispatch_form};
 use super::tile::{
     self, GROUP, KEY_TILE, KeyWords, PANEL, Scores, Softmax, Values, Visible, padded,
 };
-use super::{Simd, dispatch};
 use crate::element::Element;
 use crate::exact::state::{log_sum_exp, reciprocal};
 use crate::tensor::{HeadRows, Rows};
@@ -14,11 +15,11 @@ use crate::tensor::{HeadRows, Rows};
 /// What [`short_head`] reads and writes.
 #[derive(Debug)]
 pub(crate) struct ShortHead<'a, E> {
-    /// The head's queries.
+    /// The head's queries, in cells.
     pub(crate) queries: Rows<'a, f32>,
-    /// One packed panel.
+    /// One packed panel of cells.
     pub(crate) keys: &'a [f32],
-    /// One row a key.
+    /// Rows of cells.
     pub(crate) values: Rows<'a, f32>,
     /// Which keys each row sees; all if none.
     pub(crate) words: Option<&'a [KeyWords]>,
@@ -37,15 +38,16 @@ pub(crate) fn scratch_floats(value_dim: usize) -> usize {
     GROUP * (KEY_TILE + padded(value_dim))
 }
 
-dispatch! {
+dispatch_form! {
     /// Attends with all rows of a head; returns whether every result is finite.
     pub(crate) fn short_head<E: Element>(args: ShortHead<'_, E>) -> bool = short_head_kernel
 }
 
 #[inline(always)]
-fn short_head_kernel<S: Simd, E: Element>(s: S, args: ShortHead<'_, E>) -> bool {
+fn short_head_kernel<P: Product, E: Element>(product: P, args: ShortHead<'_, E>) -> bool {
+    let s = product.simd();
     let ShortHead { queries, keys, values, words, factor, scratch, mut out, mut lse } = args;
-    let (count, width) = (values.count(), values.width());
+    let (count, width) = (values.count() * P::CELL, values.width());
     let (depth, rows) = (queries.width(), queries.count());
     assert!(count <= PANEL && keys.len() == PANEL * depth);
     assert!(words.is_none_or(|words| words.len() == rows));
@@ -64,7 +66,7 @@ fn short_head_kernel<S: Simd, E: Element>(s: S, args: ShortHead<'_, E>) -> bool 
         let (mut running_max, mut running_sum) = ([f32::NEG_INFINITY; GROUP], [0.0; GROUP * 16]);
         let group = queries.slice(first..first + n);
         tile::scores_kernel(
-            s,
+            product,
             Scores {
                 queries: group.as_slice(),
                 stride: group.stride(),
@@ -89,9 +91,10 @@ fn short_head_kernel<S: Simd, E: Element>(s: S, args: ShortHead<'_, E>) -> bool 
                 rescale: &mut rescale,
             },
         );
+        product.weights(&mut scores[..n * KEY_TILE], visible.all_steps());
         let probabilities = &*scores;
         tile::values_kernel(
-            s,
+            product,
             Values { probabilities, visible, values, rescale: &rescale, out: acc },
         );
         for (r, acc) in acc.chunks_exact(padded(width)).enumerate() {

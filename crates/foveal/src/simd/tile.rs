@@ -7,6 +7,7 @@
 //! key tile. A row's bits therefore depend neither on the rows that share its group nor on which
 //! masked keys were skipped: a skipped key would have added an exact zero.
 
+use super::product::{Product, dispatch_form};
 use super::{Simd, dispatch, math};
 use crate::element::Element;
 use crate::tensor::Rows;
@@ -97,30 +98,87 @@ dispatch! {
 }
 
 #[inline(always)]
-pub(super) fn pack_keys_kernel<S: Simd, E: Element>(s: S, keys: Rows<'_, E>, out: &mut [f32]) {
+pub(super) fn pack_keys_kernel<P: Product, E: Element>(
+    product: P,
+    keys: Rows<'_, E>,
+    out: &mut [f32],
+) {
     let (count, width) = (keys.count(), keys.width());
-    assert_eq!(out.len(), count.div_ceil(PANEL) * PANEL * width);
-    for block in 0..count.next_multiple_of(STEP) / S::LANES {
-        let first = block * S::LANES;
-        let rows = count.saturating_sub(first).min(S::LANES);
-        let column = first / PANEL * PANEL * width + first % PANEL;
-        for d in (0..width).step_by(S::LANES) {
-            let lanes = (width - d).min(S::LANES);
-            let mut square = [s.splat(0.0); 16];
-            for (r, row) in square.iter_mut().enumerate().take(rows) {
-                // SAFETY: row first + r < count starts at its stride and holds `width` elements,
-                // of which d.. has `lanes` left.
-                *row = unsafe {
-                    let p = keys.as_ptr().add((first + r) * keys.stride() + d);
-                    if lanes == S::LANES { E::load(s, p) } else { E::load_part(s, p, lanes) }
-                };
+    let depth = width.div_ceil(P::CELL);
+    assert_eq!(out.len(), count.div_ceil(PANEL) * PANEL * depth);
+    for block in 0..count.next_multiple_of(STEP) / P::S::LANES {
+        let first = block * P::S::LANES;
+        let rows = count.saturating_sub(first).min(P::S::LANES);
+        let column = first / PANEL * PANEL * depth + first % PANEL;
+        for d in (0..depth).step_by(P::S::LANES) {
+            let left = (width - d * P::CELL).min(P::S::LANES * P::CELL);
+            // SAFETY: row first + r < count starts at its stride and holds `width` elements, of which
+            // those of cells d.. are at least `left`; the panel holds PANEL cells for each of `depth`
+            // d, and `column` leaves room for LANES of them.
+            unsafe {
+                let from = keys.as_ptr().add(first * keys.stride() + d * P::CELL);
+                let to = out.as_mut_ptr().add(column + d * PANEL);
+                if rows == P::S::LANES && left == P::S::LANES * P::CELL {
+                    pack_square(product, from, keys.stride(), to);
+                } else {
+                    pack_corner(product, (from, keys.stride()), [rows, left], to);
+                }
             }
-            s.transpose(&mut square);
-            for (k, &vector) in square.iter().enumerate().take(lanes) {
-                // SAFETY: the panel holds PANEL numbers for each of `width` d; `column` leaves room
-                // for LANES of them.
-                unsafe { s.store(out.as_mut_ptr().add(column + (d + k) * PANEL), vector) };
-            }
+        }
+    }
+}
+
+/// LANES rows of LANES cells, from rows to columns.
+///
+/// # Safety
+/// So many elements are readable at `from`, rows `stride` apart, and so many cells writable at `to`, rows
+/// PANEL apart.
+#[inline(always)]
+unsafe fn pack_square<P: Product, E: Element>(
+    product: P,
+    from: *const E,
+    stride: usize,
+    to: *mut f32,
+) {
+    let s = product.simd();
+    let mut square = [s.splat(0.0); 16];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for r in 0..P::S::LANES {
+            square[r] = product.load_cells(from.add(r * stride));
+        }
+        s.transpose(&mut square);
+        for k in 0..P::S::LANES {
+            s.store(to.add(k * PANEL), square[k]);
+        }
+    }
+}
+
+/// Fewer rows, or fewer numbers of each; missing rows are zero.
+///
+/// # Safety
+/// That of [`pack_square`], for `rows` rows of `left` numbers.
+#[inline(always)]
+unsafe fn pack_corner<P: Product, E: Element>(
+    product: P,
+    (from, stride): (*const E, usize),
+    [rows, left]: [usize; 2],
+    to: *mut f32,
+) {
+    let s = product.simd();
+    let mut square = [s.splat(0.0); 16];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (r, row) in square.iter_mut().enumerate().take(rows) {
+            let p = from.add(r * stride);
+            *row = match left == P::S::LANES * P::CELL {
+                true => product.load_cells(p),
+                false => product.load_cells_part(p, left),
+            };
+        }
+        s.transpose(&mut square);
+        for (k, &vector) in square.iter().enumerate().take(left.div_ceil(P::CELL)) {
+            s.store(to.add(k * PANEL), vector);
         }
     }
 }
@@ -148,26 +206,27 @@ pub(crate) struct Scores<'a> {
     pub(crate) max: &'a mut [f32; GROUP],
 }
 
-dispatch! {
+dispatch_form! {
     /// S = Q Kᵀ for a group of rows, masked, with row maxima.
     pub(crate) fn scores(args: Scores<'_>) = scores_kernel
 }
 
 #[inline(always)]
-pub(super) fn scores_kernel<S: Simd>(s: S, args: Scores<'_>) {
+pub(super) fn scores_kernel<P: Product>(product: P, args: Scores<'_>) {
     match args.rows {
-        1 => scores_rows::<S, 1>(s, args),
-        2 => scores_rows::<S, 2>(s, args),
-        3 => scores_rows::<S, 3>(s, args),
-        4 => scores_rows::<S, 4>(s, args),
-        5 => scores_rows::<S, 5>(s, args),
-        6 => scores_rows::<S, 6>(s, args),
+        1 => scores_rows::<P, 1>(product, args),
+        2 => scores_rows::<P, 2>(product, args),
+        3 => scores_rows::<P, 3>(product, args),
+        4 => scores_rows::<P, 4>(product, args),
+        5 => scores_rows::<P, 5>(product, args),
+        6 => scores_rows::<P, 6>(product, args),
         rows => panic!("a group has 1 to {GROUP} rows, not {rows}"),
     }
 }
 
 #[inline(always)]
-fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
+fn scores_rows<P: Product, const R: usize>(product: P, args: Scores<'_>) {
+    let s = product.simd();
     let Scores { queries, stride, depth, keys, visible, hidden, out, max, .. } = args;
     assert!(queries.len() >= (R - 1) * stride + depth && out.len() >= R * KEY_TILE);
     if let Visible::Some(words) = visible {
@@ -176,20 +235,24 @@ fn scores_rows<S: Simd, const R: usize>(s: S, args: Scores<'_>) {
     let mut largest = [s.splat(f32::NEG_INFINITY); R];
     for panel in 0..(keys.len() / (PANEL * depth)).min(PANELS) {
         let (first, end) = visible.steps(panel);
-        let (mut v, end) = (first * STEP / S::LANES, end * STEP / S::LANES);
+        let (mut v, end) = (first * STEP / P::S::LANES, end * STEP / P::S::LANES);
         while v < end {
-            let at = Column { panel, lane: v * S::LANES };
-            let taken = (end - v).min(S::TILE_VECTORS);
+            let at = Column { panel, lane: v * P::S::LANES };
+            let taken = (end - v).min(P::S::TILE_VECTORS);
             // SAFETY: the panel lies inside `keys`, columns v.. of it hold `taken` vectors, and
             // `out` has KEY_TILE numbers for each of R rows; lengths were checked above.
             unsafe {
                 let out = out.as_mut_ptr();
                 let io = ScoreBlock { queries, stride, depth, keys, visible, hidden, out };
                 match taken {
-                    1 => score_block::<S, R, 1>(s, &io, at, &mut largest),
-                    2 if S::TILE_VECTORS >= 2 => score_block::<S, R, 2>(s, &io, at, &mut largest),
-                    3 if S::TILE_VECTORS >= 3 => score_block::<S, R, 3>(s, &io, at, &mut largest),
-                    _ => score_block::<S, R, 4>(s, &io, at, &mut largest),
+                    1 => score_block::<P, R, 1>(product, &io, at, &mut largest),
+                    2 if P::S::TILE_VECTORS >= 2 => {
+                        score_block::<P, R, 2>(product, &io, at, &mut largest)
+                    }
+                    3 if P::S::TILE_VECTORS >= 3 => {
+                        score_block::<P, R, 3>(product, &io, at, &mut largest)
+                    }
+                    _ => score_block::<P, R, 4>(product, &io, at, &mut largest),
                 }
             }
             v += taken;
@@ -222,12 +285,13 @@ struct Column {
 /// The panel lies inside `io.keys`, `at.lane + V * LANES <= PANEL`, `io.queries` holds R rows, and
 /// `io.out` is valid for R rows of KEY_TILE numbers.
 #[inline(always)]
-unsafe fn score_block<S: Simd, const R: usize, const V: usize>(
-    s: S,
+unsafe fn score_block<P: Product, const R: usize, const V: usize>(
+    product: P,
     io: &ScoreBlock<'_>,
     at: Column,
-    largest: &mut [S::F; R],
+    largest: &mut [<P::S as Simd>::F; R],
 ) {
+    let s = product.simd();
     let mut sums = [[s.splat(0.0); V]; R];
     // SAFETY: see the contract; d < depth stays inside a query row and inside the panel.
     unsafe {
@@ -236,19 +300,19 @@ unsafe fn score_block<S: Simd, const R: usize, const V: usize>(
         for d in 0..io.depth {
             let mut keys = [s.splat(0.0); V];
             for (v, key) in keys.iter_mut().enumerate() {
-                *key = s.load(panel.add(d * PANEL + v * S::LANES));
+                *key = s.load(panel.add(d * PANEL + v * P::S::LANES));
             }
             for r in 0..R {
                 let query = s.splat(*queries.add(r * io.stride + d));
                 for v in 0..V {
-                    sums[r][v] = s.fma(query, keys[v], sums[r][v]);
+                    sums[r][v] = product.step(query, keys[v], sums[r][v]);
                 }
             }
         }
     }
     for r in 0..R {
         for v in 0..V {
-            let lane = at.lane + v * S::LANES;
+            let lane = at.lane + v * P::S::LANES;
             let mut x = sums[r][v];
             if let Visible::Some(words) = io.visible {
                 let bits = (words[r][at.panel] >> lane) as u32;
@@ -290,15 +354,20 @@ pub(super) fn softmax_kernel<S: Simd>(s: S, args: Softmax<'_>) {
     let rows = args.running_max.len();
     assert!(rows <= GROUP && args.running_sum.len() == rows * 16);
     assert!(args.scores.len() >= rows * KEY_TILE);
+    const { assert!(GROUP <= S::LANES) };
+    let (mut shifts, factor) = ([0.0; 16], s.splat(args.factor));
+    // SAFETY: the maxima and rescales hold `rows` <= LANES numbers, and `shifts` 16.
+    unsafe {
+        let old = s.load_part(args.running_max.as_ptr(), rows);
+        let new = s.max(s.mul(s.load_part(args.max.as_ptr(), rows), factor), old);
+        s.store_part(args.running_max.as_mut_ptr(), new, rows);
+        // A row that has seen nothing has maximum −∞; a finite number in its place keeps exp2(−∞ − m) at 0.
+        let shift = s.max(new, s.splat(f32::MIN));
+        s.store_part(args.rescale.as_mut_ptr(), math::exp2(s, s.sub(old, shift)), rows);
+        s.store(shifts.as_mut_ptr(), s.sub(s.splat(0.0), shift));
+    }
     for r in 0..rows {
-        let old = args.running_max[r];
-        let new = (args.max[r] * args.factor).max(old);
-        args.running_max[r] = new;
-        // A row that has seen nothing has maximum −∞; 0 in its place keeps exp2(−∞ − m) at 0.
-        let shift = if new == f32::NEG_INFINITY { 0.0 } else { new };
-        let rescale = math::exp2(s, s.splat(old - shift));
-        args.rescale[r] = s.reduce_max(rescale);
-        let (factor, shift) = (s.splat(args.factor), s.splat(-shift));
+        let (rescale, shift) = (s.splat(args.rescale[r]), s.splat(shifts[r]));
         let row = args.scores[r * KEY_TILE..][..KEY_TILE].as_mut_ptr();
         let sum_at = args.running_sum[r * 16..][..16].as_mut_ptr();
         // SAFETY: a row holds KEY_TILE numbers and its sum 16 >= LANES.
@@ -357,31 +426,32 @@ pub(crate) fn padded(width: usize) -> usize {
     width.next_multiple_of(16)
 }
 
-dispatch! {
+dispatch_form! {
     /// O ← α O + P V for a group of rows.
     pub(crate) fn values(args: Values<'_>) = values_kernel
 }
 
 #[inline(always)]
-pub(super) fn values_kernel<S: Simd>(s: S, args: Values<'_>) {
+pub(super) fn values_kernel<P: Product>(product: P, args: Values<'_>) {
     match args.out.len() / padded(args.values.width()).max(1) {
-        1 => values_rows::<S, 1>(s, args),
-        2 => values_rows::<S, 2>(s, args),
-        3 => values_rows::<S, 3>(s, args),
-        4 => values_rows::<S, 4>(s, args),
-        5 => values_rows::<S, 5>(s, args),
-        6 => values_rows::<S, 6>(s, args),
+        1 => values_rows::<P, 1>(product, args),
+        2 => values_rows::<P, 2>(product, args),
+        3 => values_rows::<P, 3>(product, args),
+        4 => values_rows::<P, 4>(product, args),
+        5 => values_rows::<P, 5>(product, args),
+        6 => values_rows::<P, 6>(product, args),
         rows => panic!("a group has 1 to {GROUP} rows, not {rows}"),
     }
 }
 
 #[inline(always)]
-fn values_rows<S: Simd, const R: usize>(s: S, args: Values<'_>) {
+fn values_rows<P: Product, const R: usize>(product: P, args: Values<'_>) {
     let width = args.values.width();
     assert!(args.probabilities.len() >= R * KEY_TILE && args.out.len() == R * padded(width));
     let mut spans = [(0, 0); PANELS];
     for (panel, span) in spans.iter_mut().enumerate() {
-        *span = args.visible.keys(panel);
+        let (first, end) = args.visible.keys(panel);
+        *span = (first / P::CELL, end.div_ceil(P::CELL));
         span.1 = span.1.min(args.values.count());
         span.0 = span.0.min(span.1);
     }
@@ -396,13 +466,13 @@ fn values_rows<S: Simd, const R: usize>(s: S, args: Values<'_>) {
             rescale: args.rescale,
             out: args.out.as_mut_ptr().wrapping_add(column),
             out_stride: padded(width),
-            tail: left % S::LANES,
+            tail: left % P::S::LANES,
         };
-        let whole = (left / S::LANES).min(S::TILE_VECTORS);
+        let whole = (left / P::S::LANES).min(P::S::TILE_VECTORS);
         // SAFETY: keys below the rows' count, columns below their width; `out` rows are padded, so
         // that the last vector may be stored whole.
-        unsafe { value_columns::<S, R, false>(s, &io, whole) };
-        column += whole.max(1) * S::LANES;
+        unsafe { value_columns::<P, R, false>(product, &io, whole) };
+        column += whole.max(1) * P::S::LANES;
     }
 }
 
@@ -426,19 +496,19 @@ pub(super) struct ValueBlock<'a> {
 /// # Safety
 /// That of [`value_block`].
 #[inline(always)]
-pub(super) unsafe fn value_columns<S: Simd, const R: usize, const ACROSS: bool>(
-    s: S,
+pub(super) unsafe fn value_columns<P: Product, const R: usize, const ACROSS: bool>(
+    product: P,
     io: &ValueBlock<'_>,
     whole: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match whole {
-            0 => value_block::<S, R, 1, true, ACROSS>(s, io),
-            1 => value_block::<S, R, 1, false, ACROSS>(s, io),
-            2 if S::TILE_VECTORS >= 2 => value_block::<S, R, 2, false, ACROSS>(s, io),
-            3 if S::TILE_VECTORS >= 3 => value_block::<S, R, 3, false, ACROSS>(s, io),
-            _ => value_block::<S, R, 4, false, ACROSS>(s, io),
+            0 => value_block::<P, R, 1, true, ACROSS>(product, io),
+            1 => value_block::<P, R, 1, false, ACROSS>(product, io),
+            2 if P::S::TILE_VECTORS >= 2 => value_block::<P, R, 2, false, ACROSS>(product, io),
+            3 if P::S::TILE_VECTORS >= 3 => value_block::<P, R, 3, false, ACROSS>(product, io),
+            _ => value_block::<P, R, 4, false, ACROSS>(product, io),
         }
     }
 }
@@ -451,15 +521,16 @@ pub(super) unsafe fn value_columns<S: Simd, const R: usize, const ACROSS: bool>(
 /// of V whole vectors.
 #[inline(always)]
 unsafe fn value_block<
-    S: Simd,
+    P: Product,
     const R: usize,
     const V: usize,
     const TAIL: bool,
     const ACROSS: bool,
 >(
-    s: S,
+    product: P,
     io: &ValueBlock<'_>,
 ) {
+    let s = product.simd();
     let mut sums = [[s.splat(0.0); V]; R];
     // SAFETY: see the contract.
     unsafe {
@@ -468,14 +539,14 @@ unsafe fn value_block<
                 let at = io.values.add(j * io.stride);
                 let mut value = [s.splat(0.0); V];
                 for (v, x) in value.iter_mut().enumerate() {
-                    let p = at.add(v * S::LANES);
+                    let p = at.add(v * P::S::LANES);
                     *x = if TAIL { s.load_part(p, io.tail) } else { s.load(p) };
                 }
                 for r in 0..R {
                     let weight = if ACROSS { j * KEY_TILE + r } else { r * KEY_TILE + j };
                     let p = s.splat(*io.probabilities.add(weight));
                     for v in 0..V {
-                        sums[r][v] = s.fma(p, value[v], sums[r][v]);
+                        sums[r][v] = product.step(p, value[v], sums[r][v]);
                     }
                 }
             }
@@ -483,7 +554,7 @@ unsafe fn value_block<
         for r in 0..R {
             let rescale = s.splat(io.rescale[r]);
             for v in 0..V {
-                let p = io.out.add(r * io.out_stride + v * S::LANES);
+                let p = io.out.add(r * io.out_stride + v * P::S::LANES);
                 s.store(p, s.fma(rescale, s.load(p), sums[r][v]));
             }
         }

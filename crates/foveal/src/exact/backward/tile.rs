@@ -8,6 +8,7 @@ use crate::exact::live_tiles;
 use crate::exact::terms::Finish;
 use crate::mask::Pattern;
 use crate::simd::gradient::{self, Across, Differentiate};
+use crate::simd::product::Form;
 use crate::simd::row;
 use crate::simd::tile::{self, GROUP, KEY_TILE, KeyWords, STEP, Scores, Values, Visible, padded};
 use crate::tensor::Rows;
@@ -138,7 +139,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let d_outs = d_out.chunks_exact_mut(call.sizes.value_dim);
         for (i, (query, d_out)) in rows.clone().zip(queries.zip(d_outs)) {
             let q = call.q.row(site.batch, i, site.q_head);
-            self.engine.factor.load(level, q, query);
+            self.engine.factor.load(Form::Numbers(level), q, query);
             row::widen(level, call.d_out.row(site.batch, i, site.q_head), d_out);
         }
     }
@@ -178,7 +179,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let mut product = |queries, depth, keys, hidden, out: &mut [f32]| {
             let (stride, max) = (depth, &mut max);
             let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
-            tile::scores(level, product);
+            tile::scores(Form::Numbers(level), product);
         };
         let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
         let (keys, values) = (at.keys.keys, at.keys.values);
@@ -231,7 +232,8 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let (probabilities, visible) = (&gradients[at.part(KEY_TILE)], at.visible);
         let (values, rescale) = (at.keys.rows, &[1.0; GROUP]);
         let level = call.sizes.cpu.level;
-        tile::values(level, Values { probabilities, visible, values, rescale, out });
+        let args = Values { probabilities, visible, values, rescale, out };
+        tile::values(Form::Numbers(level), args);
     }
 
     /// Adds what the rows got from a stretch of keys to dQ, times the scale.

@@ -115,7 +115,7 @@ pub(crate) fn packed_len(level: Level, format: Format, in_features: usize) -> us
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2(_) => super::Avx2::LANES,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512(_) => super::Avx512::LANES,
+        Kind::Avx512(_) | Kind::Avx512Bf16(_) => super::Avx512::LANES,
     };
     blocks::layout(format).map_or(0, |layout| layout.packed_len(in_features, lanes))
 }
