@@ -6,7 +6,8 @@ mod support;
 use foveal::cache::{ContiguousCache, KvStore};
 use foveal::plan::Kernel;
 use foveal::{
-    Attention, Cpu, Element, Mask, Plan, Shape, Tensor, TensorMut, TensorRef, Threads, Workspace,
+    Attention, Cpu, Element, Error, Mask, Plan, Shape, Tensor, TensorMut, TensorRef, Threads,
+    Workspace,
 };
 use half::{bf16, f16};
 use std::num::NonZeroUsize;
@@ -306,4 +307,22 @@ fn a_nan_in_a_short_prompt_of_more_than_one_tile() {
         assert_eq!(before, &clean.out.as_slice()[..50 * HEADS * DIM], "{}", cpu.level);
         assert!(after.iter().all(|x| x.is_nan()), "{}", cpu.level);
     }
+}
+
+#[test]
+fn a_batch_of_stores_has_one_storage_type() {
+    let own = ContiguousCache::<f32>::new(1, (8, 8), 4).unwrap();
+    let other = ContiguousCache::<bf16>::new(1, (8, 8), 4).unwrap();
+    let q = Tensor::<f32>::zeros(Shape { batch: 2, seq: 1, heads: 1, dim: 8 }).unwrap();
+    let attention = Attention::new();
+    let plan = attention.plan_decode(q.shape(), q.shape(), q.shape()).unwrap();
+    let run = |stores: [&dyn KvStore; 2]| {
+        let mut out = Tensor::<f32>::zeros(q.shape()).unwrap();
+        let mut workspace = Workspace::for_plan(&plan);
+        plan.forward_cached(q.view(), &stores, (out.view_mut(), None), &mut workspace)
+    };
+    run([&other, &other]).unwrap();
+    let refused = run([&own, &other]).unwrap_err();
+    assert!(matches!(refused, Error::InvalidParameter { .. }), "{refused}");
+    assert!(refused.to_string().contains("f32 and bf16"), "{refused}");
 }

@@ -98,23 +98,17 @@ impl<'a, E: Element> Sequences<'a, E> {
         }
     }
 
-    /// What all keys and values are stored as, if it is the same type.
+    /// What keys and values are stored as; `None` for a batch without sequences.
     pub(crate) fn dtype(&self) -> Option<DType> {
         match self {
-            Sequences::Stores(stores) => {
-                let first = stores.first()?.dtype();
-                stores.iter().all(|store| store.dtype() == first).then_some(first)
-            }
+            Sequences::Stores(stores) => Some(stores.first()?.dtype()),
             Sequences::Tensors(..) => Some(E::DTYPE),
         }
     }
 
     /// Whether values can be used where they lie, being `f32`.
     pub(crate) fn plain(&self) -> bool {
-        match self {
-            Sequences::Stores(stores) => stores.iter().all(|store| store.dtype() == DType::F32),
-            Sequences::Tensors(..) => E::DTYPE == DType::F32,
-        }
+        self.dtype() == Some(DType::F32)
     }
 
     pub(crate) fn tile(&self, batch: usize, head: usize, positions: Range<usize>) -> KvTile<'a> {
