@@ -165,8 +165,8 @@ typedef struct foveal_attention {
   struct foveal_dropout dropout;
   /// The most threads that the call may use; 0 for all that there are.
   size_t threads;
-  /// Instructions: "portable", "avx2" or "avx512"; NULL for those of the environment variable FOVEAL_SIMD, else
-  /// the fastest.
+  /// Instructions: "portable", "avx2", "avx512" or "avx512bf16"; NULL for those of the environment variable
+  /// FOVEAL_SIMD, else the fastest.
   const char *level;
 } foveal_attention;
 

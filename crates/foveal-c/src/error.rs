@@ -70,7 +70,7 @@ pub(crate) enum Error {
     Shared { what: &'static str, other: &'static str },
     #[error("{what} is given, but nothing uses it; {expected}")]
     Unused { what: &'static str, expected: &'static str },
-    #[error("the level's name is not UTF-8; expected portable, avx2, avx512 or NULL")]
+    #[error("the level's name is not UTF-8; expected portable, avx2, avx512, avx512bf16 or NULL")]
     LevelName,
     #[error("the workspace is in use by another call; give each thread one of its own")]
     Busy,

@@ -205,8 +205,8 @@ pub struct foveal_attention {
     pub dropout: foveal_dropout,
     /// The most threads that the call may use; 0 for all that there are.
     pub threads: usize,
-    /// Instructions: "portable", "avx2" or "avx512"; NULL for those of the environment variable FOVEAL_SIMD, else
-    /// the fastest.
+    /// Instructions: "portable", "avx2", "avx512" or "avx512bf16"; NULL for those of the environment variable
+    /// FOVEAL_SIMD, else the fastest.
     pub level: *const c_char,
 }
 

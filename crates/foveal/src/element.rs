@@ -1,5 +1,6 @@
 //! Storage types: `f32`, `f16` and `bf16` hold numbers in memory; sums are `f32`.
 
+use crate::exact::instances::Instances;
 use half::{bf16, f16};
 
 /// A type that tensors may be stored in: `f32`, `half::f16` or `half::bf16`.
@@ -7,7 +8,9 @@ use half::{bf16, f16};
 /// Kernels widen on load and round (to nearest, ties to even) on store; sums, statistics and
 /// accumulators are `f32` for all three. Products of bf16 with bf16 are taken in pairs where the processor has an
 /// instruction for it.
-pub trait Element: Lanes + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+pub trait Element:
+    Lanes + Instances + Copy + Default + Send + Sync + std::fmt::Debug + 'static
+{
     /// Which of the three this is.
     const DTYPE: DType;
 

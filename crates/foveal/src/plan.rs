@@ -6,7 +6,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::exact::inspect::{Forwarded, Look};
 use crate::exact::terms::Terms;
-use crate::exact::{Factor, Problem, decode, forward, short};
+use crate::exact::{Factor, Problem, decode, forward, instances, short};
 use crate::mask::{Extent, Mask, Pattern};
 use crate::problem::Attention;
 use crate::simd::tile::KEY_TILE;
@@ -169,10 +169,7 @@ impl<'a> Plan<'a> {
             out: out.share(),
             lse: lse.as_mut().map(TensorMut::share),
         };
-        match self.phase {
-            Phase::Prompt => forward::run(&problem, floats),
-            Phase::Generated => decode::run(&problem, floats),
-        }
+        instances::forward(self.phase, &problem, floats);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ pub(crate) mod decode;
 pub mod differential;
 pub(crate) mod forward;
 pub mod inspect;
+pub(crate) mod instances;
 pub mod reference;
 pub(crate) mod short;
 pub(crate) mod state;

@@ -5,6 +5,7 @@ use crate::cpu::Phase;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::exact::backward::{self, Differential, TermOutputs};
+use crate::exact::instances;
 use crate::problem::{Attention, Forward};
 use crate::tensor::{Shape, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
@@ -136,7 +137,7 @@ impl Plan<'_> {
             scale: self.scale,
             sizes: self.sizes(),
         };
-        backward::run(&mut call, floats);
+        instances::backward(&mut call, floats);
         Ok(())
     }
 
