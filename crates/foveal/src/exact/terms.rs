@@ -14,7 +14,7 @@ use super::Factor;
 use crate::error::{Error, Result};
 use crate::position::{RelativeBias, Slopes};
 use crate::simd::Level;
-use crate::simd::terms::{RowDropout, RowTerms, drop_row, finish_row};
+use crate::simd::terms::{GroupTerms, RowDropout, RowTerms, drop_row, finish_group};
 use crate::simd::tile::{GROUP, KEY_TILE, Visible};
 use crate::tensor::{Shape, TensorRef};
 use std::fmt;
@@ -199,25 +199,26 @@ impl Terms<'_> {
         if self.plain() {
             return finish.factor.factor;
         }
-        let Finish { level, factor, heads, positions, visible, scores, max, mut bend } = finish;
-        let steps = visible.all_steps();
-        let mut buffer = [0.0; KEY_TILE];
-        for (r, (at, scores)) in rows.zip(scores.chunks_exact_mut(KEY_TILE)).enumerate() {
-            max[r] = finish_row(
-                level,
-                RowTerms {
-                    scores,
-                    steps,
-                    visible: visible.row(r),
-                    scale: factor.magnitude(),
-                    cap: self.softcap,
-                    slope: self.slope(at.head, heads),
-                    distance: (positions.start as isize - at.position) as f32,
-                    bias: self.row_bias(at, &positions, &mut buffer),
-                    bend: bend.as_deref_mut().map(|bend| &mut bend[r * KEY_TILE..][..KEY_TILE]),
-                },
-            );
+        let Finish { level, factor, heads, positions, visible, scores, max, bend } = finish;
+        let mut sums = self.relative.as_ref().map(|_| [[0.0; KEY_TILE]; GROUP]);
+        let mut sums = sums.iter_mut().flatten();
+        let (mut group, mut n) = ([RowTerms::default(); GROUP], 0);
+        // Powers take longer than anything else here, and rows are mostly of one head.
+        let mut last = (usize::MAX, 0.0);
+        for (at, row) in rows.zip(&mut group) {
+            let sum = sums.next().map_or(&mut [][..], |sum| &mut sum[..]);
+            if last.0 != at.head {
+                last = (at.head, self.slope(at.head, heads));
+            }
+            *row = RowTerms {
+                slope: last.1,
+                distance: (positions.start as isize - at.position) as f32,
+                bias: self.row_bias(at, &positions, sum).unwrap_or_default(),
+            };
+            n += 1;
         }
+        let (scale, cap, rows) = (factor.magnitude(), self.softcap, &group[..n]);
+        finish_group(level, GroupTerms { scores, visible, scale, cap, rows, max, bend });
         1.0
     }
 
@@ -240,7 +241,7 @@ impl Terms<'_> {
         &'b self,
         at: RowSite,
         positions: &Range<usize>,
-        buffer: &'b mut [f32; KEY_TILE],
+        buffer: &'b mut [f32],
     ) -> Option<&'b [f32]> {
         let shared = |index, extent| if extent == 1 { 0 } else { index };
         let dense = self.bias.as_ref().map(|bias| {

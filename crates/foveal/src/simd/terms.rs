@@ -1,12 +1,12 @@
-//! One row of scores between the product and the softmax: cap, biases, mask, largest score.
+//! A group of rows of scores between the product and the softmax: cap, biases, mask, largest score.
 //!
 //! ```text
 //! t = cap · tanh(scale s / cap)  (or scale s)      t ← (t + bias − slope |i − j|) · log2 e      −∞ where masked
 //! ```
 //!
-//! The row lies in L1, so that a term costs its arithmetic only. Biases are read where they lie.
+//! The rows lie in L1, so that a term costs its arithmetic only. Biases are read where they lie.
 
-use super::tile::{KEY_TILE, KeyWords, PANEL, STEP, Steps};
+use super::tile::{GROUP, KEY_TILE, PANEL, STEP, Visible};
 use super::{Simd, dispatch, math};
 use std::f32::consts::LOG2_E;
 
@@ -21,37 +21,44 @@ pub(super) const LANE: [f32; 16] = {
     lane
 };
 
-/// What [`finish_row`] reads and writes.
+/// What [`finish_group`] reads and writes.
 #[derive(Debug)]
-pub(crate) struct RowTerms<'a> {
-    /// In: products of query and keys; out: logits in base 2, −∞ where masked. `[KEY_TILE]`.
+pub(crate) struct GroupTerms<'a> {
+    /// In: products of query and keys; out: logits in base 2, −∞ where masked. `[row][KEY_TILE]`.
     pub(crate) scores: &'a mut [f32],
-    /// The steps of 16 keys to be finished; the others are untouched.
-    pub(crate) steps: Steps,
-    /// Which keys count; all if none.
-    pub(crate) visible: Option<&'a KeyWords>,
+    /// Which keys count; steps of 16 that no row sees are untouched.
+    pub(crate) visible: Visible<'a>,
     /// Multiplies products into scores.
     pub(crate) scale: f32,
     /// The bound that scores are bent towards.
     pub(crate) cap: Option<f32>,
+    /// The rows' own terms, at most [`GROUP`].
+    pub(crate) rows: &'a [RowTerms<'a>],
+    /// Out: the largest logit of each row, −∞ if there is none.
+    pub(crate) max: &'a mut [f32; GROUP],
+    /// Out: dt/ds of the cap, 1 − tanh², where it is asked for. `[row][KEY_TILE]`.
+    pub(crate) bend: Option<&'a mut [f32]>,
+}
+
+/// What differs from row to row.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct RowTerms<'a> {
     /// Subtracted for each position between query and key.
     pub(crate) slope: f32,
     /// The first key's position less the query's.
     pub(crate) distance: f32,
     /// Added to scores; keys beyond its end get nothing.
-    pub(crate) bias: Option<&'a [f32]>,
-    /// Out: dt/ds of the cap, 1 − tanh², where it is asked for. `[KEY_TILE]`.
-    pub(crate) bend: Option<&'a mut [f32]>,
+    pub(crate) bias: &'a [f32],
 }
 
 dispatch! {
-    /// Finishes a row of scores and returns the largest, −∞ if there is none.
-    pub(crate) fn finish_row(args: RowTerms<'_>) -> f32 = finish_row_kernel
+    /// Finishes the scores of a group of rows.
+    pub(crate) fn finish_group(args: GroupTerms<'_>) = finish_group_kernel
 }
 
 #[inline(always)]
-fn finish_row_kernel<S: Simd>(s: S, args: RowTerms<'_>) -> f32 {
-    match (args.cap.is_some(), args.bias.is_some()) {
+fn finish_group_kernel<S: Simd>(s: S, args: GroupTerms<'_>) {
+    match (args.cap.is_some(), args.rows.iter().any(|row| !row.bias.is_empty())) {
         (false, false) => finish::<S, false, false>(s, args),
         (false, true) => finish::<S, false, true>(s, args),
         (true, false) => finish::<S, true, false>(s, args),
@@ -60,54 +67,67 @@ fn finish_row_kernel<S: Simd>(s: S, args: RowTerms<'_>) -> f32 {
 }
 
 #[inline(always)]
-fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: RowTerms<'_>) -> f32 {
-    assert!(args.scores.len() >= KEY_TILE);
-    assert!(args.bend.as_ref().is_none_or(|bend| bend.len() >= KEY_TILE));
+fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: GroupTerms<'_>) {
+    let (rows, steps) = (args.rows.len(), args.visible.all_steps());
+    assert!(rows <= GROUP && args.scores.len() >= rows * KEY_TILE);
+    assert!(args.bend.as_ref().is_none_or(|bend| bend.len() >= rows * KEY_TILE));
     let cap = args.cap.unwrap_or(1.0);
     let scale = s.splat(if CAP { args.scale / cap } else { args.scale * LOG2_E });
-    let (cap, slope) = (s.splat(cap * LOG2_E), s.splat(-args.slope * LOG2_E));
-    let bias = args.bias.unwrap_or(&[]);
-    // SAFETY: LANE holds 16 >= LANES numbers.
-    let lane = unsafe { s.load(LANE.as_ptr()) };
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for (panel, &(first, end)) in args.steps.iter().enumerate() {
-        for v in first * STEP / S::LANES..end * STEP / S::LANES {
-            let at = panel * PANEL + v * S::LANES;
-            // SAFETY: steps lie inside the row's KEY_TILE numbers.
-            let mut x = s.mul(unsafe { s.load(args.scores.as_ptr().add(at)) }, scale);
-            if CAP {
-                let tanh = math::tanh(s, x);
-                if let Some(bend) = &mut args.bend {
-                    let minus = s.sub(s.splat(0.0), tanh);
-                    // SAFETY: as long as the scores.
-                    unsafe { s.store(bend.as_mut_ptr().add(at), s.fma(minus, tanh, s.splat(1.0))) };
+    let cap = s.splat(cap * LOG2_E);
+    for (r, &row) in args.rows.iter().enumerate() {
+        let words = args.visible.row(r);
+        let scores = args.scores[r * KEY_TILE..][..KEY_TILE].as_mut_ptr();
+        let bend = args.bend.as_mut().map(|bend| bend[r * KEY_TILE..][..KEY_TILE].as_mut_ptr());
+        let mut largest = s.splat(f32::NEG_INFINITY);
+        for (panel, &(first, end)) in steps.iter().enumerate() {
+            for v in first * STEP / S::LANES..end * STEP / S::LANES {
+                let at = panel * PANEL + v * S::LANES;
+                // SAFETY: steps lie inside the row's KEY_TILE numbers.
+                let mut x = s.mul(unsafe { s.load(scores.add(at)) }, scale);
+                if CAP {
+                    let tanh = math::tanh(s, x);
+                    if let Some(bend) = bend {
+                        let minus = s.sub(s.splat(0.0), tanh);
+                        // SAFETY: as long as the scores.
+                        unsafe { s.store(bend.add(at), s.fma(minus, tanh, s.splat(1.0))) };
+                    }
+                    x = s.mul(tanh, cap);
                 }
-                x = s.mul(tanh, cap);
+                if row.slope != 0.0 {
+                    x = s.fma(
+                        distances(s, row.distance + at as f32),
+                        s.splat(-row.slope * LOG2_E),
+                        x,
+                    );
+                }
+                if BIAS && at < row.bias.len() {
+                    let left = row.bias.len() - at;
+                    // SAFETY: `left` numbers are left.
+                    let term = unsafe {
+                        let p = row.bias.as_ptr().add(at);
+                        if left >= S::LANES { s.load(p) } else { s.load_part(p, left) }
+                    };
+                    x = s.fma(term, s.splat(LOG2_E), x);
+                }
+                if let Some(words) = words {
+                    let bits = (words[at / 64] >> (at % 64)) as u32;
+                    x = s.select(bits, x, s.splat(f32::NEG_INFINITY));
+                }
+                largest = s.max(x, largest);
+                // SAFETY: as the load.
+                unsafe { s.store(scores.add(at), x) };
             }
-            if args.slope != 0.0 {
-                let ahead = s.add(lane, s.splat(args.distance + at as f32));
-                let distance = s.max(ahead, s.sub(s.splat(0.0), ahead));
-                x = s.fma(distance, slope, x);
-            }
-            if BIAS && at < bias.len() {
-                let left = bias.len() - at;
-                // SAFETY: `left` numbers are left.
-                let term = unsafe {
-                    let p = bias.as_ptr().add(at);
-                    if left >= S::LANES { s.load(p) } else { s.load_part(p, left) }
-                };
-                x = s.fma(term, s.splat(LOG2_E), x);
-            }
-            if let Some(words) = args.visible {
-                let bits = (words[at / 64] >> (at % 64)) as u32;
-                x = s.select(bits, x, s.splat(f32::NEG_INFINITY));
-            }
-            largest = s.max(x, largest);
-            // SAFETY: as the load.
-            unsafe { s.store(args.scores.as_mut_ptr().add(at), x) };
         }
+        args.max[r] = s.reduce_max(largest);
     }
-    s.reduce_max(largest)
+}
+
+/// How far the keys are from the query of which the first is so far ahead.
+#[inline(always)]
+fn distances<S: Simd>(s: S, first: f32) -> S::F {
+    // SAFETY: LANE holds 16 >= LANES numbers.
+    let ahead = s.add(unsafe { s.load(LANE.as_ptr()) }, s.splat(first));
+    s.max(ahead, s.sub(s.splat(0.0), ahead))
 }
 
 /// Which weights of a row survive dropout, and by what they are multiplied.
