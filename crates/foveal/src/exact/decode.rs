@@ -39,6 +39,10 @@ const PACKED_GROUP: usize = 12;
 /// Floats after a partial accumulator: its maximum, its sum, and room to the next cache line.
 const TAIL: usize = 16;
 
+/// Operations below which one thread is faster than two, where a byte counts as two: about 30 µs, as long as it takes to
+/// wake another (8 heads of 64: 17.7 µs alone and 14.5 to 32 together at 256 keys, 34 and 25 to 49 at 512).
+const WAKE: usize = 3 << 20;
+
 /// How a call is cut into parts and its workspace into pieces.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
@@ -75,6 +79,14 @@ impl Layout {
         }
     }
 
+    /// Threads that the call is worth.
+    fn threads(&self, sizes: &Sizes) -> usize {
+        let pair = 2 * (sizes.q.dim + sizes.value_dim);
+        // Two operations a pair and number for each row, and four bytes a number once.
+        let each = self.rows.max(4).saturating_mul(sizes.keys).saturating_mul(pair);
+        if self.units.saturating_mul(each) < WAKE { 1 } else { sizes.cpu.threads.count() }
+    }
+
     fn partials(&self) -> usize {
         self.units * self.spans * self.rows * self.partial
     }
@@ -107,7 +119,9 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         let mut partials = TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
         let parts = layout.units * layout.passes * layout.spans;
-        for_each_part(parts, scratch.chunks_exact_mut(layout.scratch), |part, scratch| {
+        let scratches =
+            scratch.chunks_exact_mut(layout.scratch).take(layout.threads(&problem.sizes));
+        for_each_part(parts, scratches, |part, scratch| {
             let (unit, rest) = (part / (layout.passes * layout.spans), part / layout.passes);
             let (span, pass) = (rest % layout.spans, part % layout.passes);
             let rows = pass * ROWS..((pass + 1) * ROWS).min(layout.rows);
