@@ -1,5 +1,6 @@
 //! Fuzz input as an attention call: shapes, strides, mask, phase, instructions, threads, numbers.
 
+use super::terms::Terms;
 use arbitrary::{Result, Unstructured};
 use foveal::cache::TILE;
 use foveal::mask::{Band, Dense, Documents, Extent, Pattern, Site, Tree};
@@ -30,6 +31,8 @@ pub(super) struct Case {
     pub(super) cut: usize,
     /// Keys that a plan for a cache leaves room for.
     pub(super) spare: usize,
+    /// What a second call does to scores.
+    pub(super) terms: Option<Terms>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +87,7 @@ impl Case {
             poison: if input.ratio(1u8, 4u8)? { input.int_in_range(1..=4)? } else { 0 },
             cut: input.int_in_range(0..=q.seq.min(1 << 16))?,
             spare: *input.choose(&[0, 1, TILE, 5000])?,
+            terms: if input.is_empty() { None } else { Some(Terms::read(input)?) },
         })
     }
 

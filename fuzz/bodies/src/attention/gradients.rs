@@ -17,8 +17,13 @@ struct Above<E> {
 }
 
 impl<E: Element> Call<'_, E> {
-    /// `rounding` is what storing a number may change, relative to it.
-    pub(super) fn assert_gradients(&self, plan: &Plan<'_>, outcome: &Outcome<E>, rounding: f64) {
+    /// `rounding` is what storing a number may change, relative to it; the options are the definition's.
+    pub(super) fn assert_gradients(
+        &self,
+        plan: &Plan<'_>,
+        outcome: &Outcome<E>,
+        (rounding, options): (f64, &Options<'_>),
+    ) {
         let case = self.case;
         let mut numbers = Numbers::new(case.numbers ^ 1);
         let (shape, layout) = (plan.out_shape(), Layout { repeat: false, ..case.layouts[3] });
@@ -39,7 +44,7 @@ impl<E: Element> Call<'_, E> {
             }
         }
         if case.poison == 0 {
-            self.assert_near_definition(&above, &gradients, rounding);
+            self.assert_near_definition(&above, &gradients, (rounding, options));
         }
     }
 
@@ -62,7 +67,12 @@ impl<E: Element> Call<'_, E> {
         })
     }
 
-    fn assert_near_definition(&self, above: &Above<E>, gradients: &[Vec<E>; 3], rounding: f64) {
+    fn assert_near_definition(
+        &self,
+        above: &Above<E>,
+        gradients: &[Vec<E>; 3],
+        (rounding, options): (f64, &Options<'_>),
+    ) {
         let Case { q, k, v, .. } = *self.case;
         if k.heads == 0 {
             return;
@@ -72,8 +82,7 @@ impl<E: Element> Call<'_, E> {
         let d_lse = wide(above.d_lse.view());
         let input = |n: usize| Input { data: &data[n], shape: inputs[n].shape() };
         let upstream = [input(3), Input { data: &d_lse, shape: q.per_row() }];
-        let options = Options::new(self.scale(), &self.case.mask);
-        let expected = attention_backward([input(0), input(1), input(2)], &options, upstream)
+        let expected = attention_backward([input(0), input(1), input(2)], options, upstream)
             .expect("the engine accepted it");
         let most = |x: &[f64]| x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
         let [max_q, max_k, max_v, max_d_out] = data.each_ref().map(|x| most(x));
@@ -95,7 +104,7 @@ impl<E: Element> Call<'_, E> {
 }
 
 /// The elements in row-major order.
-fn wide<E: Element>(x: TensorRef<'_, E>) -> Vec<f64> {
+pub(super) fn wide<E: Element>(x: TensorRef<'_, E>) -> Vec<f64> {
     let Shape { batch, seq, heads, .. } = x.shape();
     let rows =
         (0..batch).flat_map(|b| (0..seq).flat_map(move |t| (0..heads).map(move |h| (b, t, h))));

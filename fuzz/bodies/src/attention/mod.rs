@@ -5,6 +5,7 @@ mod case;
 mod definition;
 mod gradients;
 mod memory;
+mod terms;
 
 use crate::numbers::Numbers;
 use arbitrary::Unstructured;
@@ -12,6 +13,7 @@ use case::{Case, Layout, Storage};
 use foveal::cache::{ContiguousCache, KvStore};
 use foveal::mask::{Extent, Pattern};
 use foveal::plan::{Inputs, MAX_DIM};
+use foveal::reference::Options;
 use foveal::{
     Attention, Cpu, Element, Error, MAX_GENERATED_ROWS, Phase, Plan, Result, Scale, Shape,
     TensorRef, Threads, Workspace,
@@ -25,16 +27,28 @@ const DENSE: Layout = Layout { order: [2, 1, 0], gap: 0, skip: 0, repeat: false 
 pub fn attention(bytes: &[u8]) {
     let Ok(case) = Case::read(&mut Unstructured::new(bytes)) else { return };
     match case.storage {
-        Storage::F32 => Call::<f32>::check(&case, 0.0),
-        Storage::F16 => Call::<f16>::check(&case, 1.0 / 1024.0),
-        Storage::Bf16 => Call::<bf16>::check(&case, 1.0 / 128.0),
+        Storage::F32 => Call::<f32>::check(&case, Rounding { result: 0.0, weight: 0.0 }),
+        Storage::F16 => Call::<f16>::check(&case, Rounding { result: 1.0 / 1024.0, weight: 0.0 }),
+        Storage::Bf16 => {
+            Call::<bf16>::check(&case, Rounding { result: 1.0 / 128.0, weight: 1.0 / 128.0 });
+        }
     }
 }
 
+/// What rounding to a storage type may change.
+#[derive(Debug, Clone, Copy)]
+struct Rounding {
+    /// A result, relative to it.
+    result: f64,
+    /// A weight: where products are of pairs, weights are rounded too.
+    weight: f64,
+}
+
 /// A case with its tensors.
+#[derive(Clone)]
 struct Call<'a, E> {
     case: &'a Case,
-    attention: Attention<'static>,
+    attention: Attention<'a>,
     q: Memory<E>,
     k: Memory<E>,
     v: Memory<E>,
@@ -47,8 +61,7 @@ struct Outcome<E> {
 }
 
 impl<E: Element> Call<'_, E> {
-    /// `rounding` is what storing a result may change, relative to it.
-    fn check(case: &Case, rounding: f64) {
+    fn check(case: &Case, rounding: Rounding) {
         let attention = Attention::new().mask(case.mask.clone()).scale(case.scale).cpu(case.cpu);
         let planned = plan(&attention, case.phase, [case.q, case.k, case.v]);
         let plan = match planned {
@@ -67,11 +80,15 @@ impl<E: Element> Call<'_, E> {
         call.assert_same_with_one_thread(&outcome);
         call.assert_same_with_caches(&outcome);
         if case.phase == Phase::Prompt {
-            call.assert_gradients(&plan, &outcome, rounding);
+            let options = Options::new(call.scale(), &case.mask);
+            call.assert_gradients(&plan, &outcome, (rounding.result, &options));
+        }
+        if let Some(terms) = case.terms {
+            call.assert_terms(terms, rounding);
         }
     }
 
-    fn new<'a>(case: &'a Case, attention: Attention<'static>) -> Call<'a, E> {
+    fn new<'a>(case: &'a Case, attention: Attention<'a>) -> Call<'a, E> {
         let mut numbers = Numbers::new(case.numbers);
         let [q, k, v, _] = case.layouts;
         let q = Memory::new(case.q, q).fill(&mut numbers);
@@ -115,7 +132,7 @@ impl<E: Element> Call<'_, E> {
         }
     }
 
-    fn assert_defined(&self, outcome: &Outcome<E>, rounding: f64) {
+    fn assert_defined(&self, outcome: &Outcome<E>, rounding: Rounding) {
         let Inputs { q, k, v } = self.inputs();
         let scale = self.scale();
         let mut rows = outcome.out.chunks(self.case.v.dim).zip(&outcome.lse);
@@ -127,9 +144,11 @@ impl<E: Element> Call<'_, E> {
                     let (out, &lse) = rows.next().expect("one row for each query");
                     let what = (b, t, h, self.case);
                     assert_near(lse, row.lse, row.error() * 2.0, &what);
-                    let error = row.error() * (1.0 + row.value);
+                    // An infinite value times no rounding is none.
+                    let weights = (rounding.weight * row.value).max(0.0);
+                    let error = row.error() * (1.0 + row.value) + weights;
                     for (&got, &expected) in out.iter().zip(&row.out) {
-                        let error = error + rounding * expected.abs();
+                        let error = error + rounding.result * expected.abs();
                         assert_near(got.to_f32(), expected, error, &what);
                     }
                 }
