@@ -2,11 +2,11 @@
 
 mod support;
 
-use foveal::mask::{Band, Documents, Pattern, Site};
+use foveal::mask::{Band, Documents};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::reference::Options;
-use foveal::{Attention, Element, Mask, Scale, Tensor, Workspace};
-use half::{bf16, f16};
+use foveal::{Attention, Mask, Scale, Tensor, Workspace};
+use half::bf16;
 use support::backward::{Call, Wanted};
 use support::sizes::{Sizes, masks, random_mask};
 use support::{cpus, error};
@@ -122,75 +122,6 @@ fn logits_of_ten_thousand() {
             assert!(worst <= 2e-3, "{}: {what} off by {worst:e}", cpu.level);
         }
     }
-}
-
-/// The same gradients by whole matrices, each rounded to the storage type.
-fn plain<E: Element>(call: &Call<E>, mask: &Mask, scale: f32) -> [Vec<f32>; 3] {
-    let round = |x: f32| E::from_f32(x).to_f32();
-    let wide = |row: &[E]| -> Vec<f32> { row.iter().map(|x| x.to_f32()).collect() };
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-    let add = |to: &mut [f32], factor: f32, from: &[f32]| {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
-    };
-    let (q, k) = (call.q.shape(), call.k.shape());
-    let (dim, value_dim) = (q.dim, call.v.shape().dim);
-    let zeros = |x: &Tensor<E>| vec![0.0f32; x.as_slice().len()];
-    let [mut d_q, mut d_k, mut d_v] = [zeros(&call.q), zeros(&call.k), zeros(&call.v)];
-    for (i, head) in (0..q.seq).flat_map(|i| (0..q.heads).map(move |head| (i, head))) {
-        let kv_head = head / (q.heads / k.heads);
-        let query = wide(call.q.view().row(0, i, head));
-        let d_out = wide(call.d_out.view().row(0, i, head));
-        let keys: Vec<_> = (0..k.seq).map(|j| wide(call.k.view().row(0, j, kv_head))).collect();
-        let values: Vec<_> = (0..k.seq).map(|j| wide(call.v.view().row(0, j, kv_head))).collect();
-        let at = Site { batch: 0, q_head: head, kv_head };
-        let position = (i + k.seq) as isize - q.seq as isize;
-        let seen: Vec<_> = (0..k.seq).filter(|&j| mask.allows(at, position, j)).collect();
-        let scores: Vec<_> =
-            seen.iter().map(|&j| round(round(dot(&query, &keys[j])) * scale)).collect();
-        let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| max.max(s));
-        let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
-        let p: Vec<_> = scores.iter().map(|s| round((s - max).exp() / sum)).collect();
-        let d_p: Vec<_> = seen.iter().map(|&j| round(dot(&d_out, &values[j]))).collect();
-        let delta = dot(&p, &d_p);
-        let mut sum = vec![0.0; dim];
-        for (n, &j) in seen.iter().enumerate() {
-            let d_s = round(round(p[n] * (d_p[n] - delta)) * scale);
-            add(&mut sum, d_s, &keys[j]);
-            add(&mut d_k[(j * k.heads + kv_head) * dim..][..dim], d_s, &query);
-            add(&mut d_v[(j * k.heads + kv_head) * value_dim..][..value_dim], p[n], &d_out);
-        }
-        d_q[(i * q.heads + head) * dim..][..dim].copy_from_slice(&sum);
-    }
-    [d_q, d_k, d_v].map(|x| x.into_iter().map(round).collect())
-}
-
-fn sixteen_bits<E: Element>() {
-    let sizes =
-        Sizes { batch: 1, queries: 133, keys: 290, heads: 4, kv_heads: 2, dim: 72, value_dim: 40 };
-    for mask in [Mask::full(), Mask::causal(), Mask::window(50)] {
-        let mut call = Call::<E>::random(sizes, 8);
-        call.d_lse = None;
-        let scale = 1.0 / (sizes.dim as f32).sqrt();
-        let expected = call.define(&Options::new(f64::from(scale), &mask));
-        let plain = plain(&call, &mask, scale);
-        for cpu in cpus() {
-            let got = call.run(&Attention::new().mask(mask.clone()).cpu(cpu));
-            for ((what, got, expected), plain) in got.beside(&expected).into_iter().zip(&plain) {
-                let (own, plain) = (error(&got, expected), error(plain, expected));
-                let what = format!("{} {mask} {}: {what}", E::DTYPE, cpu.level);
-                assert!(
-                    own <= 3.0 * plain,
-                    "{what} off by {own:e}, the plain computation {plain:e}"
-                );
-            }
-        }
-    }
-}
-
-#[test]
-fn sixteen_bit_gradients_err_no_more_than_the_plain_computation() {
-    sixteen_bits::<f16>();
-    sixteen_bits::<bf16>();
 }
 
 #[test]

@@ -5,9 +5,11 @@
 //! P = exp2(c S − l)      dS = P ∘ (dP − D)      dV += Pᵀ dO      dK += dSᵀ Q
 //! ```
 //!
+//! P and dS are numbers; sums over rows take them as cells of neighbouring rows, see [`product`](super::product).
 //! Scores, dP = dO Vᵀ and dQ = dS K come from the forward's kernels in [`tile`](super::tile). Each sum runs over the
 //! rows of a tile in order with one accumulator per element, started at zero for each tile.
 
+use super::product::{Product, dispatch_form};
 use super::terms::LANE;
 use super::tile::{
     GROUP, KEY_TILE, PANEL, PANELS, STEP, Steps, ValueBlock, Visible, padded, value_columns,
@@ -132,9 +134,9 @@ fn distance_sum_kernel<S: Simd>(s: S, x: &[f32], first: f32) -> f32 {
 /// What [`across`] reads and writes.
 #[derive(Debug)]
 pub(crate) struct Across<'a> {
-    /// Weights, `[row][KEY_TILE]`.
+    /// Weights in cells across rows, `[row / CELL][KEY_TILE]`.
     pub(crate) weights: &'a [f32],
-    /// What they weigh: one row of numbers for each of theirs.
+    /// What they weigh: one row of cells for each of theirs.
     pub(crate) rows: Rows<'a, f32>,
     /// For each group of 6 keys, the first row that counts and the one after the last.
     pub(crate) bounds: &'a [(usize, usize)],
@@ -146,28 +148,29 @@ pub(crate) struct Across<'a> {
     pub(crate) out_stride: usize,
 }
 
-dispatch! {
+dispatch_form! {
     /// out ← out + Wᵀ R: for each key the sum of the rows, weighed by its column.
     pub(crate) fn across(args: Across<'_>) = across_kernel
 }
 
 #[inline(always)]
-fn across_kernel<S: Simd>(s: S, args: Across<'_>) {
+fn across_kernel<P: Product>(product: P, args: Across<'_>) {
     let Across { weights, rows, bounds, keys, out, out_stride } = args;
     let width = rows.width();
     assert!(keys <= KEY_TILE && bounds.len() == keys.div_ceil(GROUP));
     assert!(weights.len() >= rows.count() * KEY_TILE && out_stride >= padded(width));
     assert!(keys == 0 || out.len() >= (keys - 1) * out_stride + padded(width));
-    assert!(bounds.iter().all(|&(first, end)| first >= end || end <= rows.count()));
+    let cells = |&(first, end): &(usize, usize)| (first / P::CELL, end.div_ceil(P::CELL));
+    assert!(bounds.iter().map(cells).all(|(first, end)| first >= end || end <= rows.count()));
     let mut column = 0;
     while column < width {
         let left = width - column;
-        let whole = (left / S::LANES).min(S::TILE_VECTORS);
-        for (group, &span) in bounds.iter().enumerate() {
-            if span.0 >= span.1 {
+        let whole = (left / P::S::LANES).min(P::S::TILE_VECTORS);
+        for (group, bounds) in bounds.iter().enumerate() {
+            if bounds.0 >= bounds.1 {
                 continue;
             }
-            let key = group * GROUP;
+            let (key, span) = (group * GROUP, cells(bounds));
             let io = ValueBlock {
                 probabilities: weights.as_ptr().wrapping_add(key),
                 values: rows.as_ptr().wrapping_add(column),
@@ -176,21 +179,21 @@ fn across_kernel<S: Simd>(s: S, args: Across<'_>) {
                 rescale: &[1.0; GROUP],
                 out: out.as_mut_ptr().wrapping_add(key * out_stride + column),
                 out_stride,
-                tail: left % S::LANES,
+                tail: left % P::S::LANES,
             };
             // SAFETY: rows below the count and columns below the width, keys below `keys`, of which
             // weights and `out` hold that many; `out` rows are padded for the last vector.
             unsafe {
                 match keys - key {
-                    1 => value_columns::<S, 1, true>(s, &io, whole),
-                    2 => value_columns::<S, 2, true>(s, &io, whole),
-                    3 => value_columns::<S, 3, true>(s, &io, whole),
-                    4 => value_columns::<S, 4, true>(s, &io, whole),
-                    5 => value_columns::<S, 5, true>(s, &io, whole),
-                    _ => value_columns::<S, 6, true>(s, &io, whole),
+                    1 => value_columns::<P, 1, true>(product, &io, whole),
+                    2 => value_columns::<P, 2, true>(product, &io, whole),
+                    3 => value_columns::<P, 3, true>(product, &io, whole),
+                    4 => value_columns::<P, 4, true>(product, &io, whole),
+                    5 => value_columns::<P, 5, true>(product, &io, whole),
+                    _ => value_columns::<P, 6, true>(product, &io, whole),
                 }
             }
         }
-        column += whole.max(1) * S::LANES;
+        column += whole.max(1) * P::S::LANES;
     }
 }

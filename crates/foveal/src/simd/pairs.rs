@@ -3,6 +3,7 @@
 //! ```text
 //! keys    [key / 64][d / 2][key % 64] of (k_d, k_d+1)        queries [row][d / 2] of (q_d, q_d+1)
 //! values  [key / 2][d] of (v_d of key, v_d of key + 1)       weights [row][key / 2] of (p_key, p_key+1), rounded
+//!                                                            or across [row / 2][key] of (p of row, p of row + 1)
 //! ```
 //!
 //! An odd last number has a zero beside it. Cells lie in `f32` buffers as bits; see [`product`](super::product).
@@ -54,6 +55,59 @@ fn pack_values_kernel<P: PairProduct>(product: P, values: Rows<'_, bf16>, out: &
                     let rest = n.saturating_sub(P::S::LANES);
                     s.store_part(to.wrapping_add(P::S::LANES), cells[1], rest);
                 }
+            }
+        }
+    }
+}
+
+dispatch_pairs! {
+    /// Packs rows of cells with `width` numbers each as [`pack_values`] does.
+    pub(crate) fn pack_rows(rows: Rows<'_, f32>, width: usize, out: &mut [f32]) = pack_rows_kernel
+}
+
+#[inline(always)]
+fn pack_rows_kernel<P: PairProduct>(
+    product: P,
+    rows: Rows<'_, f32>,
+    width: usize,
+    out: &mut [f32],
+) {
+    let cells = rows.as_slice();
+    // SAFETY: every cell is two elements of half its size and alignment, and any bits are one.
+    let halves = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), 2 * cells.len()) };
+    let rows = Rows::new(halves, 2 * rows.stride(), rows.count(), width);
+    pack_values_kernel(product, rows.expect("no more than there were"), out);
+}
+
+dispatch_pairs! {
+    /// Rounds weights of a few rows, `[row][KEY_TILE]`, twice: to pairs across rows, `[row / 2][KEY_TILE]`, and in
+    /// their place to pairs of each row, as [`round`] does.
+    pub(crate) fn round_across(weights: &mut [f32], across: &mut [f32]) = round_across_kernel
+}
+
+#[inline(always)]
+fn round_across_kernel<P: PairProduct>(product: P, weights: &mut [f32], across: &mut [f32]) {
+    let s = product.simd();
+    assert!(P::S::LANES == STEP && weights.len().is_multiple_of(KEY_TILE));
+    let rows = weights.len() / KEY_TILE;
+    assert!(across.len() == rows.div_ceil(2) * KEY_TILE);
+    for (pair, across) in across.chunks_exact_mut(KEY_TILE).enumerate() {
+        let first = weights[2 * pair * KEY_TILE..].as_mut_ptr();
+        let two = 2 * pair + 1 < rows;
+        for at in (0..KEY_TILE).step_by(2 * STEP) {
+            // SAFETY: 32 keys lie inside a row, of which there is a second if `two`; their cells are not
+            // behind them: what they overwrite has been read.
+            unsafe {
+                let round = |row: *mut f32| {
+                    let cells = product.round(s.load(row.add(at)), s.load(row.add(at + STEP)));
+                    s.store(row.add(at / 2), cells);
+                    cells
+                };
+                let above = round(first);
+                let below = if two { round(first.add(KEY_TILE)) } else { s.splat(0.0) };
+                let cells = product.interleave(above, below);
+                s.store(across.as_mut_ptr().add(at), cells[0]);
+                s.store(across.as_mut_ptr().add(at + STEP), cells[1]);
             }
         }
     }

@@ -5,6 +5,8 @@ use super::tile::{KeyTile, Stretch};
 use crate::element::DType;
 use crate::exact::terms::Terms;
 use crate::plan::Sizes;
+use crate::simd::pairs;
+use crate::simd::product::Form;
 use crate::simd::tile::{GROUP, KEY_TILE, PANEL, padded};
 use crate::tensor::{Rows, Shape, SharedRows, TensorMut};
 use std::ops::Range;
@@ -79,6 +81,8 @@ pub(super) struct Memory<'a> {
 impl Layout {
     pub(super) fn new(sizes: &Sizes, terms: &Terms<'_>, storage: DType) -> Layout {
         let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
+        // Whole cells, whatever those are.
+        let dims = (dim.next_multiple_of(2), value_dim.next_multiple_of(2));
         let units = sizes.q.batch * sizes.kv_heads;
         // Even chunks, so that threads which share them are done together.
         let even = sizes.q.seq.div_ceil(sizes.q.seq.div_ceil(CHUNK).max(1));
@@ -114,13 +118,13 @@ impl Layout {
             width,
             statistics: lines(2 * rows),
             image,
-            keys: stretch * (2 * dim + value_dim),
+            keys: stretch * (2 * dims.0 + dims.1),
             sums,
             bias_sums,
             slot: sums + bias_sums,
             tally: tally(terms),
             slots: if threads == 1 { 1 } else { chunks.min(SLOTS * threads).min(MOST_SLOTS) },
-            scratch: Scratch::floats(dim, value_dim),
+            scratch: Scratch::floats(dims),
         }
     }
 
@@ -145,33 +149,42 @@ impl Layout {
     }
 
     /// A stretch's packed keys, packed values and keys as rows, panel by panel.
-    pub(super) fn panels<'a>(&self, floats: &'a mut [f32]) -> [SharedRows<'a, f32>; 3] {
-        let (dim, value_dim) = self.dims;
-        let (keys, rest) = floats.split_at_mut(self.stretch * dim);
-        let (values, rows) = rest.split_at_mut(self.stretch * value_dim);
-        [(keys, dim), (values, value_dim), (rows, dim)]
-            .map(|(floats, dim)| shared(floats, [self.stretch / PANEL, 1, PANEL * dim]))
+    pub(super) fn panels<'a>(&self, form: Form, floats: &'a mut [f32]) -> [SharedRows<'a, f32>; 3] {
+        let (depth, value_depth) = (form.cells(self.dims.0), form.cells(self.dims.1));
+        let (keys, rest) = floats.split_at_mut(self.stretch * depth);
+        let (values, rows) = rest.split_at_mut(self.stretch * value_depth);
+        [
+            (keys, PANEL * depth),
+            (values, PANEL * value_depth),
+            (rows, form.cells(PANEL) * self.dims.0),
+        ]
+        .map(|(floats, panel)| shared(floats, [self.stretch / PANEL, 1, panel]))
     }
 
     /// What [`Layout::panels`] were filled with.
-    pub(super) fn stretch<'a>(&self, floats: &'a [f32], positions: Range<usize>) -> Stretch<'a> {
-        let (dim, value_dim) = self.dims;
-        let (keys, rest) = floats.split_at(self.stretch * dim);
-        let (values, rows) = rest.split_at(self.stretch * value_dim);
-        Stretch { positions, keys, values, rows }
+    pub(super) fn stretch<'a>(
+        &self,
+        form: Form,
+        floats: &'a [f32],
+        positions: Range<usize>,
+    ) -> Stretch<'a> {
+        let (keys, rest) = floats.split_at(self.stretch * form.cells(self.dims.0));
+        let (values, rows) = rest.split_at(self.stretch * form.cells(self.dims.1));
+        Stretch { form, positions, keys, values, rows }
     }
 
     /// A key tile of a stretch, and where its sums begin.
     pub(super) fn tile<'a>(&self, keys: &Stretch<'a>, positions: Range<usize>) -> KeyTile<'a> {
-        let (dim, value_dim) = self.dims;
+        let (form, dim) = (keys.form, self.dims.0);
+        let (depth, value_depth) = (form.cells(dim), form.cells(self.dims.1));
         let first = positions.start - keys.positions.start;
         let padded = first + positions.len().next_multiple_of(PANEL);
-        let rows = &keys.rows[first * dim..];
+        let (rows, count) = (&keys.rows[form.cells(first) * dim..], form.cells(positions.len()));
         KeyTile {
             first,
-            keys: &keys.keys[first * dim..padded * dim],
-            values: &keys.values[first * value_dim..padded * value_dim],
-            rows: Rows::new(rows, dim, positions.len(), dim).expect("a tile's keys"),
+            keys: &keys.keys[first * depth..padded * depth],
+            values: &keys.values[first * value_depth..padded * value_depth],
+            rows: Rows::new(rows, dim, count, dim).expect("a tile's keys"),
             positions,
         }
     }
@@ -191,10 +204,16 @@ pub(crate) fn workspace_floats(sizes: &Sizes, terms: &Terms<'_>, storage: DType)
 
 /// A thread's share of the workspace.
 pub(super) struct Scratch<'a> {
+    /// Queries in cells.
     pub(super) queries: &'a mut [f32],
+    /// The same as rows of cells across queries, where those are something else.
+    pub(super) query_rows: &'a mut [f32],
     pub(super) d_out: &'a mut [f32],
-    pub(super) scores: &'a mut [f32],
-    pub(super) gradients: &'a mut [f32],
+    pub(super) d_out_rows: &'a mut [f32],
+    /// P of a group, `[row][KEY_TILE]`, and of all rows, in cells across rows.
+    pub(super) scores: Weights<'a>,
+    /// dS, likewise.
+    pub(super) gradients: Weights<'a>,
     /// Of a group of rows: the derivative of the cap, `[row][KEY_TILE]`.
     pub(super) bend: &'a mut [f32],
     /// dQ of all rows.
@@ -202,17 +221,68 @@ pub(super) struct Scratch<'a> {
 }
 
 impl<'a> Scratch<'a> {
-    fn floats(dim: usize, value_dim: usize) -> usize {
+    /// Of dimensions that are whole cells.
+    fn floats((dim, value_dim): (usize, usize)) -> usize {
         ROWS * (dim + value_dim + 2 * KEY_TILE + padded(dim)) + GROUP * KEY_TILE
     }
 
-    pub(super) fn new(scratch: &'a mut [f32], dim: usize, value_dim: usize) -> Scratch<'a> {
-        let (queries, rest) = scratch.split_at_mut(ROWS * dim);
-        let (d_out, rest) = rest.split_at_mut(ROWS * value_dim);
+    pub(super) fn new(
+        form: Form,
+        scratch: &'a mut [f32],
+        (dim, value_dim): (usize, usize),
+    ) -> Scratch<'a> {
+        // Numbers need no other form of rows.
+        let across = |width: usize| match form {
+            Form::Numbers(_) => 0,
+            Form::Pairs(_) => form.cells(ROWS) * width,
+        };
+        let (queries, rest) = scratch.split_at_mut(ROWS * form.cells(dim));
+        let (query_rows, rest) = rest.split_at_mut(across(dim));
+        let (d_out, rest) = rest.split_at_mut(ROWS * form.cells(value_dim));
+        let (d_out_rows, rest) = rest.split_at_mut(across(value_dim));
         let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (gradients, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (bend, rest) = rest.split_at_mut(GROUP * KEY_TILE);
         let d_q = &mut rest[..ROWS * padded(dim)];
-        Scratch { queries, d_out, scores, gradients, bend, d_q }
+        let (scores, gradients) = (Weights::new(form, scores), Weights::new(form, gradients));
+        Scratch { queries, query_rows, d_out, d_out_rows, scores, gradients, bend, d_q }
     }
 }
+
+/// Weights of a tile, group by group. Of numbers each group's stay where they are made; pairs are made from those of a
+/// group, one group at a time.
+pub(super) struct Weights<'a> {
+    form: Form,
+    floats: &'a mut [f32],
+}
+
+impl<'a> Weights<'a> {
+    fn new(form: Form, floats: &'a mut [f32]) -> Weights<'a> {
+        Weights { form, floats }
+    }
+
+    /// Cells across all rows: `[row / CELL][KEY_TILE]`.
+    pub(super) fn across(&self) -> &[f32] {
+        self.floats
+    }
+
+    /// Where a group of rows is computed, `[row][KEY_TILE]`.
+    pub(super) fn group(&mut self, rows: &Range<usize>) -> &mut [f32] {
+        let first = match self.form {
+            Form::Numbers(_) => rows.start,
+            Form::Pairs(_) => ROWS / 2,
+        };
+        &mut self.floats[first * KEY_TILE..][..rows.len() * KEY_TILE]
+    }
+
+    /// Rounds a group that has been computed, if the form asks for it.
+    pub(super) fn round(&mut self, rows: &Range<usize>) {
+        if let Form::Pairs(token) = self.form {
+            let (across, group) = self.floats.split_at_mut(ROWS / 2 * KEY_TILE);
+            let across = &mut across[rows.start / 2 * KEY_TILE..rows.end.div_ceil(2) * KEY_TILE];
+            pairs::round_across(token, &mut group[..rows.len() * KEY_TILE], across);
+        }
+    }
+}
+
+const _: () = assert!(GROUP.is_multiple_of(2) && GROUP <= ROWS / 2);

@@ -13,6 +13,9 @@
 //!         dK, dV = the chunks' sums, added in order
 //! ```
 //!
+//! Queries, keys and values of bf16 are multiplied in pairs where the processor can: P and dS are then rounded to bf16,
+//! side by side for dQ, and two rows in a pair for dV and dK.
+//!
 //! Neither P nor dS is ever stored as a whole. Cuts lie at fixed positions of the sequence, and what
 //! they cut is joined in order: the sums are the same whether one thread takes a key/value head from
 //! beginning to end, or all threads share its chunks tile by tile. The first way has no barriers; the
@@ -30,12 +33,14 @@ mod tile;
 
 use super::Factor;
 use super::terms::{RowSite, Terms};
+use crate::cache::kv_rows;
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
+use crate::simd::product::Form;
 use crate::simd::row;
-use crate::simd::tile::{PANEL, pack_keys, padded};
+use crate::simd::tile::{PANEL, padded};
 use crate::tensor::{SharedRows, TensorRef};
 use layout::{Layout, Memory, shared};
 use std::f32::consts::LOG2_E;
@@ -77,7 +82,8 @@ pub(crate) fn run<E: Element, K: Element>(call: &mut Differential<'_, E, K>, flo
     let (tallies, floats) = floats.split_at_mut(layout.tallies());
     let tallies_of = shared(tallies, [layout.units, layout.chunks, layout.tally]);
     let factor = Factor::new(call.scale);
-    let engine = Engine { call, layout, factor, tallies: tallies_of };
+    let form = Form::of(call.sizes.cpu.level, [E::DTYPE, K::DTYPE]);
+    let engine = Engine { call, layout, factor, form, tallies: tallies_of };
     engine.clear_bias();
     // Either every thread has a head of its own, or all have one together.
     let each = floats.chunks_exact_mut(layout.floats()).take(layout.heads_at_once);
@@ -123,6 +129,8 @@ struct Engine<'a, E, K> {
     call: &'a Differential<'a, E, K>,
     layout: Layout,
     factor: Factor,
+    /// How products are computed.
+    form: Form,
     /// What each chunk adds up for the terms' gradients.
     tallies: SharedRows<'a, f32>,
 }
@@ -175,7 +183,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let mut first = true;
             while first || wave.next < layout.chunks {
                 self.next_wave(unit, &keys, &mut wave);
-                let stretch = layout.stretch(floats, keys.clone());
+                let stretch = layout.stretch(self.form, floats, keys.clone());
                 let slots = shared(sums, [layout.slots, 1, layout.slot]);
                 let scratches = scratch.chunks_exact_mut(layout.scratch);
                 for_each_part(wave.count, scratches, |slot, scratch| {
@@ -280,8 +288,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     fn pack(&self, unit: usize, keys: &Range<usize>, floats: &mut [f32], scratch: &mut [f32]) {
         let Differential { k, v, sizes, .. } = self.call;
         let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
-        let (k, v, level) = (k.head(batch, head), v.head(batch, head), sizes.cpu.level);
-        let panels = self.layout.panels(floats);
+        let (k, v, form) = (k.head(batch, head), v.head(batch, head), self.form);
+        let panels = self.layout.panels(form, floats);
         let scratches = scratch.chunks_exact_mut(self.layout.scratch);
         for_each_part(keys.len().div_ceil(PANEL), scratches, |panel, _| {
             let start = keys.start + panel * PANEL;
@@ -289,11 +297,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             // SAFETY: each part writes its own panel.
             let [packed_k, packed_v, rows] =
                 panels.each_ref().map(|x| unsafe { x.row(0, panel, 0) });
-            pack_keys(level, k.slice(own.clone()), packed_k);
-            pack_keys(level, v.slice(own.clone()), packed_v);
-            for (j, to) in own.zip(rows.chunks_exact_mut(sizes.q.dim)) {
-                row::widen(level, k.row(j), to);
-            }
+            let (k, v) = (kv_rows(k.slice(own.clone())), kv_rows(v.slice(own)));
+            form.pack_keys(k, packed_k);
+            form.pack_keys(v, packed_v);
+            form.pack_values(k, rows);
         });
     }
 

@@ -9,8 +9,8 @@ use crate::exact::terms::Finish;
 use crate::mask::Pattern;
 use crate::simd::gradient::{self, Across, Differentiate};
 use crate::simd::product::Form;
-use crate::simd::row;
 use crate::simd::tile::{self, GROUP, KEY_TILE, KeyWords, STEP, Scores, Values, Visible, padded};
+use crate::simd::{pairs, row};
 use crate::tensor::Rows;
 use std::ops::Range;
 
@@ -20,12 +20,14 @@ const KEY_GROUPS: usize = KEY_TILE.div_ceil(GROUP);
 /// Neighbouring key tiles for which rows are loaded once.
 #[derive(Debug)]
 pub(super) struct Stretch<'a> {
+    /// What cells are.
+    pub(super) form: Form,
     pub(super) positions: Range<usize>,
     /// Packed keys.
     pub(super) keys: &'a [f32],
     /// Packed values.
     pub(super) values: &'a [f32],
-    /// Keys row by row.
+    /// Keys as rows of cells.
     pub(super) rows: &'a [f32],
 }
 
@@ -39,7 +41,7 @@ pub(super) struct KeyTile<'a> {
     pub(super) keys: &'a [f32],
     /// Packed values.
     pub(super) values: &'a [f32],
-    /// Keys as rows.
+    /// Keys as rows of cells.
     pub(super) rows: Rows<'a, f32>,
 }
 
@@ -62,7 +64,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let (sums, bias_sums) = sums.split_at_mut(self.layout.sums);
         sums[..keys.positions.len() * self.layout.width].fill(0.0);
         bias_sums.fill(0.0);
-        let scratch = Scratch::new(scratch, sizes.q.dim, sizes.value_dim);
+        let scratch = Scratch::new(self.form, scratch, (sizes.q.dim, sizes.value_dim));
         let mut pass = Pass { engine: self, chunk, image, scratch, sums, bias_sums };
         for start in chunk.rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(chunk.rows.end);
@@ -124,6 +126,8 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             }
             self.differentiate(&at, statistics);
             self.terms(&at);
+            self.scratch.scores.round(&at.rows);
+            self.scratch.gradients.round(&at.rows);
             self.queries(&at);
         }
         self.keys_and_values(keys, rows.len(), &bounds);
@@ -132,15 +136,24 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     /// Copies the rows' queries, turned around if the scale asks for it, and output gradients.
     fn load(&mut self, rows: &Range<usize>) {
         let call = self.engine.call;
-        let (level, site) = (call.sizes.cpu.level, self.chunk.site);
-        let Scratch { queries, d_out, d_q, .. } = &mut self.scratch;
-        d_q[..rows.len() * padded(call.sizes.q.dim)].fill(0.0);
-        let queries = queries.chunks_exact_mut(call.sizes.q.dim);
-        let d_outs = d_out.chunks_exact_mut(call.sizes.value_dim);
-        for (i, (query, d_out)) in rows.clone().zip(queries.zip(d_outs)) {
-            let q = call.q.row(site.batch, i, site.q_head);
-            self.engine.factor.load(Form::Numbers(level), q, query);
-            row::widen(level, call.d_out.row(site.batch, i, site.q_head), d_out);
+        let (form, site) = (self.engine.form, self.chunk.site);
+        let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
+        let Scratch { queries, d_out, d_q, query_rows, d_out_rows, .. } = &mut self.scratch;
+        d_q[..rows.len() * padded(dim)].fill(0.0);
+        let cells = queries.chunks_exact_mut(form.cells(dim));
+        let d_cells = d_out.chunks_exact_mut(form.cells(value_dim));
+        for (i, (query, d_out)) in rows.clone().zip(cells.zip(d_cells)) {
+            self.engine.factor.load(form, call.q.row(site.batch, i, site.q_head), query);
+            form.load(call.d_out.row(site.batch, i, site.q_head), 1.0, d_out);
+        }
+        if let Form::Pairs(token) = form {
+            for (cells, width, out) in [(queries, dim, query_rows), (d_out, value_dim, d_out_rows)]
+            {
+                let depth = form.cells(width);
+                let cells = Rows::new(cells, depth, rows.len(), depth).expect("all rows");
+                let out = &mut out[..form.cells(rows.len()) * width];
+                pairs::pack_rows(token, cells, width, out);
+            }
         }
     }
 
@@ -171,20 +184,20 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     fn differentiate(&mut self, at: &Group<'_>, (lse, delta): (&[f32], &[f32])) {
         let call = self.engine.call;
         let (level, visible) = (call.sizes.cpu.level, at.visible);
+        let form = self.engine.form;
         let Scratch { queries, d_out, scores, gradients, bend, .. } = &mut self.scratch;
-        let scores = &mut scores[at.part(KEY_TILE)];
-        let gradients = &mut gradients[at.part(KEY_TILE)];
+        let (scores, gradients) = (scores.group(&at.rows), gradients.group(&at.rows));
         let mut max = [0.0; GROUP];
         let rows = at.rows.len();
         let mut product = |queries, depth, keys, hidden, out: &mut [f32]| {
             let (stride, max) = (depth, &mut max);
             let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
-            tile::scores(Form::Numbers(level), product);
+            tile::scores(form, product);
         };
-        let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
+        let (depth, value_depth) = (form.cells(call.sizes.q.dim), form.cells(call.sizes.value_dim));
         let (keys, values) = (at.keys.keys, at.keys.values);
-        product(&queries[at.part(dim)], dim, keys, f32::NEG_INFINITY, scores);
-        product(&d_out[at.part(value_dim)], value_dim, values, 0.0, gradients);
+        product(&queries[at.part(depth)], depth, keys, f32::NEG_INFINITY, scores);
+        product(&d_out[at.part(value_depth)], value_depth, values, 0.0, gradients);
         let sites = at.queries().map(|i| self.engine.row_site(self.chunk, i));
         let positions = &at.keys.positions;
         let finish = Finish {
@@ -211,7 +224,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             return;
         }
         let Scratch { gradients, bend, .. } = &mut self.scratch;
-        let gradients = &mut gradients[at.part(KEY_TILE)];
+        let gradients = gradients.group(&at.rows);
         for (i, values) in at.queries().zip(gradients.chunks_exact(KEY_TILE)) {
             let position = self.engine.row_site(self.chunk, i).position;
             let values = &values[..at.keys.positions.len()];
@@ -229,11 +242,10 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let call = self.engine.call;
         let Scratch { gradients, d_q, .. } = &mut self.scratch;
         let out = &mut d_q[at.part(padded(call.sizes.q.dim))];
-        let (probabilities, visible) = (&gradients[at.part(KEY_TILE)], at.visible);
+        let (probabilities, visible) = (&*gradients.group(&at.rows), at.visible);
         let (values, rescale) = (at.keys.rows, &[1.0; GROUP]);
-        let level = call.sizes.cpu.level;
         let args = Values { probabilities, visible, values, rescale, out };
-        tile::values(Form::Numbers(level), args);
+        tile::values(self.engine.form, args);
     }
 
     /// Adds what the rows got from a stretch of keys to dQ, times the scale.
@@ -250,20 +262,25 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     /// dK += dSᵀ Q and dV += Pᵀ dO, without the scale.
     fn keys_and_values(&mut self, keys: &KeyTile<'_>, rows: usize, bounds: &[(usize, usize)]) {
         let sizes = &self.engine.call.sizes;
-        let (level, first) = (sizes.cpu.level, keys.first * self.engine.layout.width);
+        let (form, first) = (self.engine.form, keys.first * self.engine.layout.width);
         let keys = keys.positions.len();
         let bounds = &bounds[..keys.div_ceil(GROUP)];
-        let Scratch { queries, d_out, scores, gradients, .. } = &self.scratch;
+        let Scratch { queries, d_out, query_rows, d_out_rows, scores, gradients, .. } =
+            &self.scratch;
+        let (queries, d_out) = match form {
+            Form::Numbers(_) => (queries, d_out),
+            Form::Pairs(_) => (query_rows, d_out_rows),
+        };
         let out_stride = self.engine.layout.width;
-        let matrix = |floats, width| Rows::new(floats, width, rows, width).expect("a tile's rows");
-        let queries = matrix(queries, sizes.q.dim);
+        let matrix = |floats, width| {
+            Rows::new(floats, width, form.cells(rows), width).expect("a tile's rows")
+        };
+        let (weights, rows) = (gradients.across(), matrix(queries, sizes.q.dim));
         let out = &mut self.sums[first..];
-        let args = Across { weights: gradients, rows: queries, bounds, keys, out, out_stride };
-        gradient::across(level, args);
-        let d_out = matrix(d_out, sizes.value_dim);
+        gradient::across(form, Across { weights, rows, bounds, keys, out, out_stride });
+        let (weights, rows) = (scores.across(), matrix(d_out, sizes.value_dim));
         let out = &mut self.sums[first + padded(sizes.q.dim)..];
-        let args = Across { weights: scores, rows: d_out, bounds, keys, out, out_stride };
-        gradient::across(level, args);
+        gradient::across(form, Across { weights, rows, bounds, keys, out, out_stride });
     }
 }
 
