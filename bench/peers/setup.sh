@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds the peers that Foveal is measured against, outside the repository.
 #
-#   bench/peers/setup.sh [torch|llama]      both when no name is given
+#   bench/peers/setup.sh [NAME...]      all of them when no name is given
 #
 # torch   a Python environment with PyTorch and NumPy (about 5.5 GB: PyPI's Linux wheel does not
 #         load without its CUDA libraries, although only the CPU is used)
+# onnxruntime, openvino
+#         Python environments with these (about 170 MB and 430 MB)
 # llama   llama.cpp's llama-bench and llama-completion, from the source package of llama-cpp-python,
 #         Release, for this machine's own instruction set, statically linked (about 200 MB)
 #
@@ -42,6 +44,19 @@ q, k = torch.ones(1, 4, 8, 16), torch.ones(1, 2, 8, 16)
 out = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
 assert torch.equal(out, q), "scaled_dot_product_attention on the CPU gives a wrong answer"
 CHECK
+}
+
+build_onnxruntime() {
+    say "installing onnxruntime $ONNXRUNTIME_VERSION"
+    "$PYTHON" -m venv "$1"
+    "$1/bin/pip" install --quiet --no-cache-dir "onnxruntime==$ONNXRUNTIME_VERSION" \
+        "onnx==$ONNX_VERSION" "numpy==$NUMPY_VERSION"
+}
+
+build_openvino() {
+    say "installing openvino $OPENVINO_VERSION"
+    "$PYTHON" -m venv "$1"
+    "$1/bin/pip" install --quiet --no-cache-dir "openvino==$OPENVINO_VERSION" "numpy==$NUMPY_VERSION"
 }
 
 build_llama_tools() {
@@ -82,21 +97,30 @@ setup_torch() {
     echo "torch $TORCH_VERSION: $TORCH_DIR/bin/python"
 }
 
+setup_onnxruntime() {
+    build_once "$ONNXRUNTIME_DIR" build_onnxruntime
+    echo "onnxruntime $ONNXRUNTIME_VERSION: $ONNXRUNTIME_DIR/bin/python"
+}
+
+setup_openvino() {
+    build_once "$OPENVINO_DIR" build_openvino
+    echo "openvino $OPENVINO_VERSION: $OPENVINO_DIR/bin/python"
+}
+
 setup_llama() {
     build_once "$TOOLS_DIR" build_llama_tools
     build_once "$LLAMA_DIR" build_llama
     echo "llama.cpp (llama-cpp-python $LLAMA_CPP_PYTHON_VERSION): $LLAMA_DIR/build/bin"
 }
 
-case ${1:-all} in
-    torch) setup_torch ;;
-    llama) setup_llama ;;
-    all)
-        setup_torch
-        setup_llama
-        ;;
-    *)
-        say "unknown peer '$1': expected torch, llama, or nothing for both"
+all=(torch onnxruntime openvino llama)
+[[ $# -gt 0 ]] || set -- "${all[@]}"
+for peer in "$@"; do
+    [[ " ${all[*]} " == *" $peer "* ]] || {
+        say "unknown peer '$peer': expected some of ${all[*]}, or nothing for all"
         exit 2
-        ;;
-esac
+    }
+done
+for peer in "$@"; do
+    "setup_$peer"
+done

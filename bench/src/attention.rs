@@ -1,13 +1,13 @@
 //! Attention cases: our side, and what it is compared with.
 
 use crate::backward;
-use crate::case::{AttentionCase, DType, Peer, Phase};
+use crate::case::{AttentionCase, DType, Phase};
 use crate::contender::{Contender, InProcess};
 use crate::data::{Inputs, SEED, stored};
 use crate::mask::Sight;
 use crate::peaks::Roof;
-use crate::prepared::{Absent, Peers, Prepared, Work, level};
-use crate::torch::TorchCase;
+use crate::peer::{Peer, Peers};
+use crate::prepared::{Absent, Prepared, Work, level};
 use crate::verify::Expected;
 use anyhow::Context;
 use foveal::cache::{ContiguousCache, KvStore};
@@ -22,7 +22,7 @@ use std::num::NonZeroUsize;
 /// If our result or a peer's is wrong.
 pub(crate) fn prepare(case: &AttentionCase, peers: &Peers) -> anyhow::Result<Prepared> {
     if case.phase == Phase::Backward {
-        return backward::prepare(case);
+        return backward::prepare(case, peers);
     }
     let inputs = Inputs::new(case)?;
     let sight = Sight { mask: case.mask, queries: case.seq_q, keys: case.seq_k, seed: SEED + 3 };
@@ -34,34 +34,31 @@ pub(crate) fn prepare(case: &AttentionCase, peers: &Peers) -> anyhow::Result<Pre
     let mut contenders: Vec<Box<dyn Contender>> =
         vec![Box::new(InProcess::new("foveal", note, move || ours.run()))];
     let mut absent = Vec::new();
-    for peer in &case.peers {
+    for &peer in &case.peers {
         match peer {
-            Peer::Unfused if peers.unfused && case.dtype == DType::F32 => {
+            Peer::Unfused if peers.has(peer) && case.dtype == DType::F32 => {
                 match unfused(case, (&inputs, &sight), &expected)? {
                     Ok(peer) => contenders.push(peer),
                     Err(absence) => absent.push(absence),
                 }
             }
+            Peer::Unfused => {}
             Peer::Causal => {
                 let mut causal = self::ours(case, &inputs, Mask::causal())?;
                 let note = causal.explain()?;
                 let run = move || causal.run();
                 contenders.push(Box::new(InProcess::new("causal", note, run)));
             }
-            Peer::Torch => {
-                let Some(torch) = &peers.torch else { continue };
-                match TorchCase::new(torch, case) {
-                    Ok(peer) => {
-                        let bound = torch_bound(case.dtype);
-                        expected
-                            .check(&peer.output()?, bound)
-                            .context("torch's result is wrong")?;
-                        contenders.push(Box::new(peer));
-                    }
-                    Err(error) => absent.push(Absent::new("torch", &error.to_string())),
+            worker => match peers.case(worker, case) {
+                Some(Ok(theirs)) => {
+                    let wrong = || format!("the result of {} is wrong", worker.name());
+                    let bound = worker.bound(case.dtype);
+                    expected.check(&theirs.output()?, bound).with_context(wrong)?;
+                    contenders.push(Box::new(theirs));
                 }
-            }
-            Peer::Unfused => {}
+                Some(Err(absence)) => absent.push(absence),
+                None => {}
+            },
         }
     }
     Ok(Prepared { contenders, absent, work: work(case, &sight), roof: roof(case, &sight)? })
@@ -102,15 +99,6 @@ fn bound(dtype: DType) -> f64 {
         DType::F32 => 5e-5,
         DType::F16 => 1e-3,
         DType::Bf16 => 8e-3,
-    }
-}
-
-/// Torch rounds probabilities and results to the inputs' type.
-fn torch_bound(dtype: DType) -> f64 {
-    match dtype {
-        DType::F32 => 5e-5,
-        DType::F16 => 8e-3,
-        DType::Bf16 => 6e-2,
     }
 }
 

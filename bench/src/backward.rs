@@ -4,12 +4,15 @@
 //! checked:   dq of sampled rows against the definition in f64
 //!            Σ_j dv_j = Σ_i do_i over the rows that see something, Σ_j ⟨k_j, dk_j⟩ = Σ_i ⟨q_i, dq_i⟩ for each head
 //! ```
+//!
+//! A peer's gradients are compared with ours, number by number.
 
 use crate::case::{AttentionCase, DType};
-use crate::contender::InProcess;
+use crate::contender::{Contender, InProcess};
 use crate::data::{Inputs, SEED, splitmix, stored, uniform};
 use crate::mask::Sight;
 use crate::peaks::Roof;
+use crate::peer::{Peer, Peers};
 use crate::prepared::{Prepared, Work, level};
 use anyhow::{Context, ensure};
 use foveal::plan::{Gradients, Inputs as PlanInputs, Saved, TermGradients, Upstream};
@@ -23,17 +26,21 @@ const SAMPLES: usize = 16;
 /// Builds a case and checks its gradients.
 ///
 /// # Errors
-/// If they are wrong.
-pub(crate) fn prepare(case: &AttentionCase) -> anyhow::Result<Prepared> {
+/// If they or a peer's are wrong.
+pub(crate) fn prepare(case: &AttentionCase, peers: &Peers) -> anyhow::Result<Prepared> {
     match case.dtype {
-        DType::F32 => prepare_as::<f32>(case, 1e-4),
-        DType::F16 => prepare_as::<f16>(case, 4e-3),
-        DType::Bf16 => prepare_as::<bf16>(case, 3e-2),
+        DType::F32 => prepare_as::<f32>(case, peers, 1e-4),
+        DType::F16 => prepare_as::<f16>(case, peers, 4e-3),
+        DType::Bf16 => prepare_as::<bf16>(case, peers, 3e-2),
     }
 }
 
 /// `bound` is the largest accepted error relative to the largest number that it is compared with.
-fn prepare_as<E: Element>(case: &AttentionCase, bound: f64) -> anyhow::Result<Prepared> {
+fn prepare_as<E: Element>(
+    case: &AttentionCase,
+    peers: &Peers,
+    bound: f64,
+) -> anyhow::Result<Prepared> {
     let inputs = Inputs::new(case)?;
     let sight = Sight { mask: case.mask, queries: case.seq_q, keys: case.seq_k, seed: SEED + 3 };
     let threads = Threads::at_most(NonZeroUsize::new(case.threads).context("no threads")?);
@@ -46,14 +53,38 @@ fn prepare_as<E: Element>(case: &AttentionCase, bound: f64) -> anyhow::Result<Pr
     let plan = call.attention.plan(shapes[0], shapes[1], shapes[2])?;
     let bytes = plan.backward_workspace_bytes::<E>();
     let note = format!("gradients of: {}; {bytes} bytes of workspace for them", plan.explain());
+    let (mut theirs, mut absent) = (Vec::<Box<dyn Contender>>::new(), Vec::new());
+    for &peer in &case.peers {
+        match peers.case(peer, case) {
+            Some(Ok(worker)) => {
+                let wrong = || format!("the gradients of {} are wrong", peer.name());
+                call.compare(&worker.output()?, peer_bound(peer, case)).with_context(wrong)?;
+                theirs.push(Box::new(worker));
+            }
+            Some(Err(absence)) => absent.push(absence),
+            None => {}
+        }
+    }
     let heads = (case.batch * case.heads) as f64;
     let flops = 10.0 * case.dim as f64 * heads * sight.pairs() as f64;
+    let mut contenders: Vec<Box<dyn Contender>> =
+        vec![Box::new(InProcess::new("foveal", note, move || call.run()))];
+    contenders.extend(theirs);
     Ok(Prepared {
-        contenders: vec![Box::new(InProcess::new("foveal", note, move || call.run()))],
-        absent: Vec::new(),
+        contenders,
+        absent,
         work: Work { flops, bytes: 0.0 },
         roof: Roof { level, dtype: E::DTYPE, threads: case.threads, bytes: 0 },
     })
+}
+
+/// What a peer's gradients may differ from ours, relative to the largest number of the tensor. PyTorch adds
+/// 16-bit gradients up in 16 bits, once for each block of queries.
+fn peer_bound(peer: Peer, case: &AttentionCase) -> f64 {
+    match case.dtype {
+        DType::F32 => 1e-4,
+        _ => 2.0 * peer.bound(case.dtype),
+    }
 }
 
 /// A call with everything that it reads and writes.
@@ -94,6 +125,28 @@ impl<E: Element> Call<E> {
             terms: TermGradients::default(),
         };
         Ok(plan.backward(inputs, saved, upstream, gradients, &mut self.workspace)?)
+    }
+
+    /// Compares gradients of queries, keys and values, one after the other, with ours.
+    fn compare(&self, theirs: &[f32], bound: f64) -> anyhow::Result<()> {
+        let ours = [("dQ", &self.d_q), ("dK", &self.d_k), ("dV", &self.d_v)];
+        let len: usize = ours.iter().map(|(_, x)| x.as_slice().len()).sum();
+        ensure!(theirs.len() == len, "gradients of {} numbers instead of {len}", theirs.len());
+        let mut rest = theirs;
+        for (name, ours) in ours {
+            let (theirs, next) = rest.split_at(ours.as_slice().len());
+            rest = next;
+            let ours = wide(ours.as_slice());
+            let size = ours.iter().fold(1e-3, |most: f64, x| most.max(x.abs()));
+            for (n, (ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
+                let error = (ours - f64::from(theirs)).abs() / size;
+                ensure!(
+                    error <= bound,
+                    "number {n} of {name} is {theirs}, ours {ours}: off by {error:.1e} of {bound:.1e}"
+                );
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, sight: &Sight, bound: f64) -> anyhow::Result<()> {
@@ -200,5 +253,14 @@ mod tests {
             assert!(call.check(&sight, 1e-5).is_err(), "{which}");
             call.run().unwrap();
         }
+        let gradients = [&call.d_q, &call.d_k, &call.d_v].map(|x| x.as_slice().to_vec());
+        let mut theirs = gradients.concat();
+        call.compare(&theirs, 1e-5).unwrap();
+        for n in [0, 36, theirs.len() - 1] {
+            let right = std::mem::replace(&mut theirs[n], f32::NAN);
+            assert!(call.compare(&theirs, 1e-5).is_err(), "{n}");
+            theirs[n] = right;
+        }
+        assert!(call.compare(&theirs[1..], 1e-5).is_err());
     }
 }

@@ -4,6 +4,7 @@
 //! family. Where a field is a list, there is one case for each of its entries, in all combinations.
 
 use crate::mask::MaskSpec;
+use crate::peer::Peer;
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -63,18 +64,6 @@ impl DType {
     pub(crate) fn bytes(self) -> usize {
         if self == DType::F32 { 4 } else { 2 }
     }
-}
-
-/// What a case is compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Peer {
-    /// Two matrix products with a softmax between them, in this process.
-    Unfused,
-    /// PyTorch's `scaled_dot_product_attention`.
-    Torch,
-    /// The same call under a causal mask.
-    Causal,
 }
 
 /// One attention call.
@@ -233,8 +222,10 @@ impl AttentionCase {
         );
         let few = self.seq_q <= foveal::MAX_GENERATED_ROWS;
         ensure!(self.phase != Phase::Decode || few, "{} rows are too many to decode", self.seq_q);
-        let alone = self.phase != Phase::Backward || self.peers.is_empty();
-        ensure!(alone, "gradients have no peers here");
+        let gradients = self.peers.iter().all(|&peer| peer == Peer::Torch);
+        ensure!(self.phase != Phase::Backward || gradients, "only torch has gradients");
+        let whole = self.peers.iter().any(|peer| matches!(peer, Peer::Llama | Peer::None));
+        ensure!(!whole, "llama and none are no peers of a call");
         Ok(())
     }
 }

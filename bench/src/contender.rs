@@ -5,27 +5,35 @@
 //! ```
 //!
 //! A round gives each contender as many executions as take the asked time, so that all of them meet
-//! the same moments of a noisy machine. Ratios are taken within a round.
+//! the same moments of a noisy machine. Ratios are taken within a round. A turn begins with an execution
+//! that is not counted, unless one takes so long that what it finds in the caches does not matter.
 
 use std::time::Instant;
+
+/// Seconds of an execution that needs no other before it.
+const LONG: f64 = 0.1;
+
+/// What a contender does in a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Turn {
+    /// Executions that are timed.
+    pub(crate) iterations: usize,
+    /// Executions before them that are not.
+    pub(crate) lead: usize,
+}
 
 /// One side of a comparison.
 pub(crate) trait Contender {
     /// Its name in the report.
-    fn name(&self) -> &str;
+    fn name(&self) -> &'static str;
 
     /// A word about what it runs, for the record.
     fn note(&self) -> String {
         String::new()
     }
 
-    /// The seconds that `iterations` executions take, after one that is not counted.
-    fn time(&mut self, iterations: usize) -> anyhow::Result<f64>;
-
-    /// Whether one execution is a measurement of its own and is never repeated within a round.
-    fn whole(&self) -> bool {
-        false
-    }
+    /// The seconds that a turn's executions take.
+    fn time(&mut self, turn: Turn) -> anyhow::Result<f64>;
 }
 
 /// A contender that runs in this process.
@@ -46,7 +54,7 @@ impl<'a> InProcess<'a> {
 }
 
 impl Contender for InProcess<'_> {
-    fn name(&self) -> &str {
+    fn name(&self) -> &'static str {
         self.name
     }
 
@@ -54,10 +62,12 @@ impl Contender for InProcess<'_> {
         self.note.clone()
     }
 
-    fn time(&mut self, iterations: usize) -> anyhow::Result<f64> {
-        (self.run)()?;
+    fn time(&mut self, turn: Turn) -> anyhow::Result<f64> {
+        for _ in 0..turn.lead {
+            (self.run)()?;
+        }
         let start = Instant::now();
-        for _ in 0..iterations {
+        for _ in 0..turn.iterations {
             (self.run)()?;
         }
         Ok(start.elapsed().as_secs_f64())
@@ -120,42 +130,69 @@ pub(crate) fn compete(
     effort: Effort,
 ) -> anyhow::Result<Vec<Samples>> {
     let mut all = Vec::new();
+    let mut turns = Vec::new();
     for contender in &mut *contenders {
+        let turn = turn(contender.as_mut(), effort)?;
+        turns.push(turn);
         all.push(Samples {
             name: contender.name().to_owned(),
             note: contender.note(),
-            iterations: iterations(contender.as_mut(), effort)?,
+            iterations: turn.iterations,
             seconds: Vec::new(),
         });
     }
     for _ in 0..effort.rounds {
-        for (contender, samples) in contenders.iter_mut().zip(&mut all) {
-            let seconds = contender.time(samples.iterations)?;
-            samples.seconds.push(seconds / samples.iterations as f64);
+        for ((contender, samples), &turn) in contenders.iter_mut().zip(&mut all).zip(&turns) {
+            let seconds = contender.time(turn)?;
+            samples.seconds.push(seconds / turn.iterations as f64);
         }
     }
     Ok(all)
 }
 
-/// How many executions fill a turn.
-fn iterations(contender: &mut dyn Contender, effort: Effort) -> anyhow::Result<usize> {
-    if contender.whole() {
-        return Ok(1);
+/// How many executions fill a turn; one that is long is neither repeated nor preceded.
+fn turn(contender: &mut dyn Contender, effort: Effort) -> anyhow::Result<Turn> {
+    let mut turn = Turn { iterations: 1, lead: 0 };
+    if contender.time(turn)? >= LONG.max(effort.turn) {
+        return Ok(turn);
     }
-    let mut count = 1;
+    turn.lead = 1;
     loop {
-        let seconds = contender.time(count)?;
-        if seconds >= effort.turn / 8.0 || count >= 1 << 22 {
-            let needed = (effort.turn / (seconds / count as f64).max(1e-9)).ceil();
-            return Ok((needed as usize).clamp(1, 1 << 23));
+        let seconds = contender.time(turn)?;
+        if seconds >= effort.turn / 8.0 || turn.iterations >= 1 << 22 {
+            let needed = (effort.turn / (seconds / turn.iterations as f64).max(1e-9)).ceil();
+            turn.iterations = (needed as usize).clamp(1, 1 << 23);
+            return Ok(turn);
         }
-        count *= 4;
+        turn.iterations *= 4;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Takes so many seconds for an execution, by its own word.
+    struct Slow(f64);
+
+    impl Contender for Slow {
+        fn name(&self) -> &'static str {
+            "slow"
+        }
+
+        fn time(&mut self, turn: Turn) -> anyhow::Result<f64> {
+            Ok(self.0 * turn.iterations as f64)
+        }
+    }
+
+    #[test]
+    fn turns_are_filled_and_long_executions_are_alone() {
+        let effort = Effort { rounds: 7, turn: 0.01 };
+        let of = |seconds| turn(&mut Slow(seconds), effort).unwrap();
+        assert_eq!(of(0.25 * 0.01), Turn { iterations: 4, lead: 1 });
+        assert_eq!(of(0.05), Turn { iterations: 1, lead: 1 });
+        assert_eq!(of(0.15), Turn { iterations: 1, lead: 0 });
+    }
 
     #[test]
     fn ratios_are_taken_round_by_round() {

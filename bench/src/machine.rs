@@ -1,4 +1,4 @@
-//! What a record has to say about the machine it was made on.
+//! What a record has to say about the machine it was made on, and about the peers.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,8 +15,8 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Asks the system.
-    pub(crate) fn describe(repository: &Path) -> Machine {
+    /// Asks the system; `peers` are those of the run, with versions.
+    pub(crate) fn describe(repository: &Path, peers: &[String]) -> Machine {
         let lscpu = output("lscpu", &[]);
         let field = |name: &str| {
             let line = lscpu.lines().find_map(|line| line.trim().strip_prefix(name));
@@ -27,7 +27,7 @@ impl Machine {
         let date = output("date", &["-u", "+%F"]);
         let levels: Vec<&str> = foveal::Level::available().map(foveal::Level::name).collect();
         let [name, family, model] = ["Model name", "CPU family", "Model"].map(field);
-        let description = vec![
+        let mut description = vec![
             format!("{name}, family {family} model {model}, {} processors", field("CPU(s)")),
             format!(
                 "caches: L1d {}, L2 {}, L3 {}",
@@ -39,6 +39,9 @@ impl Machine {
             format!("features: {}", features(&field("Flags"))),
             format!("{}; foveal {commit}; {date}", output("rustc", &["--version"])),
         ];
+        if !peers.is_empty() {
+            description.push(format!("peers: {}", peers.join("; ")));
+        }
         let words = format!("{name} family {family} model {model}").to_lowercase();
         let words: Vec<&str> = words
             .split(|c: char| !c.is_ascii_alphanumeric())

@@ -19,29 +19,33 @@ mod machine;
 mod mask;
 mod model;
 mod peaks;
+mod peer;
+mod plot;
 mod prepared;
 #[cfg(feature = "unfused")]
 #[allow(unsafe_code)] // the crate's function takes pointers
 mod product;
 mod projection;
+mod record;
 mod report;
-mod torch;
+mod summary;
+mod svg;
 #[cfg(feature = "unfused")]
 mod unfused;
 mod verify;
+mod worker;
 
 use anyhow::{Context, bail};
 use case::{Case, Kind, Selection};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use contender::Effort;
 use machine::Machine;
 use peaks::Peaks;
-use prepared::{Peers, Work};
+use peer::{Peer, Peers};
+use prepared::Work;
+use record::Row;
 use report::Outcome;
-use std::cell::RefCell;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
-use torch::Torch;
 
 /// Measure Foveal against what the machine can do and against others.
 #[derive(Debug, Parser)]
@@ -51,7 +55,7 @@ struct Arguments {
 
     /// Whom to compare with; may be given several times.
     #[arg(long = "peer", value_name = "NAME", default_values = ["unfused"])]
-    peers: Vec<PeerName>,
+    peers: Vec<Peer>,
 
     /// Threads for all cases, instead of each case's own number.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
@@ -73,29 +77,32 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// Write records to bench/record/CPU/DATE-FAMILY.csv.
+    /// Write records to bench/record/CPU/DATE-FAMILY.csv (…-tN.csv with --threads N).
     #[arg(long)]
     record: bool,
+
+    /// Print geometric means by kind of call, and all losses.
+    #[arg(long)]
+    summary: bool,
+
+    /// Draw share of peak and time against N into this folder.
+    #[arg(long, value_name = "FOLDER")]
+    plot: Option<PathBuf>,
+
+    /// Take results from this record and measure nothing; may be given several times.
+    #[arg(long = "from", value_name = "FILE")]
+    records: Vec<PathBuf>,
 
     /// Name the cases and do nothing.
     #[arg(long)]
     list: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum PeerName {
-    /// Two matrix products with a softmax between them, in this process.
-    Unfused,
-    /// PyTorch's attention (bench/peers/setup.sh torch).
-    Torch,
-    /// llama.cpp, for models (bench/peers/setup.sh llama).
-    Llama,
-    /// Nobody.
-    None,
-}
-
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    if !arguments.records.is_empty() {
+        return show(&arguments, &record::read(&arguments.records)?);
+    }
     let home = Path::new(env!("CARGO_MANIFEST_DIR"));
     let threads = arguments.threads.map(usize::from);
     let selection = Selection { filters: &arguments.filters, threads };
@@ -109,12 +116,25 @@ fn main() -> anyhow::Result<()> {
     }
     let most = cases.iter().map(|case| case.kind.threads()).max().unwrap_or(1);
     rayon::ThreadPoolBuilder::new().num_threads(most).build_global()?;
-    let machine = Machine::describe(home);
+    let folder = home.join("peers");
+    let (peers, versions) = Peers::start(&arguments.peers, &folder, most)?;
+    let machine = Machine::describe(home, &versions);
     machine.description.iter().for_each(|line| println!("{line}"));
-    let mut runner = Runner::new(&arguments, home)?;
+    let mut runner = Runner::new(&arguments, peers);
     println!("\n{}", report::header());
     cases.iter().for_each(|case| runner.run(case));
     runner.finish(&arguments, &machine, home)
+}
+
+/// Prints and draws what is asked for.
+fn show(arguments: &Arguments, rows: &[Row]) -> anyhow::Result<()> {
+    if arguments.summary {
+        println!("\n{}", summary::summary(rows));
+    }
+    match &arguments.plot {
+        Some(folder) => plot::write(folder, rows),
+        None => Ok(()),
+    }
 }
 
 struct Runner {
@@ -127,17 +147,9 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(arguments: &Arguments, home: &Path) -> anyhow::Result<Runner> {
-        let asked = |name| arguments.peers.contains(&name);
-        let folder = home.join("peers");
-        let torch = if asked(PeerName::Torch) { Some(Torch::start(&folder)?) } else { None };
-        if let Some(torch) = &torch {
-            println!("peer: {}", torch.description);
-        }
-        let torch = torch.map(|torch| Rc::new(RefCell::new(torch)));
-        let (unfused, llama) = (asked(PeerName::Unfused), asked(PeerName::Llama));
-        Ok(Runner {
-            peers: Peers { unfused, torch, llama, folder },
+    fn new(arguments: &Arguments, peers: Peers) -> Runner {
+        Runner {
+            peers,
             peaks: Peaks::default(),
             effort: Effort {
                 rounds: arguments.rounds.into(),
@@ -145,7 +157,7 @@ impl Runner {
             },
             outcomes: Vec::new(),
             refused: Vec::new(),
-        })
+        }
     }
 
     /// Measures a case and prints its line, or says why not.
@@ -164,9 +176,9 @@ impl Runner {
     }
 
     fn measure(&mut self, case: &Case) -> anyhow::Result<Vec<Outcome>> {
-        let mut prepared = match &case.kind {
-            Kind::Attention(attention) => attention::prepare(attention, &self.peers)?,
-            Kind::Projection(projection) => projection::prepare(projection, &self.peers)?,
+        let (mut prepared, call) = match &case.kind {
+            Kind::Attention(call) => (attention::prepare(call, &self.peers)?, Some(call)),
+            Kind::Projection(projection) => (projection::prepare(projection, &self.peers)?, None),
             Kind::Model(model) => return self.measure_model(case, model),
         };
         let before = self.peaks.measure(prepared.roof);
@@ -175,6 +187,7 @@ impl Runner {
         Ok(vec![Outcome {
             family: case.family.clone(),
             name: case.name.clone(),
+            call: call.cloned(),
             work: prepared.work,
             peak,
             samples,
@@ -187,6 +200,7 @@ impl Runner {
         let outcome = |(part, samples): (model::Part, _)| Outcome {
             family: case.family.clone(),
             name: format!("{}-{}", case.name, part.name()),
+            call: None,
             work: Work::default(),
             peak: peaks::Peak::default(),
             samples,
@@ -205,8 +219,10 @@ impl Runner {
                 .with_context(|| format!("cannot write {}", file.display()))?;
         }
         if arguments.record {
-            report::record(&home.join("record"), machine, &self.outcomes)?;
+            report::record(&home.join("record"), machine, &self.outcomes, arguments.threads)?;
         }
+        let text = report::csv(machine, self.outcomes.iter());
+        show(arguments, &record::parse(&text)?)?;
         let lost = self.outcomes.iter().filter(|outcome| outcome.lost()).count();
         println!("\n{} results, {lost} with a faster peer", self.outcomes.len());
         if self.refused.is_empty() {

@@ -12,6 +12,9 @@ use std::ops::Range;
 pub(crate) enum MaskSpec {
     Full,
     Causal,
+    /// Causal, given as a matrix of bools.
+    #[serde(rename = "causal-mask")]
+    CausalMask,
     /// So many keys, the query's own position included.
     Window(usize),
     /// So many of 256 keys, by the generator.
@@ -23,6 +26,7 @@ impl std::fmt::Display for MaskSpec {
         match self {
             MaskSpec::Full => f.write_str("full"),
             MaskSpec::Causal => f.write_str("causal"),
+            MaskSpec::CausalMask => f.write_str("causalmask"),
             MaskSpec::Window(keys) => write!(f, "window{keys}"),
             MaskSpec::Random(keep) => write!(f, "random{keep}"),
         }
@@ -45,7 +49,7 @@ impl Sight {
         let end = (i + 1 + self.keys).saturating_sub(self.queries);
         match self.mask {
             MaskSpec::Full | MaskSpec::Random(_) => 0..self.keys,
-            MaskSpec::Causal => 0..end,
+            MaskSpec::Causal | MaskSpec::CausalMask => 0..end,
             MaskSpec::Window(width) => end.saturating_sub(width)..end,
         }
     }
@@ -80,7 +84,7 @@ impl Sight {
             MaskSpec::Full => Mask::full(),
             MaskSpec::Causal => Mask::causal(),
             MaskSpec::Window(width) => Mask::window(width),
-            MaskSpec::Random(_) => {
+            MaskSpec::Random(_) | MaskSpec::CausalMask => {
                 let Sight { queries, keys, .. } = *self;
                 let pairs = (0..queries).flat_map(|i| (0..keys).map(move |j| (i, j)));
                 let visible: Vec<bool> = pairs.map(|(i, j)| self.allows(i, j)).collect();
@@ -96,7 +100,14 @@ mod tests {
 
     #[test]
     fn counts_are_those_of_the_definition() {
-        for mask in [MaskSpec::Full, MaskSpec::Causal, MaskSpec::Window(3), MaskSpec::Random(100)] {
+        let masks = [
+            MaskSpec::Full,
+            MaskSpec::Causal,
+            MaskSpec::CausalMask,
+            MaskSpec::Window(3),
+            MaskSpec::Random(100),
+        ];
+        for mask in masks {
             for (queries, keys) in [(1, 1), (1, 9), (5, 9), (9, 9), (9, 5)] {
                 let sight = Sight { mask, queries, keys, seed: 3 };
                 let all = (0..queries).flat_map(|i| (0..keys).map(move |j| (i, j)));

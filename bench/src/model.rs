@@ -5,7 +5,7 @@
 
 use crate::case::ModelCase;
 use crate::contender::Samples;
-use crate::prepared::Peers;
+use crate::peer::{Peer, Peers};
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ pub(crate) fn compete(
     let mut theirs: [Vec<Speeds>; 2] = Default::default();
     for _ in 0..rounds {
         ours.push(generate(&program, &model, case)?);
-        if peers.llama {
+        if peers.has(Peer::Llama) {
             let flash = llama(&bench, &model, case)?;
             theirs.iter_mut().zip(flash).for_each(|(all, speeds)| all.push(speeds));
         }

@@ -2,21 +2,8 @@
 
 use crate::contender::Contender;
 use crate::peaks::Roof;
-use crate::torch::Torch;
 use anyhow::Context;
 use foveal::Level;
-use std::cell::RefCell;
-use std::path::PathBuf;
-use std::rc::Rc;
-
-/// The peers of this run.
-pub(crate) struct Peers {
-    pub(crate) unfused: bool,
-    pub(crate) torch: Option<Rc<RefCell<Torch>>>,
-    pub(crate) llama: bool,
-    /// The folder of their scripts.
-    pub(crate) folder: PathBuf,
-}
 
 /// A peer that could not take part, and why.
 #[derive(Debug, Clone)]

@@ -5,7 +5,8 @@ use crate::case::ProjectionCase;
 use crate::contender::{Contender, InProcess};
 use crate::data::{SEED, splitmix, uniform};
 use crate::peaks::Roof;
-use crate::prepared::{Absent, Peers, Prepared, Work, level};
+use crate::peer::{Peer, Peers};
+use crate::prepared::{Absent, Prepared, Work, level};
 use anyhow::{Context, ensure};
 use foveal::projection::{
     Call, Format, Input, Matrix, MatrixShape, Output, dequantize_row, project, workspace_bytes,
@@ -30,7 +31,7 @@ pub(crate) fn prepare(case: &ProjectionCase, peers: &Peers) -> anyhow::Result<Pr
     let call = Call { phase, cpu: Cpu { level, threads } };
     let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
     let mut absent = Vec::new();
-    if peers.unfused {
+    if peers.has(Peer::Unfused) {
         match widened(&stored, case)? {
             Ok(peer) => contenders.push(peer),
             Err(absence) => absent.push(absence),

@@ -1,5 +1,6 @@
 //! A run's results as an aligned table, as Markdown, and as records.
 
+use crate::case::{AttentionCase, Phase};
 use crate::contender::Samples;
 use crate::machine::Machine;
 use crate::peaks::Peak;
@@ -9,13 +10,15 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// Median ratios below this are losses: ours takes more than 1.03 times as long.
-const LOSS: f64 = 1.0 / 1.03;
+pub(crate) const LOSS: f64 = 1.0 / 1.03;
 
 /// What came of a case.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) family: String,
     pub(crate) name: String,
+    /// The call, where it is one of attention.
+    pub(crate) call: Option<AttentionCase>,
     pub(crate) work: Work,
     pub(crate) peak: Peak,
     /// Ours first.
@@ -82,6 +85,7 @@ impl Outcome {
 
     /// Rows of the record, one a contender.
     fn csv(&self, out: &mut String) {
+        let call = self.call.as_ref().map_or_else(|| ",".repeat(CALL - 1), call);
         for samples in &self.samples {
             let (best, median) = samples.ratios(&self.samples[0]);
             let note = samples.note.replace(['"', '\n'], "'");
@@ -94,15 +98,32 @@ impl Outcome {
             for number in [flops, bytes, self.peak.flops, self.peak.bandwidth] {
                 let _ = write!(out, ",{number:.5e}");
             }
-            let _ = write!(out, ",{best:.4},{median:.4}");
+            let _ = write!(out, ",{best:.4},{median:.4},{call}");
             let all: Vec<String> = samples.seconds.iter().map(|s| format!("{s:.4e}")).collect();
             let _ = writeln!(out, ",{}", all.join(" "));
         }
         for Absent { name, reason } in &self.absent {
             let reason = reason.replace(['"', '\n'], "'");
-            let _ = writeln!(out, "{},{name},\"absent: {reason}\",0,,,,,,,,,,", self.name);
+            let _ = writeln!(out, "{},{name},\"absent: {reason}\",0,,,,,,,,,,{call},", self.name);
         }
     }
+}
+
+/// The number of fields that describe a call.
+const CALL: usize = 11;
+
+fn call(case: &AttentionCase) -> String {
+    let phase = match case.phase {
+        Phase::Forward => "forward",
+        Phase::Decode => "decode",
+        Phase::Backward => "backward",
+    };
+    let AttentionCase { batch, seq_q, seq_k, heads, kv_heads, dim, mask, dtype, .. } = case;
+    let (dtype, threads, level) = (dtype.name(), case.threads, &case.level);
+    format!(
+        "{phase},{batch},{seq_q},{seq_k},{heads},{kv_heads},{dim},{mask},{dtype},{level},\
+         {threads}"
+    )
 }
 
 fn duration(seconds: f64) -> String {
@@ -149,20 +170,28 @@ pub(crate) fn csv<'a>(machine: &Machine, outcomes: impl Iterator<Item = &'a Outc
         let _ = writeln!(text, "# {line}");
     }
     text += "case,contender,note,iterations,best_s,median_s,worst_s,flops,bytes,peak_flops,\
-             peak_bytes_per_s,ratio_best,ratio_median,samples_s\n";
+             peak_bytes_per_s,ratio_best,ratio_median,phase,batch,seq_q,seq_k,heads,kv_heads,dim,\
+             mask,dtype,level,threads,samples_s\n";
     outcomes.for_each(|outcome| outcome.csv(&mut text));
     text
 }
 
-/// Writes `FOLDER/CPU/DATE-FAMILY.csv` for each family that was run.
-pub(crate) fn record(folder: &Path, machine: &Machine, outcomes: &[Outcome]) -> anyhow::Result<()> {
+/// Writes `FOLDER/CPU/DATE-FAMILY.csv` for each family that was run, `DATE-FAMILY-tTHREADS.csv` where all
+/// cases were given one number of threads.
+pub(crate) fn record(
+    folder: &Path,
+    machine: &Machine,
+    outcomes: &[Outcome],
+    threads: Option<u16>,
+) -> anyhow::Result<()> {
+    let end = threads.map_or_else(String::new, |threads| format!("-t{threads}"));
     let folder = folder.join(&machine.folder);
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make {}", folder.display()))?;
     let mut families: Vec<&str> = outcomes.iter().map(|outcome| outcome.family.as_str()).collect();
     families.dedup();
     for family in families {
-        let file = folder.join(format!("{}-{family}.csv", machine.date));
+        let file = folder.join(format!("{}-{family}{end}.csv", machine.date));
         let text = csv(machine, outcomes.iter().filter(|outcome| outcome.family == family));
         std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
