@@ -132,8 +132,7 @@ impl<'a> Plan<'a> {
     ///
     /// # Errors
     /// Those of [`Plan::forward`]; [`Error::ShapeMismatch`] also if a store has other heads or
-    /// dimensions than planned, or holds more tokens, [`Error::InvalidParameter`] if stores of one batch are of
-    /// different storage types.
+    /// dimensions than planned, or holds more tokens.
     pub fn forward_cached<E: Element>(
         &self,
         q: TensorRef<'_, E>,
@@ -184,13 +183,6 @@ impl<'a> Plan<'a> {
             if !fits || value_dim != self.value_dim {
                 let what = "a store must have the planned heads and dims, and no more tokens";
                 return Err(Error::ShapeMismatch { what, expected: self.k, got });
-            }
-            let (stored, others) = (store.dtype(), stores[0].dtype());
-            if stored != others {
-                // A sequence's bits would depend on those of the batch that it happens to be in.
-                let (what, expected) = ("storage of a batch's stores", "one type for all of them");
-                let got = format!("{others} and {stored}");
-                return Err(Error::InvalidParameter { what, expected, got });
             }
             self.mask.check_sequence(batch, self.extent(store.end()))?;
             self.terms.check_end(store.end())?;

@@ -156,6 +156,14 @@ impl<'a, E: Element> TensorRef<'a, E> {
         &self.data[at..at + self.shape.dim]
     }
 
+    /// A range of tokens of a tensor of one sequence.
+    pub(crate) fn tokens(&self, tokens: Range<usize>) -> TensorRef<'a, E> {
+        assert!(self.shape.batch == 1 && tokens.end <= self.shape.seq);
+        let shape = Shape { seq: tokens.len(), ..self.shape };
+        let at = if shape.is_empty() { 0 } else { tokens.start * self.strides.seq };
+        TensorRef { data: &self.data[at..], shape, strides: self.strides }
+    }
+
     /// All tokens of one head as strided rows.
     pub(crate) fn head(&self, batch: usize, head: usize) -> Rows<'a, E> {
         assert!(batch < self.shape.batch && head < self.shape.heads);

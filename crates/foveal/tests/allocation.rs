@@ -1,6 +1,7 @@
 //! Planning and running a call allocate nothing: an allocator that counts.
 
-use foveal::cache::{ContiguousCache, KvStore};
+use foveal::cache::codes::Bits;
+use foveal::cache::{ContiguousCache, KvStore, QuantizedCache, TILE};
 use foveal::nn::{LayerNorm, NormBackward, NormGradients, layer_norm_backward};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::projection::{
@@ -183,6 +184,37 @@ fn caches_allocate_nothing<E: Element>() {
 fn caches_are_attended_to_without_allocating() {
     caches_allocate_nothing::<f32>();
     caches_allocate_nothing::<bf16>();
+}
+
+#[test]
+fn codes_are_attended_to_without_allocating() {
+    let tensor = Tensor::<f32>::zeros(Shape { batch: 1, ..KV }).unwrap();
+    let caches = [Bits::Four, Bits::Eight].map(|bits| {
+        let mut cache = QuantizedCache::new(bits, KV.heads, (KV.dim, KV.dim), KV.seq).unwrap();
+        cache.append(tensor.view(), tensor.view()).unwrap();
+        cache
+    });
+    let stores: [&dyn KvStore; 2] = [&caches[0], &caches[1]];
+    each_attention(|attention, phase, what| {
+        let q = Tensor::<f32>::zeros(queries(phase)).unwrap();
+        let plan = plan(attention, phase, q.shape());
+        let mut out = Tensor::<f32>::zeros(plan.out_shape()).unwrap();
+        let mut workspace = Workspace::for_plan(&plan);
+        let count = allocations(|| {
+            let outputs = (out.view_mut(), None);
+            plan.forward_cached(q.view(), &stores, outputs, &mut workspace).unwrap();
+        });
+        assert_eq!(count, 0, "{what}");
+    });
+    let mut cache = QuantizedCache::new(Bits::Four, KV.heads, (KV.dim, KV.dim), 4 * TILE).unwrap();
+    let count = allocations(|| {
+        for _ in 0..5 {
+            cache.append(tensor.view(), tensor.view()).unwrap();
+            cache.forget(cache.end() - TILE);
+        }
+        cache.clear();
+    });
+    assert_eq!(count, 0);
 }
 
 #[test]

@@ -3,11 +3,10 @@
 
 mod support;
 
-use foveal::cache::{ContiguousCache, KvStore};
+use foveal::cache::{ContiguousCache, KvKeys, KvRows, KvStore};
 use foveal::plan::Kernel;
 use foveal::{
-    Attention, Cpu, Element, Error, Mask, Plan, Shape, Tensor, TensorMut, TensorRef, Threads,
-    Workspace,
+    Attention, Cpu, Element, Mask, Plan, Shape, Tensor, TensorMut, TensorRef, Threads, Workspace,
 };
 use half::{bf16, f16};
 use std::num::NonZeroUsize;
@@ -97,7 +96,7 @@ fn a_window_forgets_what_it_can_not_reach() {
     cache.forget(100);
     assert_eq!(cache.start(), 512);
     let kept = cache.tile(1, 600..601);
-    let foveal::cache::KvRows::F32(keys) = kept.keys else { panic!("stored as f32") };
+    let KvKeys::Rows(KvRows::F32(keys)) = kept.keys else { panic!("stored as f32") };
     assert_eq!(keys.row(0), k.view().row(0, 600, 1));
 }
 
@@ -309,20 +308,31 @@ fn a_nan_in_a_short_prompt_of_more_than_one_tile() {
     }
 }
 
+/// The products of a sequence are those of its own store's type, whatever the others' is.
 #[test]
-fn a_batch_of_stores_has_one_storage_type() {
-    let own = ContiguousCache::<f32>::new(1, (8, 8), 4).unwrap();
-    let other = ContiguousCache::<bf16>::new(1, (8, 8), 4).unwrap();
-    let q = Tensor::<f32>::zeros(Shape { batch: 2, seq: 1, heads: 1, dim: 8 }).unwrap();
-    let attention = Attention::new();
-    let plan = attention.plan_decode(q.shape(), q.shape(), q.shape()).unwrap();
-    let run = |stores: [&dyn KvStore; 2]| {
-        let mut out = Tensor::<f32>::zeros(q.shape()).unwrap();
-        let mut workspace = Workspace::for_plan(&plan);
-        plan.forward_cached(q.view(), &stores, (out.view_mut(), None), &mut workspace)
-    };
-    run([&other, &other]).unwrap();
-    let refused = run([&own, &other]).unwrap_err();
-    assert!(matches!(refused, Error::InvalidParameter { .. }), "{refused}");
-    assert!(refused.to_string().contains("f32 and bf16"), "{refused}");
+fn stores_of_other_types_share_a_batch() {
+    let [_, k, v] = sequence(300, 21);
+    let (wide, half) = (cache::<f32>(k.view(), v.view()), cache::<f16>(k.view(), v.view()));
+    let pairs = cache::<bf16>(k.view(), v.view());
+    let stores: [&dyn KvStore; 3] = [&wide, &pairs, &half];
+    let q = Random::new(22).tensor::<bf16>(shapes(3, 3, 0)[0], 2.0);
+    let rows = 3 * HEADS * DIM;
+    for (cpu, decode) in cpus().flat_map(|cpu| [(cpu, false), (cpu, true)]) {
+        let attention = Attention::new().mask(Mask::causal()).cpu(cpu);
+        let run = |batch: std::ops::Range<usize>| {
+            let [qs, ks, vs] = shapes(3, batch.len(), 1024);
+            let plan =
+                if decode { attention.plan_decode(qs, ks, vs) } else { attention.plan(qs, ks, vs) };
+            let plan = plan.unwrap();
+            let mut out = Tensor::<bf16>::zeros(qs).unwrap();
+            let mut workspace = Workspace::for_plan(&plan);
+            workspace.poison();
+            let own = &q.as_slice()[batch.start * rows..batch.end * rows];
+            let (q, outputs) = (TensorRef::new(own, qs).unwrap(), (out.view_mut(), None));
+            plan.forward_cached(q, &stores[batch], outputs, &mut workspace).unwrap();
+            out.into_vec()
+        };
+        let alone: Vec<bf16> = (0..3).flat_map(|b| run(b..b + 1)).collect();
+        assert_eq!(run(0..3), alone, "{} {decode}", cpu.level);
+    }
 }

@@ -1,11 +1,11 @@
-//! A contiguous cache against a list of tokens, through any sequence of appends, forgetting and clearing.
+//! Caches against a list of tokens, through any sequence of appends, forgetting and clearing.
 
 use crate::numbers::Numbers;
 use arbitrary::Unstructured;
-use foveal::cache::{ContiguousCache, KvRows, KvStore, TILE};
-use foveal::{Element, Error, Shape, Tensor};
-use half::f16;
-use std::fmt::Debug;
+use foveal::cache::codes::{Bits, ChannelCodes, GROUP, Scaling, TokenCodes};
+use foveal::cache::{ContiguousCache, KvKeys, KvRows, KvStore, KvValues, QuantizedCache, TILE};
+use foveal::{Element, Error, Shape, Tensor, TensorRef};
+use half::{bf16, f16};
 
 /// What the cache should hold: keys and values, position after position, each head after head.
 struct Model {
@@ -43,25 +43,83 @@ struct Sizes {
     capacity: usize,
 }
 
+/// What every cache can do.
+trait Cache: KvStore {
+    fn append(&mut self, k: TensorRef<'_, f32>, v: TensorRef<'_, f32>) -> Result<(), Error>;
+    fn forget(&mut self, before: usize);
+    fn clear(&mut self);
+    fn room(&self) -> usize;
+    /// What a number is rounded to when it is appended.
+    fn rounded(x: f32) -> f32;
+}
+
+macro_rules! cache {
+    ($type:ty, $element:ty) => {
+        impl Cache for $type {
+            fn append(
+                &mut self,
+                k: TensorRef<'_, f32>,
+                v: TensorRef<'_, f32>,
+            ) -> Result<(), Error> {
+                <$type>::append(self, k, v)
+            }
+            fn forget(&mut self, before: usize) {
+                <$type>::forget(self, before);
+            }
+            fn clear(&mut self) {
+                <$type>::clear(self);
+            }
+            fn room(&self) -> usize {
+                <$type>::room(self)
+            }
+            fn rounded(x: f32) -> f32 {
+                <$element>::from_f32(x).to_f32()
+            }
+        }
+    };
+}
+cache!(ContiguousCache<f32>, f32);
+cache!(ContiguousCache<f16>, f16);
+cache!(QuantizedCache, bf16);
+
 /// Operations on a cache of any sizes.
 pub fn cache(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
-    let _ = match input.ratio(1u8, 2u8) {
-        Ok(true) => operate::<f16>(&mut input),
-        _ => operate::<f32>(&mut input),
-    };
+    let _ = operate(&mut input);
 }
 
-fn operate<E: Element + Debug>(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+fn operate(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+    let kind = input.int_in_range(0..=5)?;
     let sizes = Sizes {
         kv_heads: input.int_in_range(0..=2)?,
         key_dim: input.int_in_range(0..=3)?,
         value_dim: input.int_in_range(0..=3)?,
-        capacity: input.int_in_range(0..=3 * TILE)?,
+        capacity: input.int_in_range(0..=5 * TILE)?,
     };
     let Sizes { kv_heads, key_dim, value_dim, capacity } = sizes;
-    let mut cache = ContiguousCache::<E>::new(kv_heads, (key_dim, value_dim), capacity)
-        .expect("small sizes fit the address space");
+    let dims = (key_dim, value_dim);
+    let fits = "small sizes fit the address space";
+    let codes = |bits| QuantizedCache::new(bits, kv_heads, dims, capacity).expect(fits);
+    match kind {
+        0 => {
+            let cache = ContiguousCache::<f32>::new(kv_heads, dims, capacity).expect(fits);
+            through(cache, None, sizes, input)
+        }
+        1 => {
+            let cache = ContiguousCache::<f16>::new(kv_heads, dims, capacity).expect(fits);
+            through(cache, None, sizes, input)
+        }
+        2 | 3 => through(codes(Bits::Four), Some(Bits::Four), sizes, input),
+        _ => through(codes(Bits::Eight), Some(Bits::Eight), sizes, input),
+    }
+}
+
+fn through<C: Cache>(
+    mut cache: C,
+    bits: Option<Bits>,
+    sizes: Sizes,
+    input: &mut Unstructured<'_>,
+) -> arbitrary::Result<()> {
     let mut model = Model::new(sizes);
     let mut numbers = Numbers::new(input.arbitrary()?);
     for _ in 0..32 {
@@ -90,19 +148,14 @@ fn operate<E: Element + Debug>(input: &mut Unstructured<'_>) -> arbitrary::Resul
                 append(&mut cache, &mut model, tokens, &mut numbers);
             }
         }
-        assert_same(&cache, &model, changed);
+        assert_same(&cache, bits, &model, changed);
     }
-    assert_same(&cache, &model, model.start);
+    assert_same(&cache, bits, &model, model.start);
     Ok(())
 }
 
 /// Appends if there is room, and is refused if not.
-fn append<E: Element>(
-    cache: &mut ContiguousCache<E>,
-    model: &mut Model,
-    tokens: usize,
-    numbers: &mut Numbers,
-) {
+fn append<C: Cache>(cache: &mut C, model: &mut Model, tokens: usize, numbers: &mut Numbers) {
     let sizes = model.sizes;
     let mut tensor = |dim: usize| {
         let shape = Shape { batch: 1, seq: tokens, heads: sizes.kv_heads, dim };
@@ -120,15 +173,15 @@ fn append<E: Element>(
         }
         Err(error) => panic!("{error}"),
     }
-    let rounded = |x: &f32| E::from_f32(*x).to_f32();
+    let rounded = |x: &f32| C::rounded(*x);
     model.keys.extend(keys.as_slice().iter().map(rounded));
     model.values.extend(values.as_slice().iter().map(rounded));
     model.end += tokens;
 }
 
 /// Tokens of other shapes are refused and change nothing.
-fn append_misfit<E: Element>(
-    cache: &mut ContiguousCache<E>,
+fn append_misfit<C: Cache>(
+    cache: &mut C,
     sizes: Sizes,
     input: &mut Unstructured<'_>,
 ) -> arbitrary::Result<()> {
@@ -152,21 +205,70 @@ fn append_misfit<E: Element>(
 }
 
 /// The positions from `from` on hold what they should.
-fn assert_same<E: Element + Debug>(cache: &ContiguousCache<E>, model: &Model, from: usize) {
+fn assert_same<C: Cache>(cache: &C, bits: Option<Bits>, model: &Model, from: usize) {
     let Sizes { kv_heads, key_dim, value_dim, .. } = model.sizes;
     assert_eq!((cache.start(), cache.end()), (model.start, model.end));
     assert_eq!((cache.kv_heads(), cache.dims()), (kv_heads, (key_dim, value_dim)));
+    let newest = model.end.saturating_sub(1) / TILE * TILE;
     for head in 0..kv_heads {
         let mut first = from;
         while first < model.end {
-            let positions = first..(first / TILE * TILE + TILE).min(model.end);
+            let start = first / TILE * TILE;
+            let coded = bits.is_some() && start + 2 * TILE <= newest;
+            let whole = if coded { start } else { first };
+            let positions = whole..(start + TILE).min(model.end);
             let tile = cache.tile(head, positions.clone());
-            for (n, position) in positions.enumerate() {
+            let key = |position: usize| {
                 let row = (position - model.start) * kv_heads + head;
-                assert_row(tile.keys, n, &model.keys[row * key_dim..][..key_dim]);
-                assert_row(tile.values, n, &model.values[row * value_dim..][..value_dim]);
+                &model.keys[row * key_dim..][..key_dim]
+            };
+            let value = |position: usize| {
+                let row = (position - model.start) * kv_heads + head;
+                &model.values[row * value_dim..][..value_dim]
+            };
+            match (tile.keys, tile.values, bits.filter(|_| coded)) {
+                (KvKeys::Channels(keys), KvValues::Tokens(values), Some(bits)) => {
+                    let bits = bits.count() as u32;
+                    assert_keys(&keys, bits, |t| key(start + t));
+                    assert_values(&values, bits, |t| value(start + t));
+                }
+                (KvKeys::Rows(keys), KvValues::Rows(values), None) => {
+                    for (n, position) in positions.enumerate() {
+                        assert_row(keys, n, key(position));
+                        assert_row(values, n, value(position));
+                    }
+                }
+                other => panic!("coded: {coded}, found {other:?}"),
             }
-            first = first / TILE * TILE + TILE;
+            first = start + TILE;
+        }
+    }
+}
+
+/// What the code of a number of a group stands for.
+fn decoded(group: &[f32], x: f32, bits: u32) -> f32 {
+    let (min, max) =
+        (group.iter().copied().reduce(f32::min), group.iter().copied().reduce(f32::max));
+    let (min, max) = min.zip(max).expect("a group has numbers");
+    let scaling = Scaling::between(min, max, bits).expect("small numbers in order");
+    scaling.number(scaling.code(x, bits))
+}
+
+fn assert_keys<'a>(keys: &ChannelCodes<'_>, bits: u32, key: impl Fn(usize) -> &'a [f32]) {
+    for (first, c) in (0..TILE).step_by(GROUP).flat_map(|t| (0..keys.width()).map(move |c| (t, c)))
+    {
+        let group: Vec<f32> = (first..first + GROUP).map(|t| key(t)[c]).collect();
+        for (n, &x) in group.iter().enumerate() {
+            assert_eq!(keys.number(first + n, c), decoded(&group, x, bits));
+        }
+    }
+}
+
+/// There are fewer channels than a group has.
+fn assert_values<'a>(values: &TokenCodes<'_>, bits: u32, value: impl Fn(usize) -> &'a [f32]) {
+    for t in 0..TILE {
+        for (c, &x) in value(t).iter().enumerate() {
+            assert_eq!(values.number(t, c), decoded(value(t), x, bits));
         }
     }
 }

@@ -7,7 +7,7 @@
 //! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated at once; [`ContiguousCache::grow`] moves to more.
 //! A decoding step reads a head's rows from end to end.
 
-use super::{KvStore, KvTile, TILE};
+use super::{KvKeys, KvStore, KvTile, KvValues, TILE, check_appended};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::tensor::{Rows, Shape, TensorRef};
@@ -83,17 +83,7 @@ impl<E: Element> ContiguousCache<E> {
     /// # Errors
     /// [`Error::ShapeMismatch`] or [`Error::CacheFull`]; the cache is then unchanged.
     pub fn append<F: Element>(&mut self, k: TensorRef<'_, F>, v: TensorRef<'_, F>) -> Result<()> {
-        let tokens = k.shape().seq;
-        let expected = Shape { batch: 1, seq: tokens, heads: self.kv_heads, dim: self.key_dim };
-        for (what, dim, got) in [
-            ("appended keys", self.key_dim, k.shape()),
-            ("appended values", self.value_dim, v.shape()),
-        ] {
-            let expected = Shape { dim, ..expected };
-            if got != expected {
-                return Err(Error::ShapeMismatch { what, expected, got });
-            }
-        }
+        let tokens = check_appended(self, k.shape(), v.shape())?;
         if tokens > self.room() {
             let Self { held: len, capacity, .. } = *self;
             return Err(Error::CacheFull { len, capacity, appended: tokens });
@@ -184,8 +174,8 @@ impl<E: Element> KvStore for ContiguousCache<E> {
         );
         let at = positions.start - self.start..positions.end - self.start;
         KvTile {
-            keys: E::kv_rows(self.rows(&self.keys, self.key_dim, head, at.clone())),
-            values: E::kv_rows(self.rows(&self.values, self.value_dim, head, at)),
+            keys: KvKeys::Rows(E::kv_rows(self.rows(&self.keys, self.key_dim, head, at.clone()))),
+            values: KvValues::Rows(E::kv_rows(self.rows(&self.values, self.value_dim, head, at))),
         }
     }
 }
@@ -221,7 +211,9 @@ mod tests {
         assert_eq!((cache.start(), cache.end(), cache.capacity()), (2 * TILE, at, 5 * TILE));
         for (head, position) in (0..2).flat_map(|head| (2 * TILE..at).map(move |at| (head, at))) {
             let KvTile { keys, values } = cache.tile(head, position..position + 1);
-            let (KvRows::F32(keys), KvRows::F32(values)) = (keys, values) else {
+            let (KvKeys::Rows(KvRows::F32(keys)), KvValues::Rows(KvRows::F32(values))) =
+                (keys, values)
+            else {
                 panic!("stored as f32")
             };
             let (k, v) = (tokens(position..position + 1, 3), tokens(position..position + 1, 2));

@@ -4,12 +4,17 @@
 //! attention kernel works with every store. A batch of sequences is a slice of stores, each of its own
 //! length.
 
+pub mod codes;
 mod contiguous;
+mod quantized;
 
 pub use contiguous::ContiguousCache;
+pub use quantized::QuantizedCache;
 
 use crate::element::{DType, Element};
-use crate::tensor::{Rows, TensorRef};
+use crate::error::{Error, Result};
+use crate::tensor::{Rows, Shape, TensorRef};
+use codes::{ChannelCodes, TokenCodes};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -30,21 +35,46 @@ pub trait KvStore: std::fmt::Debug + Sync {
     /// Numbers of one key and of one value.
     fn dims(&self) -> (usize, usize);
 
-    /// The type that keys and values are stored in.
+    /// The type that keys and values are stored in, or are decoded to for a call whose queries have it.
     fn dtype(&self) -> DType;
 
-    /// The keys and values of one head at `positions`, which lie within `start()..end()` and within
-    /// one tile.
+    /// Whether tiles may be handed out as codes, now or later.
+    fn coded(&self) -> bool {
+        false
+    }
+
+    /// The keys and values of one head at `positions`: those of one tile that lie within `start()..end()`.
+    /// A store that keeps rows may be asked for fewer.
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_>;
 }
 
 /// Keys and values of neighbouring positions.
 #[derive(Debug, Clone, Copy)]
 pub struct KvTile<'a> {
-    /// One row a position.
-    pub keys: KvRows<'a>,
-    /// One row a position.
-    pub values: KvRows<'a>,
+    /// One key a position.
+    pub keys: KvKeys<'a>,
+    /// One value a position.
+    pub values: KvValues<'a>,
+}
+
+/// Keys of neighbouring positions.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum KvKeys<'a> {
+    /// As numbers.
+    Rows(KvRows<'a>),
+    /// As codes: a whole tile.
+    Channels(ChannelCodes<'a>),
+}
+
+/// Values of neighbouring positions.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum KvValues<'a> {
+    /// As numbers.
+    Rows(KvRows<'a>),
+    /// As codes: a whole tile.
+    Tokens(TokenCodes<'a>),
 }
 
 /// Rows of any storage type.
@@ -70,6 +100,77 @@ macro_rules! with_rows {
     };
 }
 pub(crate) use with_rows;
+
+impl KvRows<'_> {
+    /// The number of rows.
+    pub fn count(&self) -> usize {
+        with_rows!(self, rows => rows.count())
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        with_rows!(self, rows => rows.width())
+    }
+}
+
+impl<'a> KvKeys<'a> {
+    /// The rows of keys that are no codes.
+    pub fn rows(self) -> Option<KvRows<'a>> {
+        match self {
+            KvKeys::Rows(rows) => Some(rows),
+            KvKeys::Channels(_) => None,
+        }
+    }
+
+    /// The number of keys, and of numbers in one.
+    pub(crate) fn size(&self) -> (usize, usize) {
+        match self {
+            KvKeys::Rows(rows) => (rows.count(), rows.width()),
+            KvKeys::Channels(codes) => (TILE, codes.width()),
+        }
+    }
+}
+
+impl<'a> KvValues<'a> {
+    /// The rows of values that are no codes.
+    pub fn rows(self) -> Option<KvRows<'a>> {
+        match self {
+            KvValues::Rows(rows) => Some(rows),
+            KvValues::Tokens(_) => None,
+        }
+    }
+
+    /// The number of values, and of numbers in one.
+    pub(crate) fn size(&self) -> (usize, usize) {
+        match self {
+            KvValues::Rows(rows) => (rows.count(), rows.width()),
+            KvValues::Tokens(codes) => (TILE, codes.width()),
+        }
+    }
+}
+
+/// Checks that tokens of these shapes fit a store; returns how many there are.
+fn check_appended(store: &dyn KvStore, k: Shape, v: Shape) -> Result<usize> {
+    let (key_dim, value_dim) = store.dims();
+    let expected = Shape { batch: 1, seq: k.seq, heads: store.kv_heads(), dim: key_dim };
+    for (what, dim, got) in [("appended keys", key_dim, k), ("appended values", value_dim, v)] {
+        let expected = Shape { dim, ..expected };
+        if got != expected {
+            return Err(Error::ShapeMismatch { what, expected, got });
+        }
+    }
+    Ok(k.seq)
+}
+
+/// Cuts positions at multiples of [`TILE`]. A prompt that is appended and attended to piece by piece has the same bits
+/// however it was cut before, whatever the store: see [`QuantizedCache`].
+pub fn pieces(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let tiles = positions.start / TILE..positions.end.div_ceil(TILE);
+    tiles.map(move |t| {
+        let end = t.saturating_add(1).saturating_mul(TILE);
+        (t * TILE).max(positions.start)..end.min(positions.end)
+    })
+}
 
 /// Rows as rows of any storage type.
 pub(crate) fn kv_rows<E: Element>(rows: Rows<'_, E>) -> KvRows<'_> {
@@ -98,25 +199,36 @@ impl<'a, E: Element> Sequences<'a, E> {
         }
     }
 
-    /// What keys and values are stored as; `None` for a batch without sequences.
-    pub(crate) fn dtype(&self) -> Option<DType> {
+    /// What a sequence's keys and values are stored as, or decoded to.
+    pub(crate) fn dtype(&self, batch: usize) -> DType {
         match self {
-            Sequences::Stores(stores) => Some(stores.first()?.dtype()),
-            Sequences::Tensors(..) => Some(E::DTYPE),
+            Sequences::Stores(stores) => stores[batch].dtype(),
+            Sequences::Tensors(..) => E::DTYPE,
+        }
+    }
+
+    /// Whether a sequence's keys and values may be codes.
+    pub(crate) fn coded(&self, batch: usize) -> bool {
+        match self {
+            Sequences::Stores(stores) => stores[batch].coded(),
+            Sequences::Tensors(..) => false,
         }
     }
 
     /// Whether values can be used where they lie, being `f32`.
     pub(crate) fn plain(&self) -> bool {
-        self.dtype() == Some(DType::F32)
+        match self {
+            Sequences::Stores(stores) => stores.iter().all(|store| store.dtype() == DType::F32),
+            Sequences::Tensors(..) => E::DTYPE == DType::F32,
+        }
     }
 
     pub(crate) fn tile(&self, batch: usize, head: usize, positions: Range<usize>) -> KvTile<'a> {
         match self {
             Sequences::Stores(stores) => stores[batch].tile(head, positions),
             Sequences::Tensors(keys, values) => KvTile {
-                keys: E::kv_rows(keys.head(batch, head).slice(positions.clone())),
-                values: E::kv_rows(values.head(batch, head).slice(positions)),
+                keys: KvKeys::Rows(E::kv_rows(keys.head(batch, head).slice(positions.clone()))),
+                values: KvValues::Rows(E::kv_rows(values.head(batch, head).slice(positions))),
             },
         }
     }

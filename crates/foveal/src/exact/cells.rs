@@ -1,57 +1,86 @@
 //! Keys, values and queries as the cells that a call's products take: numbers, or pairs of bf16.
 
-use crate::cache::{KvRows, with_rows};
+use crate::cache::{KvKeys, KvRows, KvValues, kv_rows, with_rows};
 use crate::element::Element;
+use crate::simd::coded::with_code;
 use crate::simd::product::Form;
 use crate::simd::tile::{KeyWords, PANEL, pack_keys};
-use crate::simd::{pairs, row};
+use crate::simd::{encode, pairs, row};
 use crate::tensor::Rows;
 
 impl Form {
     /// Packs the keys of a tile into panels at the front of `floats`; returns them.
-    pub(super) fn pack_keys<'a>(self, keys: KvRows<'_>, floats: &'a mut [f32]) -> &'a [f32] {
-        let (count, width) = with_rows!(keys, rows => (rows.count(), rows.width()));
+    pub(super) fn pack_keys<'a>(self, keys: KvKeys<'_>, floats: &'a mut [f32]) -> &'a [f32] {
+        let (count, width) = keys.size();
         let panels = &mut floats[..count.div_ceil(PANEL) * PANEL * self.cells(width)];
         match (self, keys) {
-            (Form::Pairs(token), KvRows::Bf16(rows)) => pairs::pack_keys(token, rows, panels),
-            _ => with_rows!(keys, rows => pack_keys(self.level(), rows, panels)),
+            (Form::Pairs(token), KvKeys::Rows(KvRows::Bf16(rows))) => {
+                pairs::pack_keys(token, rows, panels);
+            }
+            (_, KvKeys::Rows(rows)) => {
+                with_rows!(rows, rows => pack_keys(self.level(), rows, panels));
+            }
+            (Form::Pairs(token), KvKeys::Channels(keys)) => {
+                with_code!(keys.bits, code => encode::decode_key_pairs(token, code, keys, panels));
+            }
+            (Form::Numbers(level), KvKeys::Channels(keys)) => {
+                with_code!(keys.bits, code => encode::decode_keys(level, code, keys, panels));
+            }
         }
         panels
     }
 
     /// Writes the values of a tile as rows of cells to the front of `floats`.
-    pub(super) fn pack_values(self, values: KvRows<'_>, floats: &mut [f32]) {
-        let (count, width) = with_rows!(values, rows => (rows.count(), rows.width()));
+    pub(super) fn pack_values(self, values: KvValues<'_>, floats: &mut [f32]) {
+        let (count, width) = values.size();
         let cells = &mut floats[..self.cells(count) * width];
         match (self, values) {
-            (Form::Pairs(token), KvRows::Bf16(rows)) => pairs::pack_values(token, rows, cells),
-            _ => with_rows!(values, rows => {
+            (Form::Pairs(token), KvValues::Rows(KvRows::Bf16(rows))) => {
+                pairs::pack_values(token, rows, cells);
+            }
+            (_, KvValues::Rows(rows)) => with_rows!(rows, rows => {
                 for (i, to) in cells.chunks_exact_mut(width).enumerate() {
                     row::widen(self.level(), rows.row(i), to);
                 }
             }),
+            (Form::Pairs(token), KvValues::Tokens(values)) => {
+                with_code!(values.bits, code => encode::decode_value_pairs(token, code, values, cells));
+            }
+            (Form::Numbers(level), KvValues::Tokens(values)) => {
+                with_code!(values.bits, code => encode::decode_values(level, code, values, cells));
+            }
         }
     }
 
     /// The values of a tile as rows of cells: where they lie if they are `f32`, else in `floats`.
-    pub(super) fn cell_rows<'a>(self, values: KvRows<'a>, floats: &'a mut [f32]) -> Rows<'a, f32> {
-        if let KvRows::F32(rows) = values {
+    pub(super) fn cell_rows<'a>(
+        self,
+        values: KvValues<'a>,
+        floats: &'a mut [f32],
+    ) -> Rows<'a, f32> {
+        if let KvValues::Rows(KvRows::F32(rows)) = values {
             return rows;
         }
         self.pack_values(values, floats);
-        let (count, width) = with_rows!(values, rows => (rows.count(), rows.width()));
+        let (count, width) = values.size();
         Rows::new(floats, width, self.cells(count), width).expect("the cells of a tile")
     }
 
     /// A copy of a tile's values as rows of cells, with zeros where the row's bit is not set. Allocates.
-    pub(super) fn seen_values(self, values: KvRows<'_>, words: &KeyWords) -> Vec<f32> {
-        with_rows!(values, rows => {
-            let (seen, width) = (seen(rows, words), rows.width());
-            let rows = Rows::new(&seen, width, rows.count(), width).expect("as many as before");
-            let mut cells = vec![0.0; self.cells(rows.count()) * width];
-            self.pack_values(crate::cache::kv_rows(rows), &mut cells);
-            cells
-        })
+    pub(super) fn seen_values(self, values: KvValues<'_>, words: &KeyWords) -> Vec<f32> {
+        let (count, width) = values.size();
+        let mut cells = vec![0.0; self.cells(count) * width];
+        let KvValues::Rows(rows) = values else {
+            // Codes stand for finite numbers, which weights of zero take nothing from.
+            self.pack_values(values, &mut cells);
+            return cells;
+        };
+        with_rows!(rows, rows => {
+            let seen = seen(rows, words);
+            let rows = Rows::new(&seen, width, count, width).expect("as many as before");
+            self.pack_values(KvValues::Rows(kv_rows(rows)), &mut cells);
+        });
+        cells
     }
 
     /// Copies the cells of one query, multiplied by `sign`, which is 1, −1 or 0.

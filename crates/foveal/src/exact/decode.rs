@@ -15,11 +15,12 @@
 use super::state::Join;
 use super::terms::{Finish, RowSite};
 use super::{Factor, Problem, seen, sees};
-use crate::cache::{KvRows, kv_rows, with_rows};
+use crate::cache::{KvKeys, KvRows, KvValues, kv_rows, with_rows};
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
+use crate::simd::coded::{ChannelScores, TokenValues, channel_scores, token_values, with_code};
 use crate::simd::decode::{RowScores, RowValues, row_score_pairs, row_scores, row_values};
 use crate::simd::decode_pairs::row_value_pairs;
 use crate::simd::product::Form;
@@ -109,12 +110,7 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
     let (partials, scratch) = floats.split_at_mut(layout.partials());
     let shape =
         Shape { batch: layout.units, seq: layout.spans, heads: layout.rows, dim: layout.partial };
-    // Alone, a head waits for memory whatever the product: then numbers, which are faster to wait with and more exact.
-    let form = match problem.sizes.group() {
-        0 | 1 => Form::Numbers(problem.sizes.cpu.level),
-        _ => problem.form(),
-    };
-    let engine = Engine { problem, layout, factor: Factor::new(problem.scale), form };
+    let engine = |form| Engine { problem, layout, factor: Factor::new(problem.scale), form };
     {
         let mut partials = TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
@@ -127,17 +123,28 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
             let rows = pass * ROWS..((pass + 1) * ROWS).min(layout.rows);
             let work = Span::new(&problem.sizes, unit, rows.clone(), &problem.kv_range(unit));
             let mut state = State::new(scratch, &problem.sizes, rows.len());
-            engine.attend(&work, work.positions(span), &mut state);
+            let form = problem.row_form(work.batch, layout.packed);
+            engine(form).attend(&work, work.positions(span), &mut state);
             for (r, row) in rows.enumerate() {
                 // SAFETY: each part writes its own rows of its own span.
                 state.save(r, unsafe { partials.row(unit, span, row) });
             }
         });
     }
-    engine.join(partials);
+    engine(Form::Numbers(problem.sizes.cpu.level)).join(partials);
 }
 
 impl<E: Element, K: Element> Problem<'_, E, K> {
+    /// How a sequence's products are computed: by numbers where a head has a key/value head of its own, which waits
+    /// for memory whatever the product, and numbers are faster to wait with and more exact; and where codes are multiplied
+    /// as they are.
+    fn row_form(&self, batch: usize, packed: bool) -> Form {
+        if self.sizes.group() <= 1 || self.kv.coded(batch) && !packed {
+            return Form::Numbers(self.sizes.cpu.level);
+        }
+        self.form(batch)
+    }
+
     fn kv_range(&self, unit: usize) -> Range<usize> {
         let batch = unit / self.sizes.kv_heads;
         self.kv.start(batch)..self.kv.end(batch)
@@ -275,19 +282,20 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let group = first..(first + GROUP).min(rows);
             self.weights(work, (&positions, &words[group.clone()]), group, state);
         }
-        if careful {
-            with_rows!(tile.values, values => {
+        match tile.values {
+            // Codes stand for finite numbers.
+            KvValues::Rows(rows) if careful => with_rows!(rows, values => {
                 let (seen, width) = (seen(values, &words[0]), values.width());
                 let values = Rows::new(&seen, width, values.count(), width);
-                self.values(kv_rows(values.expect("as many as before")), words, state);
-            });
-        } else {
-            self.values(tile.values, words, state);
+                let values = KvValues::Rows(kv_rows(values.expect("as many as before")));
+                self.values(values, words, state);
+            }),
+            values => self.values(values, words, state),
         }
     }
 
     /// Products of all rows with a tile's keys, and their maxima.
-    fn scores(&self, keys: KvRows<'_>, words: &[KeyWords], state: &mut State<'_>) {
+    fn scores(&self, keys: KvKeys<'_>, words: &[KeyWords], state: &mut State<'_>) {
         let (rows, level) = (words.len(), self.problem.sizes.cpu.level);
         let State { queries, scores, tile_max, local, .. } = state;
         if self.layout.packed {
@@ -314,12 +322,16 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         }
         let (out, max) = (&mut **scores, &mut tile_max[..rows]);
         match (self.form, keys) {
-            (Form::Pairs(token), KvRows::Bf16(keys)) => {
+            (Form::Pairs(token), KvKeys::Rows(KvRows::Bf16(keys))) => {
                 row_score_pairs(token, RowScores { queries, keys, visible: words, out, max });
             }
-            _ => with_rows!(keys, keys => {
+            (_, KvKeys::Rows(keys)) => with_rows!(keys, keys => {
                 row_scores(level, RowScores { queries, keys, visible: words, out, max });
             }),
+            (_, KvKeys::Channels(keys)) => {
+                let args = ChannelScores { queries, keys, visible: words, out, max };
+                with_code!(keys.bits, code => channel_scores(level, code, args));
+            }
         }
     }
 
@@ -377,7 +389,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     /// Adds a tile's weighted values to the accumulators of all rows.
-    fn values(&self, values: KvRows<'_>, words: &[KeyWords], state: &mut State<'_>) {
+    fn values(&self, values: KvValues<'_>, words: &[KeyWords], state: &mut State<'_>) {
         let (rows, level) = (words.len(), self.problem.sizes.cpu.level);
         let State { acc, sums, scores, rescale, local, .. } = state;
         if self.layout.packed {
@@ -400,12 +412,16 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         }
         let (probabilities, rescale, out) = (&**scores, &rescale[..rows], &mut **acc);
         match (self.form, values) {
-            (Form::Pairs(token), KvRows::Bf16(values)) => {
+            (Form::Pairs(token), KvValues::Rows(KvRows::Bf16(values))) => {
                 row_value_pairs(token, RowValues { probabilities, values, rescale, out, sums });
             }
-            _ => with_rows!(values, values => {
+            (_, KvValues::Rows(values)) => with_rows!(values, values => {
                 row_values(level, RowValues { probabilities, values, rescale, out, sums });
             }),
+            (_, KvValues::Tokens(values)) => {
+                let args = TokenValues { probabilities, values, rescale, out, sums };
+                with_code!(values.bits, code => token_values(level, code, args));
+            }
         }
     }
 

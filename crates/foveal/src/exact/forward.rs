@@ -22,7 +22,7 @@
 
 use super::terms::{Finish, RowSite};
 use super::{Factor, Problem, live_tiles, sees, short};
-use crate::cache::KvRows;
+use crate::cache::{KvRows, KvValues};
 use crate::element::Element;
 use crate::mask::{Pattern, Site};
 use crate::parallel::for_each_part;
@@ -105,8 +105,7 @@ pub(super) fn run_unit<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit
     // Keys are packed as they come, by rows that are computed a second time as well.
     let local = if layout.shared { layout.tile_floats } else { 0 };
     let layout = Layout { shared: false, scratch: layout.scratch + local, ..layout };
-    let (factor, form) = (Factor::new(problem.scale), problem.form());
-    let engine = Engine { problem, layout, factor, form };
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
     let mut scratch = vec![0.0; layout.scratch];
     for part in 0..layout.segments * layout.tiles {
         let tile = engine.query_tile(unit, part / layout.tiles, part % layout.tiles);
@@ -128,8 +127,7 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
     let layout = Layout::new(&problem.sizes);
     let (shared, scratch) = floats.split_at_mut(layout.shared_floats());
     let units = problem.sizes.q.batch * problem.sizes.kv_heads;
-    let (factor, form) = (Factor::new(problem.scale), problem.form());
-    let engine = Engine { problem, layout, factor, form };
+    let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
     for first in (0..units).step_by(layout.wave) {
         let wave = first..(first + layout.wave).min(units);
         if layout.shared {
@@ -154,6 +152,7 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
 #[derive(Debug, Clone)]
 struct QueryTile {
     batch: usize,
+    form: Form,
     kv_head: usize,
     first_head: usize,
     fold: usize,
@@ -193,13 +192,12 @@ struct Engine<'a, E, K> {
     problem: &'a Problem<'a, E, K>,
     layout: Layout,
     factor: Factor,
-    form: Form,
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
     /// Cells of a query or key.
-    fn depth(&self) -> usize {
-        self.form.cells(self.problem.sizes.q.dim)
+    fn depth(&self, tile: &QueryTile) -> usize {
+        tile.form.cells(self.problem.sizes.q.dim)
     }
 
     fn query_tile(&self, unit: usize, segment: usize, tile: usize) -> QueryTile {
@@ -209,6 +207,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let keys = self.problem.kv.start(batch)..self.problem.kv.end(batch);
         QueryTile {
             batch,
+            form: self.problem.form(batch),
             kv_head,
             first_head: kv_head * sizes.group() + segment * fold,
             fold,
@@ -255,10 +254,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     /// Packs the keys of one tile and, unless they are used where they lie, its values.
     fn pack_tile(&self, tile: &QueryTile, positions: Range<usize>, floats: &mut [f32]) {
         let kv = self.problem.kv.tile(tile.batch, tile.kv_head, positions);
-        let (keys, values) = floats.split_at_mut(KEY_TILE * self.depth());
-        self.form.pack_keys(kv.keys, keys);
+        let (keys, values) = floats.split_at_mut(KEY_TILE * self.depth(tile));
+        tile.form.pack_keys(kv.keys, keys);
         if !self.problem.kv.plain() {
-            self.form.pack_values(kv.values, values);
+            tile.form.pack_values(kv.values, values);
         }
     }
 
@@ -299,11 +298,11 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         state: &mut State<'_>,
         careful: bool,
     ) {
-        let depth = self.depth();
+        let depth = self.depth(tile);
         for (r, row) in tile.rows.clone().enumerate() {
             let (i, head) = tile.query(row);
             let query = &mut state.queries[r * depth..(r + 1) * depth];
-            self.factor.load(self.form, self.problem.q.row(tile.batch, i, head), query);
+            self.factor.load(tile.form, self.problem.q.row(tile.batch, i, head), query);
         }
         let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
         let mut walk = Walk { engine: self, tile, packed, state, careful };
@@ -333,9 +332,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         (group, visible): (Range<usize>, Visible<'_>),
         state: &mut State<'_>,
     ) {
-        let Engine { problem, factor, form, .. } = *self;
+        let (&Engine { problem, factor, .. }, form) = (self, tile.form);
         let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
-        let (depth, width) = (self.depth(), padded(sizes.value_dim));
+        let (depth, width) = (self.depth(tile), padded(sizes.value_dim));
         let KeyTile { positions, keys, values } = *at;
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
@@ -413,20 +412,20 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
                 &*local
             }
         };
-        let depth = self.engine.depth();
+        let depth = self.engine.depth(self.tile);
         let (keys, packed) = floats.split_at(KEY_TILE * depth);
         let keys = &keys[..positions.len().div_ceil(PANEL) * PANEL * depth];
         let width = sizes.value_dim;
         let kv = problem.kv.tile(self.tile.batch, self.tile.kv_head, positions.clone());
-        let count = self.engine.form.cells(positions.len());
+        let count = self.tile.form.cells(positions.len());
         let cells = |floats| Rows::new(floats, width, count, width).expect("a tile's values");
         let masked;
         let values = match kv.values {
             rows if self.careful => {
-                masked = self.engine.form.seen_values(rows, &words[0]);
+                masked = self.tile.form.seen_values(rows, &words[0]);
                 cells(&masked)
             }
-            KvRows::F32(rows) if problem.kv.plain() => rows,
+            KvValues::Rows(KvRows::F32(rows)) if problem.kv.plain() => rows,
             _ => cells(packed),
         };
         let tile = KeyTile { positions: &positions, keys, values };

@@ -14,7 +14,7 @@
 
 use super::terms::{Finish, RowSite, Terms};
 use super::{Factor, live_tiles};
-use crate::cache::{KvStore, Sequences, with_rows};
+use crate::cache::{KvStore, Sequences};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::mask::{Mask, Pattern, Site};
@@ -386,10 +386,8 @@ impl<E: Element, K: Element> Look<'_, E, K> {
     }
 
     fn pack(&self, site: Site, positions: Range<usize>, keys: &mut [f32]) {
-        let level = self.sizes.cpu.level;
-        let panels = positions.len().div_ceil(PANEL) * PANEL * self.sizes.q.dim;
         let tile = self.of.keys.tile(site.batch, site.kv_head, positions);
-        with_rows!(tile.keys, rows => tile::pack_keys(level, rows, &mut keys[..panels]));
+        Form::Numbers(self.sizes.cpu.level).pack_keys(tile.keys, keys);
     }
 
     /// The weights of up to six rows.

@@ -82,12 +82,9 @@ impl<E: Element, K> Problem<'_, E, K> {
 }
 
 impl<E: Element, K: Element> Problem<'_, E, K> {
-    /// How the call's products are computed.
-    fn form(&self) -> Form {
-        match self.kv.dtype() {
-            Some(stored) => Form::of(self.sizes.cpu.level, [E::DTYPE, stored]),
-            None => Form::Numbers(self.sizes.cpu.level),
-        }
+    /// How a sequence's products are computed.
+    fn form(&self, batch: usize) -> Form {
+        Form::of(self.sizes.cpu.level, [E::DTYPE, self.kv.dtype(batch)])
     }
 }
 

@@ -49,20 +49,15 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         _ => sizes.cpu.threads.count(),
     };
     let scratches = floats.chunks_exact_mut(scratch(sizes)).take(threads);
-    let form = problem.form();
-    for_each_part(parts, scratches, |unit, scratch| attend(problem, form, unit, scratch));
+    for_each_part(parts, scratches, |unit, scratch| attend(problem, unit, scratch));
 }
 
 /// All rows of one (sequence, key/value head).
-fn attend<E: Element, K: Element>(
-    problem: &Problem<'_, E, K>,
-    form: Form,
-    unit: usize,
-    scratch: &mut [f32],
-) {
+fn attend<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit: usize, scratch: &mut [f32]) {
     let sizes = &problem.sizes;
-    let (depth, width) = (form.cells(sizes.q.dim), sizes.value_dim);
     let (batch, kv_head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
+    let form = problem.form(batch);
+    let (depth, width) = (form.cells(sizes.q.dim), sizes.value_dim);
     let positions = problem.kv.start(batch)..problem.kv.end(batch);
     let (keys, rest) = scratch.split_at_mut(PANEL * depth);
     let (values, rest) = rest.split_at_mut(PANEL * width);

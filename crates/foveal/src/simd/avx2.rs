@@ -85,6 +85,44 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [__m256; 8] {
+        unsafe {
+            let number = |x| {
+                let bits = _mm256_and_si256(x, _mm256_set1_epi32(0x007f_8000));
+                _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x3f80_0000)))
+            };
+            let mut out = [_mm256_setzero_ps(); 8];
+            for half in 0..2 {
+                let x = _mm256_loadu_si256(p.add(32 * half).cast());
+                out[half] = number(_mm256_slli_epi32::<15>(x));
+                out[2 + half] = number(_mm256_slli_epi32::<7>(x));
+                out[4 + half] = number(_mm256_srli_epi32::<1>(x));
+                out[6 + half] = number(_mm256_srli_epi32::<9>(x));
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_halves(self, p: *const u8) -> [__m256; 8] {
+        unsafe {
+            let x = _mm256_loadu_si256(p.cast());
+            let number = |x| {
+                let bits = _mm256_and_si256(x, _mm256_set1_epi32(0x0078_0000));
+                _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x3f80_0000)))
+            };
+            [
+                number(_mm256_slli_epi32::<19>(x)),
+                number(_mm256_slli_epi32::<3>(x)),
+                number(_mm256_slli_epi32::<15>(x)),
+                number(_mm256_srli_epi32::<1>(x)),
+                number(_mm256_slli_epi32::<11>(x)),
+                number(_mm256_srli_epi32::<5>(x)),
+                number(_mm256_slli_epi32::<7>(x)),
+                number(_mm256_srli_epi32::<9>(x)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
     }

@@ -79,6 +79,41 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [__m512; 8] {
+        unsafe {
+            let x = _mm512_loadu_si512(p.cast());
+            let number = |x| {
+                let bits = _mm512_and_si512(x, _mm512_set1_epi32(0x007f_8000));
+                _mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_set1_epi32(0x3f80_0000)))
+            };
+            let mut out = [_mm512_setzero_ps(); 8];
+            out[0] = number(_mm512_slli_epi32::<15>(x));
+            out[1] = number(_mm512_slli_epi32::<7>(x));
+            out[2] = number(_mm512_srli_epi32::<1>(x));
+            out[3] = number(_mm512_srli_epi32::<9>(x));
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_halves(self, p: *const u8) -> [__m512; 8] {
+        unsafe {
+            let x = _mm512_broadcast_i32x8(_mm256_loadu_si256(p.cast()));
+            let upper = _mm512_set_epi32(3, 3, 3, 3, 3, 3, 3, 3, 19, 19, 19, 19, 19, 19, 19, 19);
+            let number = |x| {
+                let bits = _mm512_and_si512(x, _mm512_set1_epi32(0x0078_0000));
+                _mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_set1_epi32(0x3f80_0000)))
+            };
+            // Rotations bring bits 4 k, and in the upper lanes 16 + 4 k, to bit 19.
+            let x = _mm512_rolv_epi32(x, upper);
+            let mut out = [_mm512_setzero_ps(); 8];
+            out[0] = number(x);
+            out[1] = number(_mm512_ror_epi32::<4>(x));
+            out[2] = number(_mm512_ror_epi32::<8>(x));
+            out[3] = number(_mm512_ror_epi32::<12>(x));
+            out
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }

@@ -24,8 +24,10 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
 
+pub(crate) mod coded;
 pub(crate) mod decode;
 pub(crate) mod decode_pairs;
+pub(crate) mod encode;
 pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod nn;
@@ -92,6 +94,16 @@ pub trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `LANES` bfloat16 numbers.
     unsafe fn store_bf16(self, p: *mut u16, x: Self::F);
+    /// 64 codes of a byte as numbers 1 + code / 256, in the first `64 / LANES` vectors: code `16 k + l` is byte `k` of the
+    /// `l`-th of 16 words of 32 bits.
+    /// # Safety
+    /// `p` is valid for reading 64 bytes.
+    unsafe fn load_bytes(self, p: *const u8) -> [Self::F; 8];
+    /// 64 codes of four bits as numbers 1 + code / 16, in the first `64 / LANES` vectors: code `16 k + l` lies from bit
+    /// `4 k + 16 (l / 8)` on in the `l % 8`-th of 8 words of 32 bits.
+    /// # Safety
+    /// `p` is valid for reading 32 bytes.
+    unsafe fn load_halves(self, p: *const u8) -> [Self::F; 8];
     /// # Safety
     /// `p` is valid for reading `LANES` bytes.
     unsafe fn load_i8(self, p: *const i8) -> Self::F;

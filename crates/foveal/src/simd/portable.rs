@@ -94,6 +94,24 @@ impl Simd for Portable {
         unsafe { p.cast::<[u16; 8]>().write_unaligned(bits) }
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [Lanes8; 8] {
+        // SAFETY: the caller promises 64 readable bytes.
+        let bytes = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
+        let number = |n: usize| 1.0 + f32::from(bytes[n % 16 * 4 + n / 16]) / 256.0;
+        std::array::from_fn(|v| Lanes8(std::array::from_fn(|l| number(8 * v + l))))
+    }
+    #[inline(always)]
+    unsafe fn load_halves(self, p: *const u8) -> [Lanes8; 8] {
+        // SAFETY: the caller promises 32 readable bytes.
+        let words = unsafe { p.cast::<[[u8; 4]; 8]>().read_unaligned() }.map(u32::from_le_bytes);
+        let number = |v: usize, l: usize| {
+            // The v-th vector holds codes 16 (v / 2) + 8 (v % 2) + l.
+            let code = words[l] >> (4 * (v / 2) + 16 * (v % 2)) & 15;
+            1.0 + code as f32 / 16.0
+        };
+        std::array::from_fn(|v| Lanes8(std::array::from_fn(|l| number(v, l))))
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> Lanes8 {
         // SAFETY: the caller promises eight readable bytes.
         let bytes = unsafe { p.cast::<[i8; 8]>().read_unaligned() };

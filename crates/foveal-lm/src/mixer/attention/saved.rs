@@ -110,8 +110,8 @@ impl Saved {
         self.held = first.start()..first.end();
         if self.held.len() > self.new {
             let width = layer.head_dim;
-            self.k = gather(states, width, |state, head, at| state.tile(head, at).keys);
-            self.v = gather(states, width, |state, head, at| state.tile(head, at).values);
+            self.k = gather(states, width, |state, head, at| state.tile(head, at).keys.rows());
+            self.v = gather(states, width, |state, head, at| state.tile(head, at).values.rows());
         }
     }
 
@@ -149,7 +149,7 @@ pub(super) fn same(what: &'static str, expected: usize, got: usize) -> Result<()
 fn gather<'a>(
     states: &'a [LayerState],
     width: usize,
-    rows: impl Fn(&'a LayerState, usize, Range<usize>) -> KvRows<'a>,
+    rows: impl Fn(&'a LayerState, usize, Range<usize>) -> Option<KvRows<'a>>,
 ) -> Vec<f32> {
     let mut all = vec![];
     for state in states {
@@ -158,7 +158,7 @@ fn gather<'a>(
         for tile in (state.start()..state.end()).step_by(TILE) {
             let positions = tile..state.end().min(tile + TILE);
             for head in 0..heads {
-                let KvRows::F32(rows) = rows(state, head, positions.clone()) else {
+                let Some(KvRows::F32(rows)) = rows(state, head, positions.clone()) else {
                     unreachable!("states store f32")
                 };
                 for (n, position) in positions.clone().enumerate() {
