@@ -159,6 +159,14 @@ pub enum Error {
         /// How many there are.
         limit: usize,
     },
+    /// A recurrent state of other extents, or of another kind, than the call's.
+    #[error("the state is {got}, the call needs {expected}; make it with Recurrent::state")]
+    StateShape {
+        /// What the call needs.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
     /// A SIMD level that does not exist or that this processor lacks.
     #[error("SIMD level {name:?} is not available; this processor offers {available}")]
     SimdUnavailable {

@@ -43,6 +43,7 @@
 //! | [`mask`] | causal, window, prefix, padding, documents, blocks, trees, dense, combinations, patterns of your own | |
 //! | [`inspect`] | weights, column sums, entropies and block means, made again from the log-sum-exp | Zhang et al. 2023; Li et al. 2024 |
 //! | [`differential`] | the difference of two softmaxes, forward and backward | Ye et al. 2024 |
+//! | [`linear`] | linear attention with a matrix state: forward, backward, token by token | Katharopoulos et al. 2020 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
 //! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |
@@ -60,6 +61,7 @@ mod element;
 mod error;
 mod exact;
 mod gradient;
+pub mod linear;
 pub mod mask;
 pub mod nn;
 mod parallel;

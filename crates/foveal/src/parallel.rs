@@ -65,3 +65,33 @@ pub(crate) fn for_each_part<T: Send>(
     }
     (0..parts).for_each(|part| work(part, &mut own));
 }
+
+/// Runs `work(item, scratch)` for every item, each once, in any order, with at most one thread per scratch.
+pub(crate) fn for_each_item<I, T: Send>(
+    items: I,
+    mut scratches: impl ExactSizeIterator<Item = T>,
+    work: impl Fn(I::Item, &mut T) + Sync,
+) where
+    I: Iterator<Item: Send> + Send,
+{
+    let Some(mut own) = scratches.next() else { return };
+    #[cfg(feature = "parallel")]
+    if scratches.len() > 0 {
+        use std::sync::{Mutex, PoisonError};
+        let items = Mutex::new(items);
+        let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let pick_up = |scratch: &mut T| {
+            while let Some(item) = next() {
+                work(item, scratch);
+            }
+        };
+        return rayon::in_place_scope(|scope| {
+            for mut scratch in scratches {
+                let pick_up = &pick_up;
+                scope.spawn(move |_| pick_up(&mut scratch));
+            }
+            pick_up(&mut own);
+        });
+    }
+    items.for_each(|item| work(item, &mut own));
+}

@@ -21,6 +21,21 @@ pub enum Scale {
     Value(f32),
 }
 
+impl Scale {
+    /// The factor for keys of so many numbers.
+    pub(crate) fn resolve(self, dim: usize) -> Result<f32> {
+        match self {
+            Scale::InverseSqrtDim => Ok(1.0 / (dim as f32).sqrt()),
+            Scale::Value(scale) if scale.is_finite() => Ok(scale),
+            Scale::Value(scale) => Err(Error::InvalidParameter {
+                what: "scale",
+                expected: "a finite number",
+                got: scale.to_string(),
+            }),
+        }
+    }
+}
+
 /// Softmax attention, exactly: `softmax(scale · Q Kᵀ under the mask) V`.
 ///
 /// Query head `h` reads key/value head `h / (heads / kv_heads)`; one key/value head is multi-query
@@ -178,15 +193,7 @@ impl<'a> Attention<'a> {
     }
 
     pub(crate) fn resolved_scale(&self, dim: usize) -> Result<f32> {
-        match self.scale {
-            Scale::InverseSqrtDim => Ok(1.0 / (dim as f32).sqrt()),
-            Scale::Value(scale) if scale.is_finite() => Ok(scale),
-            Scale::Value(scale) => Err(Error::InvalidParameter {
-                what: "scale",
-                expected: "a finite number",
-                got: scale.to_string(),
-            }),
-        }
+        self.scale.resolve(dim)
     }
 }
 

@@ -6,6 +6,8 @@
 pub enum Group {
     /// Softmax attention, computed exactly.
     Exact,
+    /// Linear attention: a matrix state of constant size.
+    Linear,
 }
 
 impl Group {
@@ -13,6 +15,7 @@ impl Group {
     pub const fn name(self) -> &'static str {
         match self {
             Group::Exact => "exact",
+            Group::Linear => "linear",
         }
     }
 }
@@ -62,6 +65,60 @@ pub const MECHANISMS: &[Mechanism] = &[
         group: Group::Exact,
         summary: "the difference of two softmaxes over the same values, normalised",
         paper: "arXiv:2410.05258",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "linear",
+        group: Group::Linear,
+        summary: "queries and keys mapped to positive numbers, their products normalised; causal or not",
+        paper: "arXiv:2006.16236",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "retention",
+        group: Group::Linear,
+        summary: "a state that decays by a constant of each head",
+        paper: "arXiv:2307.08621",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "scalar_decay",
+        group: Group::Linear,
+        summary: "a state that decays by one number for each token and head, as in Mamba-2",
+        paper: "arXiv:2405.21060",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "gla",
+        group: Group::Linear,
+        summary: "a state that decays by a number for each token and key channel",
+        paper: "arXiv:2312.06635",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "delta",
+        group: Group::Linear,
+        summary: "a token replaces what its key has read, instead of adding to it",
+        paper: "arXiv:2406.06484",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "gated_delta",
+        group: Group::Linear,
+        summary: "the delta rule on a state that decays by one number for each token and head",
+        paper: "arXiv:2412.06464",
         forward: true,
         backward: true,
         decode: true,

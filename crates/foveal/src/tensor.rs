@@ -324,6 +324,15 @@ impl<'a, E: Element> TensorMut<'a, E> {
         self.reborrow().into_shared()
     }
 
+    /// The tensor in pieces that share no row: for each span, `heads` neighbouring heads at a time. The
+    /// number of heads is a multiple of `heads`.
+    pub(crate) fn into_patches(self, spans: Spans<'a>, heads: usize) -> Patches<'a, E> {
+        let Shape { batch, seq, .. } = self.shape;
+        assert!(spans.batch == batch && spans.seq == seq);
+        assert!(heads > 0 && self.shape.heads.is_multiple_of(heads));
+        Patches { rows: self.into_shared(), spans, heads, next: 0 }
+    }
+
     /// The view of [`TensorMut::share`] for as long as the buffer is lent.
     pub(crate) fn into_shared(self) -> SharedRows<'a, E> {
         SharedRows {
@@ -389,6 +398,94 @@ impl<E> HeadRows<'_, E> {
     pub(crate) fn row(&mut self, seq: usize) -> &mut [E] {
         // SAFETY: whoever made this promised that the head's rows are its own.
         unsafe { self.rows.row(self.batch, seq, self.head) }
+    }
+}
+
+/// Stretches of tokens that share none: whole sequences, or those packed into one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spans<'a> {
+    batch: usize,
+    seq: usize,
+    cuts: Option<&'a [usize]>,
+}
+
+impl<'a> Spans<'a> {
+    /// The sequences of a batch, or the stretches between neighbouring cuts of its only one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] unless cuts ascend from 0 to `seq` and the batch is 1.
+    pub(crate) fn new(batch: usize, seq: usize, cuts: Option<&'a [usize]>) -> Result<Spans<'a>> {
+        if let Some(cuts) = cuts {
+            let ascend = cuts.first() == Some(&0) && cuts.is_sorted() && cuts.last() == Some(&seq);
+            if batch != 1 || !ascend {
+                return Err(Error::InvalidParameter {
+                    what: "cuts of packed sequences",
+                    expected: "a batch of 1 and offsets that ascend from 0 to the number of tokens",
+                    got: format!("batch {batch}, {seq} tokens, cuts {cuts:?}"),
+                });
+            }
+        }
+        Ok(Spans { batch, seq, cuts })
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.cuts.map_or(self.batch, |cuts| cuts.len() - 1)
+    }
+
+    /// The sequence of a span and its tokens.
+    pub(crate) fn get(&self, index: usize) -> (usize, Range<usize>) {
+        assert!(index < self.count());
+        match self.cuts {
+            Some(cuts) => (0, cuts[index]..cuts[index + 1]),
+            None => (index, 0..self.seq),
+        }
+    }
+}
+
+/// The rows of neighbouring tokens and heads of one sequence, which belong to whoever has this.
+#[derive(Debug)]
+pub(crate) struct Patch<'a, E> {
+    rows: SharedRows<'a, E>,
+    batch: usize,
+    tokens: Range<usize>,
+    heads: Range<usize>,
+}
+
+impl<E> Patch<'_, E> {
+    /// One row, both indices counted from the patch's beginning.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, token: usize, head: usize) -> &mut [E] {
+        assert!(token < self.tokens.len() && head < self.heads.len());
+        // SAFETY: patches of a tensor share no row, and this one is borrowed exclusively.
+        unsafe { self.rows.row(self.batch, self.tokens.start + token, self.heads.start + head) }
+    }
+}
+
+/// The patches of a tensor: span by span, and in each heads in order.
+#[derive(Debug)]
+pub(crate) struct Patches<'a, E> {
+    rows: SharedRows<'a, E>,
+    spans: Spans<'a>,
+    heads: usize,
+    next: usize,
+}
+
+impl<'a, E> Iterator for Patches<'a, E> {
+    type Item = Patch<'a, E>;
+
+    fn next(&mut self) -> Option<Patch<'a, E>> {
+        let groups = self.rows.shape.heads / self.heads;
+        if self.next >= self.spans.count() * groups {
+            return None;
+        }
+        let (batch, tokens) = self.spans.get(self.next / groups);
+        let first = self.next % groups * self.heads;
+        self.next += 1;
+        let SharedRows { data, shape, strides, lifetime } = self.rows;
+        // Spans share no token, and each pair of a span and a group of heads is handed out once.
+        let rows = SharedRows { data, shape, strides, lifetime };
+        Some(Patch { rows, batch, tokens, heads: first..first + self.heads })
     }
 }
 

@@ -14,3 +14,8 @@ pub fn multiply_add(level: Level, dtype: DType, passes: usize) -> (u64, f32) {
 pub fn read(level: Level, numbers: &[f32]) -> f32 {
     peak::read(level, numbers)
 }
+
+/// Reads and writes every number once.
+pub fn update(level: Level, numbers: &mut [f32]) {
+    peak::update(level, numbers);
+}

@@ -27,6 +27,7 @@ mod avx512bf16;
 pub(crate) mod coded;
 pub(crate) mod decode;
 pub(crate) mod decode_pairs;
+pub(crate) mod delta;
 pub(crate) mod encode;
 pub(crate) mod gradient;
 pub(crate) mod math;
@@ -39,8 +40,10 @@ pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;
 pub(crate) mod short;
+pub(crate) mod sweep;
 pub(crate) mod terms;
 pub(crate) mod tile;
+pub(crate) mod token;
 mod words;
 
 pub(crate) use level::Kind;

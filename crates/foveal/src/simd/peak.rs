@@ -60,3 +60,24 @@ fn read_kernel<S: Simd>(s: S, numbers: &[f32]) -> f32 {
     }
     rest + s.sum(sums.iter().fold(s.splat(0.0), |total, &sum| s.add(total, sum)))
 }
+
+dispatch! {
+    /// x ← ½ x + ½, in place.
+    pub(crate) fn update(numbers: &mut [f32]) = update_kernel
+}
+
+#[inline(always)]
+fn update_kernel<S: Simd>(s: S, numbers: &mut [f32]) {
+    let half = s.splat(0.5);
+    for block in numbers.chunks_mut(S::LANES) {
+        let p = block.as_mut_ptr();
+        // SAFETY: the block holds so many numbers.
+        unsafe {
+            if block.len() == S::LANES {
+                s.store(p, s.fma(s.load(p), half, half));
+            } else {
+                s.store_part(p, s.fma(s.load_part(p, block.len()), half, half), block.len());
+            }
+        }
+    }
+}

@@ -5,6 +5,7 @@ pub mod attention;
 pub mod backward;
 pub mod golden;
 pub mod layer;
+pub mod linear;
 pub mod rope;
 pub mod sizes;
 

@@ -1,0 +1,192 @@
+//! What a mechanism's kernels see: the mapped rows of some neighbouring tokens of one head.
+
+use crate::simd::Level;
+use crate::simd::sweep::{self, Decay, Layout, Read, Sweep, TokenRows, Write};
+use crate::simd::token::{self, Features};
+
+/// Tokens that are gathered at once. No bit depends on it.
+pub(crate) const BLOCK: usize = 32;
+
+/// A state in the form in which kernels take it through tokens.
+#[derive(Debug)]
+pub(crate) struct Matrix<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) layout: Layout,
+}
+
+impl Matrix<'_> {
+    /// A sweep that writes and reads; other parts are filled in by the caller.
+    pub(crate) fn sweep<'b>(
+        &'b mut self,
+        tokens: usize,
+        write: Option<Write<'b>>,
+        read: Option<Read<'b>>,
+    ) -> Sweep<'b> {
+        Sweep {
+            state: self.data,
+            layout: self.layout,
+            tokens,
+            reverse: false,
+            decay: Decay::None,
+            before: None,
+            write,
+            read,
+            after: None,
+        }
+    }
+}
+
+/// Neighbouring tokens of one head, forward.
+#[derive(Debug)]
+pub struct Block<'a> {
+    pub(crate) level: Level,
+    /// Tokens.
+    pub(crate) len: usize,
+    /// Numbers of a padded query or key, and of a padded value.
+    pub(crate) strides: (usize, usize),
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    /// Factors of the state, one number a token or one padded key.
+    pub(crate) decay: &'a [f32],
+    pub(crate) beta: &'a [f32],
+    /// Rows are key channels.
+    pub(crate) state: Matrix<'a>,
+    /// The sum of keys, padded.
+    pub(crate) z: &'a mut [f32],
+    /// Out: what was read, padded values.
+    pub(crate) out: &'a mut [f32],
+    /// In and out: what each row of `out` is multiplied by besides the scale; ones at first.
+    pub(crate) factors: &'a mut [f32],
+    /// Out, for delta rules: what each key read before its token wrote, padded values.
+    pub(crate) reads: &'a mut [f32],
+}
+
+impl<'a> Block<'a> {
+    pub(crate) fn features(&self) -> Features<'a> {
+        Features { q: self.q, k: self.k, stride: self.strides.0 }
+    }
+
+    /// Rows of key channels.
+    pub(crate) fn keys(&self, data: &'a [f32]) -> TokenRows<'a> {
+        TokenRows { data, stride: self.strides.0 }
+    }
+
+    /// Rows of value channels.
+    pub(crate) fn values(&self, data: &'a [f32]) -> TokenRows<'a> {
+        TokenRows { data, stride: self.strides.1 }
+    }
+
+    /// S ← decay S + k vᵀ, out = Sᵀ q.
+    pub(crate) fn write_and_read(&mut self, decay: Decay<'_>) {
+        let write = Write { rows: self.keys(self.k), columns: self.values(self.v) };
+        let by = self.keys(self.q);
+        let read = Read { by, out: self.out };
+        let sweep = self.state.sweep(self.len, Some(write), Some(read));
+        sweep::sweep(self.level, Sweep { decay, ..sweep });
+    }
+}
+
+/// Passes over a sequence of which gradients are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// From the last token to the first, before everything else.
+    First,
+    /// From the first token to the last: the state is made again, transposed.
+    Ahead,
+    /// From the last token to the first: the gradient of the state.
+    Back,
+}
+
+/// Which gradients a pass has written. Those of queries and keys are added to what other passes wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Written {
+    /// Of the mapped queries.
+    pub q: bool,
+    /// Of the mapped keys.
+    pub k: bool,
+    /// Of the values.
+    pub v: bool,
+    /// Of the logarithms of decays.
+    pub decay: bool,
+    /// Of the writing strengths.
+    pub beta: bool,
+}
+
+/// Neighbouring tokens of one head, backward.
+#[derive(Debug)]
+pub struct Differential<'a> {
+    pub(crate) level: Level,
+    pub(crate) len: usize,
+    pub(crate) strides: (usize, usize),
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    /// The gradient of the output times the scale; passes may change it.
+    pub(crate) g: &'a mut [f32],
+    pub(crate) decay: &'a [f32],
+    pub(crate) beta: &'a [f32],
+    /// For delta rules, what each key read before its token wrote.
+    pub(crate) reads: &'a [f32],
+    /// What the pass of the same number kept: [`Recurrence::kept`](super::Recurrence::kept) numbers a token.
+    pub(crate) kept: &'a mut [f32],
+    /// The state, transposed: rows are value channels.
+    pub(crate) ahead: Matrix<'a>,
+    /// The gradient of the state: rows are key channels.
+    pub(crate) back: Matrix<'a>,
+    /// The same, transposed.
+    pub(crate) back_transposed: Matrix<'a>,
+    /// The sum of keys, and the gradient of it, padded.
+    pub(crate) sums: (&'a mut [f32], &'a mut [f32]),
+    /// Scratch of one padded key.
+    pub(crate) spare: &'a mut [f32],
+    pub(crate) d_q: &'a mut [f32],
+    pub(crate) d_k: &'a mut [f32],
+    pub(crate) d_v: &'a mut [f32],
+    /// Gradients of logarithms of decays, one number a token or one padded key.
+    pub(crate) d_decay: &'a mut [f32],
+    pub(crate) d_beta: &'a mut [f32],
+    /// The sum of `d_decay` over later tokens, in two parts.
+    pub(crate) suffix: [&'a mut [f32]; 2],
+}
+
+impl<'a> Differential<'a> {
+    pub(crate) fn features(&self) -> Features<'a> {
+        Features { q: self.q, k: self.k, stride: self.strides.0 }
+    }
+
+    /// Rows of key channels.
+    pub(crate) fn keys(&self, data: &'a [f32]) -> TokenRows<'a> {
+        TokenRows { data, stride: self.strides.0 }
+    }
+
+    /// d log a, from what was kept: its sum over this and all later tokens, in rows of `width` numbers.
+    pub(crate) fn sum_over_later_tokens(&mut self, width: usize) {
+        let [high, low] = &mut self.suffix;
+        token::sum_later(self.level, self.kept, width, [high, low], self.d_decay);
+    }
+
+    /// dq = S g with S ← decay S + k vᵀ.
+    pub(crate) fn read_gradient_of_queries(&mut self, decay: Decay<'_>) {
+        let (keys, values) = self.strides;
+        let rows = TokenRows { data: self.v, stride: values };
+        let write = Write { rows, columns: TokenRows { data: self.k, stride: keys } };
+        let by = TokenRows { data: self.g, stride: values };
+        let sweep = self.ahead.sweep(self.len, Some(write), Some(Read { by, out: self.d_q }));
+        sweep::sweep(self.level, Sweep { decay, ..sweep });
+    }
+
+    /// dv = dSᵀ k and dk = dS v with dS ← decay (dS + q gᵀ), from the last token to the first.
+    pub(crate) fn read_gradients_of_writes(&mut self, decay: Decay<'_>, transposed: Decay<'_>) {
+        let (keys, values) = self.strides;
+        let rows = |data, stride| TokenRows { data, stride };
+        let write = Write { rows: rows(self.q, keys), columns: rows(self.g, values) };
+        let read = Read { by: rows(self.k, keys), out: self.d_v };
+        let sweep = self.back.sweep(self.len, Some(write), Some(read));
+        sweep::sweep(self.level, Sweep { decay, reverse: true, ..sweep });
+        let write = Write { rows: rows(self.g, values), columns: rows(self.q, keys) };
+        let read = Read { by: rows(self.v, values), out: self.d_k };
+        let sweep = self.back_transposed.sweep(self.len, Some(write), Some(read));
+        sweep::sweep(self.level, Sweep { decay: transposed, reverse: true, ..sweep });
+    }
+}
