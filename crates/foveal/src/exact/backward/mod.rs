@@ -33,7 +33,7 @@ mod tile;
 
 use super::Factor;
 use super::terms::{RowSite, Terms};
-use crate::cache::kv_rows;
+use crate::cache::{KvKeys, KvValues, kv_rows};
 use crate::element::Element;
 use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
@@ -298,9 +298,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let [packed_k, packed_v, rows] =
                 panels.each_ref().map(|x| unsafe { x.row(0, panel, 0) });
             let (k, v) = (kv_rows(k.slice(own.clone())), kv_rows(v.slice(own)));
-            form.pack_keys(k, packed_k);
-            form.pack_keys(v, packed_v);
-            form.pack_values(k, rows);
+            form.pack_keys(KvKeys::Rows(k), packed_k);
+            form.pack_keys(KvKeys::Rows(v), packed_v);
+            form.pack_values(KvValues::Rows(k), rows);
         });
     }
 
