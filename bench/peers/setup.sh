@@ -10,6 +10,10 @@
 # llama   llama.cpp's llama-bench and llama-completion, from the source package of llama-cpp-python,
 #         Release, for this machine's own instruction set, statically linked (about 200 MB)
 #
+# ggml    the same source's libraries of kernels, for its flash attention alone (about 50 MB)
+# rust    the program of bench/rust-peers, with candle and burn-flex, and its build folder (about 1 GB;
+#         needs cargo)
+#
 # Everything goes to ${FOVEAL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/foveal}/peers. What is already
 # there is kept; each peer's folder carries its version and is complete once it holds `.complete`.
 # Needs Python 3.11 or newer ($PYTHON names another one than python3), a C++17 compiler, sha256sum.
@@ -78,18 +82,32 @@ fetch_llama_source() {
     rm "$archive"
 }
 
+# Configures the source for this machine's own instruction set and builds the targets named after $2.
+compile_llama() {
+    local folder=$1 shared=$2
+    shift 2
+    "$TOOLS_DIR/bin/cmake" -S "$folder/src" -B "$folder/build" -G Ninja \
+        -DCMAKE_MAKE_PROGRAM="$TOOLS_DIR/bin/ninja" -DCMAKE_BUILD_TYPE=Release \
+        -DBUILD_SHARED_LIBS="$shared" -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+        -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF >"$folder/configure.log" 2>&1
+    "$TOOLS_DIR/bin/cmake" --build "$folder/build" --parallel "$JOBS" --target "$@" >"$folder/build.log" 2>&1 || {
+        tail -20 "$folder/build.log" >&2
+        return 1
+    }
+}
+
 build_llama() {
     say "building llama.cpp of llama-cpp-python $LLAMA_CPP_PYTHON_VERSION with $JOBS job(s)"
     fetch_llama_source "$1"
-    "$TOOLS_DIR/bin/cmake" -S "$1/src" -B "$1/build" -G Ninja \
-        -DCMAKE_MAKE_PROGRAM="$TOOLS_DIR/bin/ninja" -DCMAKE_BUILD_TYPE=Release \
-        -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
-        -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF >"$1/configure.log" 2>&1
-    "$TOOLS_DIR/bin/cmake" --build "$1/build" --parallel "$JOBS" \
-        --target llama-bench llama-completion >"$1/build.log" 2>&1 || {
-        tail -20 "$1/build.log" >&2
-        return 1
-    }
+    compile_llama "$1" OFF llama-bench llama-completion
+}
+
+build_ggml() {
+    say "building ggml of llama-cpp-python $LLAMA_CPP_PYTHON_VERSION with $JOBS job(s)"
+    "$PYTHON" -m venv "$1"
+    "$1/bin/pip" install --quiet --no-cache-dir "numpy==$NUMPY_VERSION"
+    fetch_llama_source "$1"
+    compile_llama "$1" ON ggml-cpu
 }
 
 setup_torch() {
@@ -113,7 +131,21 @@ setup_llama() {
     echo "llama.cpp (llama-cpp-python $LLAMA_CPP_PYTHON_VERSION): $LLAMA_DIR/build/bin"
 }
 
-all=(torch onnxruntime openvino llama)
+setup_ggml() {
+    build_once "$TOOLS_DIR" build_llama_tools
+    build_once "$GGML_DIR" build_ggml
+    echo "ggml (llama-cpp-python $LLAMA_CPP_PYTHON_VERSION): $GGML_DIR/build/bin"
+}
+
+# cargo knows what is new.
+setup_rust() {
+    say "building bench/rust-peers with $JOBS job(s)"
+    cargo build --release --locked --jobs "$JOBS" --target-dir "$RUST_DIR" \
+        --manifest-path "$(dirname "${BASH_SOURCE[0]}")/../rust-peers/Cargo.toml"
+    echo "candle and burn-flex: $RUST_DIR/release/foveal-rust-peers"
+}
+
+all=(torch onnxruntime openvino ggml rust llama)
 [[ $# -gt 0 ]] || set -- "${all[@]}"
 for peer in "$@"; do
     [[ " ${all[*]} " == *" $peer "* ]] || {

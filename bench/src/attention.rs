@@ -6,7 +6,7 @@ use crate::contender::{Contender, InProcess};
 use crate::data::{Inputs, SEED, stored};
 use crate::mask::Sight;
 use crate::peaks::Roof;
-use crate::peer::{Peer, Peers};
+use crate::peer::{self, Peer, Peers};
 use crate::prepared::{Absent, Prepared, Work, level};
 use crate::verify::Expected;
 use anyhow::Context;
@@ -52,7 +52,7 @@ pub(crate) fn prepare(case: &AttentionCase, peers: &Peers) -> anyhow::Result<Pre
             worker => match peers.case(worker, case) {
                 Some(Ok(theirs)) => {
                     let wrong = || format!("the result of {} is wrong", worker.name());
-                    let bound = worker.bound(case.dtype);
+                    let bound = peer::bound(case.dtype);
                     expected.check(&theirs.output()?, bound).with_context(wrong)?;
                     contenders.push(Box::new(theirs));
                 }

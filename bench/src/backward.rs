@@ -12,7 +12,7 @@ use crate::contender::{Contender, InProcess};
 use crate::data::{Inputs, SEED, splitmix, stored, uniform};
 use crate::mask::Sight;
 use crate::peaks::Roof;
-use crate::peer::{Peer, Peers};
+use crate::peer::{self, Peers};
 use crate::prepared::{Prepared, Work, level};
 use anyhow::{Context, ensure};
 use foveal::plan::{Gradients, Inputs as PlanInputs, Saved, TermGradients, Upstream};
@@ -58,7 +58,7 @@ fn prepare_as<E: Element>(
         match peers.case(peer, case) {
             Some(Ok(worker)) => {
                 let wrong = || format!("the gradients of {} are wrong", peer.name());
-                call.compare(&worker.output()?, peer_bound(peer, case)).with_context(wrong)?;
+                call.compare(&worker.output()?, peer_bound(case.dtype)).with_context(wrong)?;
                 theirs.push(Box::new(worker));
             }
             Some(Err(absence)) => absent.push(absence),
@@ -80,11 +80,8 @@ fn prepare_as<E: Element>(
 
 /// What a peer's gradients may differ from ours, relative to the largest number of the tensor. PyTorch adds
 /// 16-bit gradients up in 16 bits, once for each block of queries.
-fn peer_bound(peer: Peer, case: &AttentionCase) -> f64 {
-    match case.dtype {
-        DType::F32 => 1e-4,
-        _ => 2.0 * peer.bound(case.dtype),
-    }
+fn peer_bound(dtype: DType) -> f64 {
+    2.0 * peer::bound(dtype)
 }
 
 /// A call with everything that it reads and writes.

@@ -27,10 +27,24 @@ pub(crate) enum Peer {
     Onnxruntime,
     /// OpenVINO's `ScaledDotProductAttention`.
     Openvino,
+    /// llama.cpp's flash attention.
+    Ggml,
+    /// The crate candle-nn's flash attention.
+    Candle,
+    /// The crate burn-flex's attention.
+    BurnFlex,
     /// llama.cpp, for models.
     Llama,
     /// Nobody.
     None,
+}
+
+/// How a worker is started.
+enum Program {
+    /// A script beside `setup.sh`, in the Python environment of a variable of `versions.sh`.
+    Python(&'static str, &'static str),
+    /// The program of `rust-peers` with an argument.
+    Rust(&'static str),
 }
 
 impl Peer {
@@ -42,41 +56,79 @@ impl Peer {
             Peer::Torch => "torch",
             Peer::Onnxruntime => "onnxruntime",
             Peer::Openvino => "openvino",
+            Peer::Ggml => "ggml",
+            Peer::Candle => "candle",
+            Peer::BurnFlex => "burn-flex",
             Peer::Llama => "llama.cpp",
             Peer::None => "none",
         }
     }
 
-    /// Its worker's script beside `setup.sh`, and the variable of `versions.sh` with its Python environment.
-    fn script(self) -> Option<(&'static str, &'static str)> {
+    fn program(self) -> Option<Program> {
         Some(match self {
-            Peer::Torch => ("torch_sdpa.py", "TORCH_DIR"),
-            Peer::Onnxruntime => ("onnxruntime_attention.py", "ONNXRUNTIME_DIR"),
-            Peer::Openvino => ("openvino_sdpa.py", "OPENVINO_DIR"),
+            Peer::Torch => Program::Python("TORCH_DIR", "torch_sdpa.py"),
+            Peer::Onnxruntime => Program::Python("ONNXRUNTIME_DIR", "onnxruntime_attention.py"),
+            Peer::Openvino => Program::Python("OPENVINO_DIR", "openvino_sdpa.py"),
+            Peer::Ggml => Program::Python("GGML_DIR", "ggml_flash.py"),
+            Peer::Candle => Program::Rust("candle"),
+            Peer::BurnFlex => Program::Rust("burn-flex"),
             Peer::Unfused | Peer::Causal | Peer::Llama | Peer::None => return None,
         })
     }
 
+    /// The name under which `setup.sh` installs it.
+    fn package(self) -> &'static str {
+        match self {
+            Peer::Candle | Peer::BurnFlex => "rust",
+            other => other.name(),
+        }
+    }
+
     /// The command that starts its worker for so many threads.
     fn command(self, folder: &Path, threads: usize) -> anyhow::Result<Command> {
-        let name = self.name();
-        let (script, environment) =
-            self.script().with_context(|| format!("{name} has no worker"))?;
-        let python = script_variable(folder, environment)?.join("bin/python");
-        ensure!(python.exists(), "{name} is not installed; run bench/peers/setup.sh {name}");
-        let mut command = Command::new(python);
-        command.arg(folder.join(script)).env("OMP_NUM_THREADS", threads.to_string());
+        let program = self.program().with_context(|| format!("{} has no worker", self.name()))?;
+        let mut command = match program {
+            Program::Python(environment, script) => {
+                let python = script_variable(folder, environment)?.join("bin/python");
+                self.require(&python)?;
+                let mut command = Command::new(python);
+                command.arg(folder.join(script));
+                command
+            }
+            Program::Rust(name) => {
+                let program =
+                    script_variable(folder, "RUST_DIR")?.join("release/foveal-rust-peers");
+                self.require(&program)?;
+                let mut command = Command::new(program);
+                command.arg(name);
+                command
+            }
+        };
+        // Where a library takes it from nowhere else.
+        for variable in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS", "OMP_NUM_THREADS"] {
+            command.env(variable, threads.to_string());
+        }
         Ok(command)
     }
 
-    /// The largest accepted error of its results, relative to a row's largest number: what 16-bit cases
-    /// are allowed covers rounding of probabilities and results to the inputs' type.
-    pub(crate) fn bound(self, dtype: DType) -> f64 {
-        match (self, dtype) {
-            (_, DType::F32) => 5e-5,
-            (_, DType::F16) => 8e-3,
-            (_, DType::Bf16) => 6e-2,
-        }
+    fn require(self, program: &Path) -> anyhow::Result<()> {
+        let package = self.package();
+        ensure!(
+            program.exists(),
+            "{} is not installed; run bench/peers/setup.sh {package}",
+            self.name()
+        );
+        Ok(())
+    }
+}
+
+/// The largest accepted error of a peer's results, relative to a row's largest number: what 16-bit cases are
+/// allowed covers rounding of probabilities and results to the inputs' type.
+pub(crate) fn bound(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 5e-5,
+        DType::F16 => 8e-3,
+        DType::Bf16 => 6e-2,
     }
 }
 
@@ -114,7 +166,7 @@ impl Peers {
         let peers =
             Peers { asked: asked.to_vec(), folder: folder.to_owned(), workers: RefCell::default() };
         let mut descriptions = Vec::new();
-        for &peer in asked.iter().filter(|peer| peer.script().is_some()) {
+        for &peer in asked.iter().filter(|peer| peer.program().is_some()) {
             descriptions.push(peers.worker(peer, threads)?.borrow().description.clone());
         }
         Ok((peers, descriptions))

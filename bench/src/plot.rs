@@ -87,7 +87,8 @@ fn time<'a>(rows: &[&Row], names: &'a [String], about: &str) -> Picture<'a> {
         lines: lines(&of(rows, mask, dim), names, value),
     };
     let times = MASKS.map(|mask| panel(mask, "time", Scale::Seconds, |row| row.best));
-    let ratios = MASKS.map(|mask| panel(mask, "time ÷ ours", Scale::Ratio, |row| row.ratio));
+    let ratios = MASKS
+        .map(|mask| panel(mask, "time ÷ ours (above ×1: slower)", Scale::Ratio, |row| row.ratio));
     Picture {
         title: format!("Time against N: {about}, D {dim}"),
         names,

@@ -197,3 +197,44 @@ pub(crate) fn record(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record;
+
+    #[test]
+    fn records_can_be_read_again() {
+        let samples = |name: &str, seconds: &[f64]| Samples {
+            name: name.to_owned(),
+            note: "a \"note\", with commas".to_owned(),
+            iterations: 2,
+            seconds: seconds.to_vec(),
+        };
+        let mut outcome = Outcome {
+            family: "test".to_owned(),
+            name: "test/n1".to_owned(),
+            call: Some(AttentionCase::smallest()),
+            work: Work { flops: 4.0, bytes: 0.0 },
+            peak: Peak { flops: 1e9, bandwidth: 0.0 },
+            samples: vec![samples("foveal", &[1.0, 2.0]), samples("torch", &[3.0, 3.0])],
+            absent: vec![Absent::new("ggml", "it is \"absent\"")],
+        };
+        let machine = Machine {
+            folder: String::new(),
+            date: String::new(),
+            description: vec!["machine".to_owned()],
+        };
+        let rows = record::parse(&csv(&machine, [&outcome].into_iter())).unwrap();
+        assert_eq!(rows.len(), 2);
+        let theirs = &rows[1];
+        assert_eq!((theirs.contender.as_str(), theirs.best, theirs.ratio), ("torch", 3.0, 2.25));
+        assert_eq!(
+            (theirs.mask.as_str(), theirs.dtype.as_str(), theirs.threads),
+            ("full", "f32", 1)
+        );
+        // What is no call of attention has no row.
+        outcome.call = None;
+        assert!(record::parse(&csv(&machine, [&outcome].into_iter())).unwrap().is_empty());
+    }
+}

@@ -40,7 +40,7 @@ pub(crate) struct Panel {
     pub(crate) lines: Vec<Line>,
 }
 
-/// A picture: rows of panels, all of the same number.
+/// A picture: rows of panels, all of the same number and, in a row, of the same scale.
 #[derive(Debug)]
 pub(crate) struct Picture<'a> {
     pub(crate) title: String,
@@ -62,11 +62,12 @@ impl Picture<'_> {
             writeln!(text, r#"<text class="big" x="14" y="24">{}</text>"#, escaped(&self.title));
         self.legend(&mut text);
         for (r, row) in self.rows.iter().enumerate() {
+            let axes = Axes::of(row);
             for (c, panel) in row.iter().enumerate() {
                 let left = cell.0 * c as f64 + MARGIN.0;
                 let top = HEAD + cell.1 * r as f64 + MARGIN.1;
                 let _ = writeln!(text, r#"<g transform="translate({left} {top})">"#);
-                panel.draw(&mut text);
+                panel.draw(&mut text, axes);
                 text += "</g>\n";
             }
         }
@@ -84,11 +85,28 @@ impl Picture<'_> {
     }
 }
 
+/// What the panels of a row have in common, so that they can be compared.
+#[derive(Debug, Clone, Copy)]
+struct Axes {
+    across: (f64, f64),
+    up: (f64, f64),
+}
+
+impl Axes {
+    fn of(row: &[Panel]) -> Axes {
+        let points = || {
+            row.iter().flat_map(|panel| {
+                panel.lines.iter().flat_map(|line| &line.points).map(|point| (panel.scale, point))
+            })
+        };
+        let up = span(points().map(|(scale, point)| scale.height(point.1)));
+        let scale = row.first().map_or(Scale::Share, |panel| panel.scale);
+        Axes { across: span(points().map(|(_, point)| point.0.log2())), up: scale.range(up) }
+    }
+}
+
 impl Panel {
-    fn draw(&self, text: &mut String) {
-        let points = || self.lines.iter().flat_map(|line| &line.points);
-        let across = span(points().map(|point| point.0.log2()));
-        let up = self.scale.range(span(points().map(|point| self.scale.height(point.1))));
+    fn draw(&self, text: &mut String, Axes { across, up }: Axes) {
         let x = |value: f64| PANEL.0 * (value.log2() - across.0) / (across.1 - across.0);
         let y = |height: f64| PANEL.1 * (up.1 - height) / (up.1 - up.0);
         let (width, height) = PANEL;
