@@ -63,7 +63,7 @@ fn hidden(case: &Case) -> FlexTensor {
 impl Prepared for Call {
     fn execute(&mut self) -> Result<Vec<f32>> {
         let data = self.run().into_data();
-        let numbers = data.to_vec::<f32>().map_err(|error| anyhow!("{error:?}"))?;
+        let numbers = data.try_to_vec::<f32>().map_err(|error| anyhow!("{error:?}"))?;
         Ok(swapped(&numbers, self.shape))
     }
 
