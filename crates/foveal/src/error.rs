@@ -119,6 +119,19 @@ pub enum Error {
         /// Tokens that were to be appended.
         appended: usize,
     },
+    /// An append that would take more pages than are free. The pool is unchanged.
+    #[error(
+        "the tokens need {needed} more pages, {free} are free; free sequences or make the pool larger"
+    )]
+    OutOfPages {
+        /// Pages needed.
+        needed: usize,
+        /// Pages that no sequence holds.
+        free: usize,
+    },
+    /// A sequence that its pool does not hold (any more).
+    #[error("the pool holds no such sequence; it has been freed, or belongs to another pool")]
+    UnknownSequence,
     /// A stored row whose length does not fit its format or its bytes.
     #[error(transparent)]
     Row(#[from] RowError),

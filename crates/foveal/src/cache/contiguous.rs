@@ -7,7 +7,7 @@
 //! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated at once; [`ContiguousCache::grow`] moves to more.
 //! A decoding step reads a head's rows from end to end.
 
-use super::{KvKeys, KvStore, KvTile, KvValues, TILE, check_appended};
+use super::{KvKeys, KvStore, KvTile, KvValues, TILE, check_appended, row_mut, store};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::tensor::{Rows, Shape, TensorRef};
@@ -135,16 +135,6 @@ fn zeros<E: Element>(shape: Shape) -> Result<Vec<E>> {
     let overflow = Error::ShapeOverflow { what: "key/value cache", shape };
     let len = shape.checked_len().filter(|&n| n <= isize::MAX as usize / 4).ok_or(overflow)?;
     Ok(vec![E::default(); len])
-}
-
-fn row_mut<E>(data: &mut [E], row: usize, dim: usize) -> &mut [E] {
-    &mut data[row * dim..(row + 1) * dim]
-}
-
-fn store<F: Element, E: Element>(from: &[F], to: &mut [E]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = E::from_f32(from.to_f32());
-    }
 }
 
 impl<E: Element> KvStore for ContiguousCache<E> {

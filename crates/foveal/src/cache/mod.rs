@@ -6,9 +6,11 @@
 
 pub mod codes;
 mod contiguous;
+mod paged;
 mod quantized;
 
 pub use contiguous::ContiguousCache;
+pub use paged::{PagePool, PagedStore, SequenceId};
 pub use quantized::QuantizedCache;
 
 use crate::element::{DType, Element};
@@ -160,6 +162,18 @@ fn check_appended(store: &dyn KvStore, k: Shape, v: Shape) -> Result<usize> {
         }
     }
     Ok(k.seq)
+}
+
+/// One of the rows of `dim` numbers that data consists of.
+fn row_mut<E>(data: &mut [E], row: usize, dim: usize) -> &mut [E] {
+    &mut data[row * dim..(row + 1) * dim]
+}
+
+/// Copies a row to another type.
+fn store<F: Element, E: Element>(from: &[F], to: &mut [E]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = E::from_f32(from.to_f32());
+    }
 }
 
 /// Cuts positions at multiples of [`TILE`]. A prompt that is appended and attended to piece by piece has the same bits
