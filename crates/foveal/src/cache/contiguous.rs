@@ -7,6 +7,7 @@
 //! `capacity · kv_heads · (key_dim + value_dim)` elements, allocated at once; [`ContiguousCache::grow`] moves to more.
 //! A decoding step reads a head's rows from end to end.
 
+use super::eviction::check_kept;
 use super::{KvKeys, KvStore, KvTile, KvValues, TILE, check_appended, row_mut, store};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
@@ -117,6 +118,29 @@ impl<E: Element> ContiguousCache<E> {
         }
         self.start += dropped;
         self.held -= dropped;
+    }
+
+    /// Gives up all but the chosen keys of each head, counted from the oldest one held: lists in ascending order, of one
+    /// length. What is kept takes the positions from 0 on, in its order; the next token has the position after it.
+    /// Keys keep their numbers, and with them the rotation of their old positions.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`], [`Error::OutOfRange`], [`Error::InvalidParameter`] for other lists; the cache is then
+    /// unchanged.
+    pub fn retain(&mut self, kept: &[Vec<usize>]) -> Result<()> {
+        check_kept(kept, self.kv_heads, self.held)?;
+        for (head, kept) in kept.iter().enumerate() {
+            let first = head * self.capacity;
+            for (data, dim) in [(&mut self.keys, self.key_dim), (&mut self.values, self.value_dim)]
+            {
+                for (to, from) in kept.iter().enumerate() {
+                    let (to, from) = (first + to, first + from);
+                    data.copy_within(from * dim..(from + 1) * dim, to * dim);
+                }
+            }
+        }
+        (self.start, self.held) = (0, kept.first().map_or(0, Vec::len));
+        Ok(())
     }
 
     /// Forgets everything; the next token has position 0.

@@ -6,6 +6,7 @@
 
 pub mod codes;
 mod contiguous;
+pub mod eviction;
 mod paged;
 mod quantized;
 
