@@ -268,10 +268,9 @@ fn attention_over_pages<E: Element>() {
         let id = if shared > 0 { pool.fork(root, prefix).unwrap() } else { pool.create() };
         cache.append(tokens(&k, 0..shared), tokens(&v, 0..shared)).unwrap();
         let own = (20 * n + 100)..(20 * n + 100 + length - shared);
-        for (k, v) in [(tokens(&k, own.clone()), tokens(&v, own))] {
-            cache.append(k, v).unwrap();
-            pool.append(id, k, v).unwrap();
-        }
+        let (k, v) = (tokens(&k, own.clone()), tokens(&v, own));
+        cache.append(k, v).unwrap();
+        pool.append(id, k, v).unwrap();
         plain.push(cache);
         ids.push(id);
     }
