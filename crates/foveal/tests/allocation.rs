@@ -206,7 +206,7 @@ fn codes_are_attended_to_without_allocating() {
         });
         assert_eq!(count, 0, "{what}");
     });
-    let mut cache = QuantizedCache::new(Bits::Four, KV.heads, (KV.dim, KV.dim), 4 * TILE).unwrap();
+    let mut cache = QuantizedCache::new(Bits::Four, KV.heads, (KV.dim, KV.dim), 5 * TILE).unwrap();
     let count = allocations(|| {
         for _ in 0..5 {
             cache.append(tensor.view(), tensor.view()).unwrap();
