@@ -40,8 +40,8 @@ const PACKED_GROUP: usize = 12;
 /// Floats after a partial accumulator: its maximum, its sum, and room to the next cache line.
 const TAIL: usize = 16;
 
-/// Operations below which one thread is faster than two, where a byte counts as two: about 30 µs, as long as it takes to
-/// wake another (8 heads of 64: 17.7 µs alone and 14.5 to 32 together at 256 keys, 34 and 25 to 49 at 512).
+/// Operations below which one thread is faster than two, where a byte counts as two: about 30 µs, as long as it may take to
+/// wake another (measured: `decode/s64` to `decode/s1024` of the benchmark).
 const WAKE: usize = 3 << 20;
 
 /// How a call is cut into parts and its workspace into pieces.

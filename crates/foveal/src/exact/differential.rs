@@ -15,7 +15,8 @@ use crate::cache::{KvKeys, KvRows, KvStore, KvTile};
 use crate::cpu::Phase;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::nn::RmsNorm;
+use crate::gradient::Gradient;
+use crate::nn::{NormBackward, NormGradients, RmsNorm, rms_norm_backward, rms_norm_in_place};
 use crate::plan::{Inputs, expect};
 use crate::problem::{Attention, Forward};
 use crate::tensor::{Shape, Tensor, TensorRef};
@@ -268,7 +269,7 @@ impl Differential<'_> {
             d_k: [first.d_k, second.d_k],
             d_v: Tensor::from_vec(d_v, inputs.v.shape())?,
             d_lambda: self.lambda.backward(d_lambda)?,
-            d_weight: d_weight.into_iter().map(|x| x as f32).collect(),
+            d_weight,
         })
     }
 
@@ -285,29 +286,17 @@ impl Differential<'_> {
     /// O from both maps' outputs.
     fn join<E: Element>(&self, maps: [Forward<E>; 2]) -> Result<DifferentialForward<E>> {
         let shape = maps[0].out.shape();
-        let lambda = self.checked(shape.dim)?;
-        let mut row = vec![0.0; shape.dim];
-        let mut out = Vec::with_capacity(maps[0].out.as_slice().len());
-        for rows in both(&maps, shape.dim) {
-            subtract(rows, lambda, &mut row);
-            let factor = (1.0 - self.lambda.init) * self.scale(&row);
-            let normal = row.iter().zip(self.norm.weight).map(|(x, weight)| x * factor * weight);
-            out.extend(normal.map(E::from_f32));
-        }
+        let mut x = subtract(&maps, self.checked(shape.dim)?);
+        rms_norm_in_place(self.norm, &mut x, self.attention.resolved_cpu()?.level)?;
+        let keep = 1.0 - self.lambda.init;
+        let out = x.into_iter().map(|x| E::from_f32(keep * x)).collect();
         Ok(DifferentialForward { out: Tensor::from_vec(out, shape)?, maps })
     }
 
-    /// 1 / √(mean(x²) + ε).
-    fn scale(&self, row: &[f32]) -> f32 {
-        let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        (1.0 / (squares / row.len() as f64 + f64::from(self.norm.epsilon)).sqrt()) as f32
-    }
-
-    /// From the output back to both maps' outputs, row by row:
+    /// From the output back to both maps' outputs:
     ///
     /// ```text
-    /// g = (1 − λ_init) · dO ∘ w        dX = r g − x r³ ⟨g, x⟩ / Dv        r = 1 / √(mean(x²) + ε)
-    /// dO_1 = dX     dO_2 = −λ dX       dλ = −Σ ⟨dX, O_2⟩     dw = (1 − λ_init) Σ dO ∘ x r
+    /// dX, dw from (1 − λ_init) dO by the norm        dO_1 = dX        dO_2 = −λ dX        dλ = −⟨dX, O_2⟩
     /// ```
     fn rows_backward<E: Element>(
         &self,
@@ -315,31 +304,27 @@ impl Differential<'_> {
         d_out: TensorRef<'_, E>,
     ) -> Result<Rows<E>> {
         let shape = d_out.shape();
-        let lambda = self.checked(shape.dim)?;
-        let (width, keep) = (shape.dim as f64, 1.0 - f64::from(self.lambda.init));
-        let mut x = vec![0.0; shape.dim];
-        let mut d_maps = [0; 2].map(|_| Vec::with_capacity(maps[0].out.as_slice().len()));
-        let (mut d_lambda, mut d_weight) = (0.0, vec![0.0; shape.dim]);
-        for (n, rows) in both(maps, shape.dim).enumerate() {
-            let head = n % shape.heads;
-            let (batch, t) = (n / shape.heads / shape.seq, n / shape.heads % shape.seq);
-            let d_row = d_out.row(batch, t, head);
-            subtract(rows, lambda, &mut x);
-            let r = f64::from(self.scale(&x));
-            let g = |i: usize| keep * f64::from(d_row[i].to_f32()) * f64::from(self.norm.weight[i]);
-            let product: f64 = (0..x.len()).map(|i| g(i) * f64::from(x[i])).sum();
-            let bend = r * r * r * product / width;
-            for i in 0..x.len() {
-                let x = f64::from(x[i]);
-                let d_x = r * g(i) - x * bend;
-                d_weight[i] += keep * f64::from(d_row[i].to_f32()) * x * r;
-                d_lambda -= d_x * f64::from(rows[1][i].to_f32());
-                d_maps[0].push(E::from_f32(d_x as f32));
-                d_maps[1].push(E::from_f32((-f64::from(lambda) * d_x) as f32));
+        let (lambda, keep) = (self.checked(shape.dim)?, 1.0 - self.lambda.init);
+        let x = subtract(maps, lambda);
+        let mut d_y = Vec::with_capacity(x.len());
+        for (batch, t) in (0..shape.batch).flat_map(|b| (0..shape.seq).map(move |t| (b, t))) {
+            for head in 0..shape.heads {
+                d_y.extend(d_out.row(batch, t, head).iter().map(|d| keep * d.to_f32()));
             }
         }
-        let [first, second] = d_maps;
-        let d_maps = [Tensor::from_vec(first, shape)?, Tensor::from_vec(second, shape)?];
+        let (mut d_x, mut d_weight) = (vec![0.0; x.len()], vec![0.0; shape.dim]);
+        let gradients = NormGradients {
+            d_x: Gradient::Write(&mut d_x),
+            d_weight: Gradient::Write(&mut d_weight),
+            d_bias: Gradient::Skip,
+        };
+        let rows = NormBackward { x: &x, d_y: &d_y };
+        rms_norm_backward(self.norm, rows, gradients, self.attention.resolved_cpu()?.level)?;
+        let products = d_x.iter().zip(maps[1].out.as_slice());
+        let d_lambda = -products.map(|(d, o)| f64::from(*d) * f64::from(o.to_f32())).sum::<f64>();
+        let d_map = |by: f32| d_x.iter().map(|d| E::from_f32(by * d)).collect();
+        let d_maps =
+            [Tensor::from_vec(d_map(1.0), shape)?, Tensor::from_vec(d_map(-lambda), shape)?];
         Ok(Rows { d_maps, d_lambda, d_weight })
     }
 }
@@ -348,20 +333,13 @@ impl Differential<'_> {
 struct Rows<E> {
     d_maps: [Tensor<E>; 2],
     d_lambda: f64,
-    d_weight: Vec<f64>,
+    d_weight: Vec<f32>,
 }
 
-/// The rows of both maps' outputs, in row-major order.
-fn both<E: Element>(maps: &[Forward<E>; 2], width: usize) -> impl Iterator<Item = [&[E]; 2]> {
-    let rows = |n: usize| maps[n].out.as_slice().chunks_exact(width);
-    rows(0).zip(rows(1)).map(|(first, second)| [first, second])
-}
-
-/// x = o₁ − λ o₂.
-fn subtract<E: Element>([first, second]: [&[E]; 2], lambda: f32, x: &mut [f32]) {
-    for ((x, a), b) in x.iter_mut().zip(first).zip(second) {
-        *x = a.to_f32() - lambda * b.to_f32();
-    }
+/// X = O_1 − λ O_2.
+fn subtract<E: Element>(maps: &[Forward<E>; 2], lambda: f32) -> Vec<f32> {
+    let [first, second] = maps.each_ref().map(|map| map.out.as_slice());
+    first.iter().zip(second).map(|(a, b)| a.to_f32() - lambda * b.to_f32()).collect()
 }
 
 /// A store whose keys are one half of another's.

@@ -7,7 +7,7 @@
 //! Generic code is compiled where it is used. Without this detour through functions that are not generic, every
 //! program, test and example would compile the engine anew, for minutes.
 
-use super::backward::{self, Differential};
+use super::backward::{self, BackwardProblem};
 use super::{Problem, decode, forward};
 use crate::cpu::Phase;
 use crate::element::Element;
@@ -20,7 +20,7 @@ pub struct Run<'r, 'a, E, K>(Call<'r, 'a, E, K>);
 #[derive(Debug)]
 enum Call<'r, 'a, E, K> {
     Forward(Phase, &'r Problem<'a, E, K>, &'r mut [f32]),
-    Backward(&'r mut Differential<'a, E, K>, &'r mut [f32]),
+    Backward(&'r mut BackwardProblem<'a, E, K>, &'r mut [f32]),
 }
 
 /// Runs forward with the kernels of a phase.
@@ -34,7 +34,7 @@ pub(crate) fn forward<E: Element, K: Element>(
 
 /// Runs backward.
 pub(crate) fn backward<E: Element, K: Element>(
-    call: &mut Differential<'_, E, K>,
+    call: &mut BackwardProblem<'_, E, K>,
     floats: &mut [f32],
 ) {
     E::run(Run(Call::Backward(call, floats)));

@@ -17,14 +17,14 @@
 //! taken in f64, so that no state has to be undone. Memory besides tensors: for each thread three states, the rows of one
 //! block, and what [`Recurrence::kept`] says for each token of a sequence.
 
-use super::block::{BLOCK, Differential, Matrix, Pass, Written};
+use super::block::{BLOCK, BlockGradient, Matrix, Pass, Written};
 use super::driver::{Engine, Gathered, Place, Recurrent, take};
 use super::tokens::{Sizes, expect};
 use super::{DecayForm, FeatureMap, Recurrence, State, Tokens};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
-use crate::simd::sweep::{Layout, NARROW, padded};
+use crate::simd::sweep::padded;
 use crate::simd::token::{Target, accumulate_rows, derive, gather};
 use crate::tensor::{Patch, Shape, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
@@ -118,16 +118,13 @@ impl<R: Recurrence> Recurrent<R> {
         check_gradients(tokens, &gradients)?;
         upstream.initial.check(sizes.state(), form.normaliser)?;
         d_state.check(sizes.state(), form.normaliser)?;
-        let cpu = self.machine()?;
         let units = sizes.spans.count() * sizes.groups;
         let longest = (0..sizes.spans.count()).map(|n| sizes.spans.get(n).1.len()).max();
         let kept = self.mechanism.kept(sizes.key_dim, sizes.value_dim);
         let blocks = longest.unwrap_or(0).div_ceil(BLOCK);
         let floats = Scratch::floats(&sizes, blocks * BLOCK * kept);
-        let threads = cpu.threads.count().min(units).max(1);
-        workspace.reserve(4 * threads * floats);
-        let scratches = workspace.floats(threads * floats)?.chunks_exact_mut(floats);
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
+        let (level, scratches) = self.scratches(workspace, units, floats)?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let (spans, each) = (sizes.spans, sizes.heads / sizes.groups);
         let Gradients { d_q, d_k, d_v, d_log_decay, d_beta } = gradients;
         let keys = d_q.into_patches(spans, 1).zip(d_k.into_patches(spans, 1));
@@ -291,7 +288,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         let matrix = &unit.initial.0[of(size)];
         let d_matrix = &mut unit.d_state.0[of(size)];
         let sums = if unit.initial.1.is_empty() { 0 } else { key_dim };
-        let (rows, transposed) = self.layouts();
+        let (rows, transposed) = self.engine.sizes.layouts();
         transposed.pack_transposed(matrix, scratch.ahead);
         transposed.pack_transposed(d_matrix, scratch.back_transposed);
         rows.pack(d_matrix, value_dim, scratch.back);
@@ -317,16 +314,10 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         unit.d_state.1[of(sums)].copy_from_slice(&scratch.dz[..sums]);
     }
 
-    /// Where a state whose rows are key channels lies, and its transpose.
-    fn layouts(&self) -> (Layout, Layout) {
-        let Sizes { key_dim, value_dim, .. } = self.engine.sizes;
-        let packed = |rows, columns| Layout::packed(rows, columns, NARROW);
-        (packed(key_dim, value_dim), packed(value_dim, key_dim))
-    }
-
     /// rowsum(dS_T ∘ S_T), from the gradient of the final state and the state after the last token.
     fn start_suffix(&self, d_matrix: &[f32], scratch: &mut Scratch<'_>) {
-        let (form, transposed) = (self.engine.mechanism.form().decay, self.layouts().1);
+        let (form, transposed) =
+            (self.engine.mechanism.form().decay, self.engine.sizes.layouts().1);
         let Scratch { suffix: [high, low], ahead, .. } = scratch;
         high.fill(0.0);
         low.fill(0.0);
@@ -360,10 +351,10 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
             let reads = reads.head(here.batch, here.head).slice(here.first..here.first + len);
             gather(engine.level, reads, FeatureMap::Identity, scratch.reads);
         }
-        let (rows, transposed) = self.layouts();
+        let (rows, transposed) = self.engine.sizes.layouts();
         let written = engine.mechanism.backward(
             pass,
-            &mut Differential {
+            &mut BlockGradient {
                 level: engine.level,
                 len,
                 strides: (keys, values),

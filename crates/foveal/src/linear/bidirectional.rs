@@ -19,7 +19,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
 use crate::simd::row::scale_into;
-use crate::simd::sweep::{Decay, Layout, NARROW, Read, Sweep, TokenRows, Write, sweep};
+use crate::simd::sweep::{Decay, Layout, Read, Sweep, TokenRows, Write, sweep};
 use crate::simd::token::{
     Features, Normaliser, accumulate, denominators, derive, divide, normalise_keys,
     normalise_queries,
@@ -56,13 +56,9 @@ impl Recurrent<Linear> {
         let sizes = self.check_bidirectional(tokens)?;
         expect("outputs", out_shape(tokens), out.shape())?;
         state.check(sizes.state(), self.mechanism.form().normaliser)?;
-        let cpu = self.machine()?;
         let units = sizes.spans.count() * sizes.heads;
-        let threads = cpu.threads.count().min(units).max(1);
-        let floats = Scratch::floats(&sizes);
-        workspace.reserve(4 * threads * floats);
-        let scratches = workspace.floats(threads * floats)?.chunks_exact_mut(floats);
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
+        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let queries = Spans::new(tokens.q.shape().batch, tokens.q.shape().seq, None)?;
         let items = out.into_patches(queries, 1).zip(state.units_mut(1)).enumerate();
         for_each_item(items, scratches, |(index, (out, state)), floats| {
@@ -90,13 +86,9 @@ impl Recurrent<Linear> {
         check_gradients(tokens, &gradients)?;
         upstream.initial.check(sizes.state(), normaliser)?;
         d_state.check(sizes.state(), normaliser)?;
-        let cpu = self.machine()?;
         let units = sizes.spans.count() * sizes.groups;
-        let threads = cpu.threads.count().min(units).max(1);
-        let floats = Scratch::floats(&sizes);
-        workspace.reserve(4 * threads * floats);
-        let scratches = workspace.floats(threads * floats)?.chunks_exact_mut(floats);
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
+        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let queries = Spans::new(tokens.q.shape().batch, tokens.q.shape().seq, None)?;
         let each = sizes.heads / sizes.groups;
         let Gradients { d_q, d_k, d_v, .. } = gradients;
@@ -221,13 +213,6 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
         Head { engine, place, epsilon: engine.mechanism.epsilon(), scratch }
     }
 
-    /// A state whose rows are key channels, and its transpose.
-    fn layouts(&self) -> (Layout, Layout) {
-        let Sizes { key_dim, value_dim, .. } = self.engine.sizes;
-        let packed = |rows, columns| Layout::packed(rows, columns, NARROW);
-        (packed(key_dim, value_dim), packed(value_dim, key_dim))
-    }
-
     fn gather_keys(&mut self, (first, len): (usize, usize)) {
         self.engine.gather_keys(&mut self.scratch.rows, Place { first, len, ..self.place });
     }
@@ -258,7 +243,7 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
     fn forward(&mut self, mut out: Patch<'_, E>, (state, sums): (&mut [f32], &mut [f32])) {
         let (level, value_dim) = (self.engine.level, self.engine.sizes.value_dim);
         let (keys, values) = self.engine.sizes.strides();
-        let layout = self.layouts().0;
+        let layout = self.engine.sizes.layouts().0;
         layout.pack(state, value_dim, self.scratch.states.matrix);
         self.scratch.z.fill(0.0);
         self.scratch.z[..sums.len()].copy_from_slice(sums);
@@ -287,7 +272,7 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
     /// Sᵀ and z after all keys.
     fn remember(&mut self, matrix: &[f32], sums: &[f32]) {
         let (keys, values) = self.engine.sizes.strides();
-        let layout = self.layouts().1;
+        let layout = self.engine.sizes.layouts().1;
         layout.pack_transposed(matrix, self.scratch.states.transposed);
         self.scratch.z.fill(0.0);
         self.scratch.z[..sums.len()].copy_from_slice(sums);
@@ -308,7 +293,7 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
         d_q: &mut Patch<'_, f32>,
         (d_state, d_sums): (&mut [f32], &mut [f32]),
     ) {
-        let (engine, (layout, transposed)) = (self.engine, self.layouts());
+        let (engine, (layout, transposed)) = (self.engine, self.engine.sizes.layouts());
         let (keys, values) = engine.sizes.strides();
         layout.pack(d_state, engine.sizes.value_dim, self.scratch.states.matrix);
         transposed.pack_transposed(d_state, self.scratch.states.back);
@@ -361,7 +346,7 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
         d_k: &mut Patch<'_, f32>,
         (d_v, own): (&mut Patch<'_, f32>, usize),
     ) {
-        let (engine, (layout, transposed)) = (self.engine, self.layouts());
+        let (engine, (layout, transposed)) = (self.engine, self.engine.sizes.layouts());
         let (keys, values) = engine.sizes.strides();
         let map = engine.mechanism.form().map;
         for block in blocks(engine.tokens.k.shape().seq) {

@@ -115,7 +115,7 @@ pub struct Written {
 
 /// Neighbouring tokens of one head, backward.
 #[derive(Debug)]
-pub struct Differential<'a> {
+pub struct BlockGradient<'a> {
     pub(crate) level: Level,
     pub(crate) len: usize,
     pub(crate) strides: (usize, usize),
@@ -150,7 +150,7 @@ pub struct Differential<'a> {
     pub(crate) suffix: [&'a mut [f32]; 2],
 }
 
-impl<'a> Differential<'a> {
+impl<'a> BlockGradient<'a> {
     pub(crate) fn features(&self) -> Features<'a> {
         Features { q: self.q, k: self.k, stride: self.strides.0 }
     }

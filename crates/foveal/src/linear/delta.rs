@@ -20,7 +20,7 @@
 //! Kautz and Hatamizadeh 2024, arXiv:2412.06464.
 
 use super::reference::{Memory, Token};
-use super::{Block, DecayForm, Differential, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::problem::Scale;
 use crate::simd::delta::{self, Ahead, Behind, Rows};
 use crate::simd::sweep::{self, Decay, Read, Sweep, TokenRows, Write};
@@ -87,7 +87,7 @@ impl Recurrence for Delta {
         );
     }
 
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written {
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
         match pass {
             Pass::First => {
                 self.first(block);
@@ -115,7 +115,7 @@ impl Recurrence for Delta {
 }
 
 impl Delta {
-    fn first(&self, block: &mut Differential<'_>) {
+    fn first(&self, block: &mut BlockGradient<'_>) {
         let (level, (keys, values)) = (block.level, block.strides);
         let rows = |data, stride| TokenRows { data, stride };
         // q · k of each token, in a place that the pass does not write to otherwise.
@@ -147,7 +147,7 @@ impl Delta {
     }
 
     /// u = β (v − r) of the block, in place of dv.
-    fn writes(block: &mut Differential<'_>) {
+    fn writes(block: &mut BlockGradient<'_>) {
         let values = block.strides.1;
         for (t, &beta) in block.beta.iter().enumerate() {
             let row = t * values..(t + 1) * values;
@@ -158,11 +158,11 @@ impl Delta {
         }
     }
 
-    fn decay<'a>(&self, block: &Differential<'a>) -> Decay<'a> {
+    fn decay<'a>(&self, block: &BlockGradient<'a>) -> Decay<'a> {
         if self.gated { Decay::Scalar(block.decay) } else { Decay::None }
     }
 
-    fn ahead(&self, block: &mut Differential<'_>) {
+    fn ahead(&self, block: &mut BlockGradient<'_>) {
         Delta::writes(block);
         let (keys, values) = block.strides;
         let rows = |data, stride| TokenRows { data, stride };
@@ -177,7 +177,7 @@ impl Delta {
         terms.iter_mut().zip(&*block.d_beta).for_each(|(term, own)| *term += own);
     }
 
-    fn back(&self, block: &mut Differential<'_>) {
+    fn back(&self, block: &mut BlockGradient<'_>) {
         Delta::writes(block);
         let (keys, values) = block.strides;
         let rows = |data, stride| TokenRows { data, stride };

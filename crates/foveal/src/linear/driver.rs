@@ -21,6 +21,7 @@ use crate::simd::sweep::{Layout, NARROW, padded};
 use crate::simd::token::{self, Target, gather, scatter};
 use crate::tensor::{Patch, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
+use std::slice::ChunksExactMut;
 
 /// So few tokens are computed on the state as it lies.
 const IN_PLACE: usize = 3;
@@ -60,8 +61,17 @@ impl<R: Recurrence> Recurrent<R> {
         &self.mechanism
     }
 
-    pub(super) fn machine(&self) -> Result<Cpu> {
-        self.cpu.map_or_else(Cpu::detect, Ok)
+    /// What instructions to use, and `floats` numbers for each thread that `units` of work are worth.
+    pub(super) fn scratches<'w>(
+        &self,
+        workspace: &'w mut Workspace,
+        units: usize,
+        floats: usize,
+    ) -> Result<(Level, ChunksExactMut<'w, f32>)> {
+        let cpu = self.cpu.map_or_else(Cpu::detect, Ok)?;
+        let threads = cpu.threads.count().min(units).max(1);
+        workspace.reserve(4 * threads * floats);
+        Ok((cpu.level, workspace.floats(threads * floats)?.chunks_exact_mut(floats)))
     }
 
     /// The states with which these tokens' sequences begin: zeros. Allocates them.
@@ -120,13 +130,9 @@ impl<R: Recurrence> Recurrent<R> {
             }
         }
         state.check(sizes.state(), form.normaliser)?;
-        let cpu = self.machine()?;
         let units = sizes.spans.count() * sizes.heads;
-        let threads = cpu.threads.count().min(units).max(1);
-        let floats = Scratch::floats(&sizes);
-        workspace.reserve(4 * threads * floats);
-        let scratches = workspace.floats(threads * floats)?.chunks_exact_mut(floats);
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
+        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let mut reads = reads.map(|reads| reads.into_patches(sizes.spans, 1));
         let patches = out.into_patches(sizes.spans, 1).zip(state.units_mut(1));
         let items = patches.enumerate().map(move |(index, (out, (matrix, key_sum)))| {
@@ -147,6 +153,12 @@ impl Sizes<'_> {
             key_dim: self.key_dim,
             value_dim: self.value_dim,
         }
+    }
+
+    /// Where a state whose rows are key channels lies, and its transpose.
+    pub(super) fn layouts(&self) -> (Layout, Layout) {
+        let packed = |rows, columns| Layout::packed(rows, columns, NARROW);
+        (packed(self.key_dim, self.value_dim), packed(self.value_dim, self.key_dim))
     }
 
     /// Numbers of a padded key and of a padded value.

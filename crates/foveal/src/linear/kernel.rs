@@ -14,7 +14,7 @@
 //! Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236.
 
 use super::reference::{Memory, Token};
-use super::{Block, DecayForm, Differential, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::error::{Error, Result};
 use crate::simd::sweep::Decay;
 use crate::simd::token::{self, Normaliser};
@@ -96,7 +96,7 @@ impl Recurrence for Linear {
         }
     }
 
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written {
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
         match pass {
             Pass::First | Pass::Ahead => {
                 self.ahead(block);
@@ -115,7 +115,7 @@ impl Recurrence for Linear {
 }
 
 impl Linear {
-    fn ahead(&self, block: &mut Differential<'_>) {
+    fn ahead(&self, block: &mut BlockGradient<'_>) {
         let Some(epsilon) = self.epsilon else {
             return block.read_gradient_of_queries(Decay::None);
         };
@@ -129,7 +129,7 @@ impl Linear {
         token::normalise_queries(level, rows, Normaliser { den, h }, block.sums.0, block.d_q);
     }
 
-    fn back(&self, block: &mut Differential<'_>) {
+    fn back(&self, block: &mut BlockGradient<'_>) {
         if self.epsilon.is_none() {
             return block.read_gradients_of_writes(Decay::None, Decay::None);
         }

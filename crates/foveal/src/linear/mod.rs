@@ -55,7 +55,7 @@ mod tokens;
 mod vector_decay;
 
 pub use backward::{Gradients, RecurrentBackward, Upstream};
-pub use block::{Block, Differential, Pass, Written};
+pub use block::{Block, BlockGradient, Pass, Written};
 pub use delta::Delta;
 pub use driver::{Recurrent, Results};
 pub use feature::FeatureMap;
@@ -128,7 +128,7 @@ pub trait Recurrence: Sync + std::fmt::Debug {
     fn block(&self, block: &mut Block<'_>);
 
     /// One pass of the gradients over any number of tokens.
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written;
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written;
 
     /// Numbers a token that one pass of [`backward`](Recurrence::backward) keeps for the next ones.
     fn kept(&self, key_dim: usize, value_dim: usize) -> usize;

@@ -12,7 +12,7 @@
 //! [`Linear`](super::Linear). Dao and Gu 2024, arXiv:2405.21060; Sun et al. 2023, arXiv:2307.08621.
 
 use super::reference::{Memory, Token};
-use super::{Block, DecayForm, Differential, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::error::{Error, Result};
 use crate::problem::Scale;
 use crate::simd::sweep::Decay;
@@ -54,7 +54,7 @@ impl Recurrence for ScalarDecay {
         block.write_and_read(Decay::Scalar(block.decay));
     }
 
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written {
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
         let decay = Decay::Scalar(block.decay);
         match pass {
             Pass::First | Pass::Ahead => {
@@ -140,7 +140,7 @@ impl Recurrence for Retention {
         block.write_and_read(Decay::Scalar(block.decay));
     }
 
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written {
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
         let decay = Decay::Scalar(block.decay);
         match pass {
             Pass::First | Pass::Ahead => {

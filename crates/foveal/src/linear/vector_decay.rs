@@ -12,7 +12,7 @@
 
 use super::reference::{Memory, Token};
 use super::{
-    Block, DecayForm, Differential, FeatureMap, Form, Pass, Recurrence, Written, scalar_decay,
+    Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written, scalar_decay,
 };
 use crate::problem::Scale;
 use crate::simd::sweep::Decay;
@@ -54,7 +54,7 @@ impl Recurrence for VectorDecay {
         block.write_and_read(Decay::Rows(block.keys(block.decay)));
     }
 
-    fn backward(&self, pass: Pass, block: &mut Differential<'_>) -> Written {
+    fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
         let decay = block.keys(block.decay);
         match pass {
             Pass::First | Pass::Ahead => {

@@ -4,7 +4,7 @@ use super::{Inputs, Plan, expect};
 use crate::cpu::Phase;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::exact::backward::{self, Differential, TermOutputs};
+use crate::exact::backward::{self, BackwardProblem, TermOutputs};
 use crate::exact::instances;
 use crate::problem::{Attention, Forward};
 use crate::tensor::{Shape, Tensor, TensorMut, TensorRef};
@@ -115,7 +115,7 @@ impl Plan<'_> {
         self.check_mask(self.k.seq)?;
         self.check_terms(&terms)?;
         let floats = workspace.floats(self.backward_workspace_bytes::<E>() / 4)?;
-        let mut call = Differential {
+        let mut call = BackwardProblem {
             q: inputs.q,
             k: inputs.k,
             v: inputs.v,

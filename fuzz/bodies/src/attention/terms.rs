@@ -3,14 +3,14 @@
 
 use super::case::Case;
 use super::gradients::wide;
-use super::{Call, DENSE, Memory, Rounding, assert_near, plan};
+use super::{Call, DENSE, Memory, Outcome, Rounding, assert_near, plan};
 use crate::numbers::Numbers;
 use arbitrary::{Result, Unstructured};
 use foveal::mask::Site;
 use foveal::plan::Inputs;
 use foveal::position::Slopes;
 use foveal::reference::{Input, Options, attention_with};
-use foveal::{Attention, Element, Phase, Shape};
+use foveal::{Attention, Element, Phase, Plan, Shape};
 
 /// Which terms a call has.
 #[derive(Debug, Clone, Copy)]
@@ -69,9 +69,19 @@ impl<E: Element> Call<'_, E> {
         if bias.is_none() {
             call.assert_same_with_caches(&outcome);
         }
-        if case.poison > 0 || case.k.heads == 0 {
-            return;
+        if case.poison == 0 && case.k.heads > 0 {
+            call.assert_terms_defined((terms, bias.as_ref(), &sinks), (&plan, &outcome), rounding);
         }
+    }
+
+    /// Near the definition with the same terms.
+    fn assert_terms_defined(
+        &self,
+        (terms, bias, sinks): (Terms, Option<&Memory<f32>>, &[f32]),
+        (plan, outcome): (&Plan<'_>, &Outcome<E>),
+        rounding: Rounding,
+    ) {
+        let case = self.case;
         let heads = case.q.heads;
         let slopes: Vec<f64> =
             (0..heads).map(|head| f64::from(Slopes::Standard.of(head, heads))).collect();
@@ -79,7 +89,7 @@ impl<E: Element> Call<'_, E> {
             let behind = row as f64 + case.k.seq as f64 - case.q.seq as f64 - j as f64;
             let alibi = if terms.alibi { -slopes[at.q_head] * behind.abs() } else { 0.0 };
             let own = |index: usize, extent: usize| if extent == 1 { 0 } else { index };
-            let dense = bias.as_ref().map_or(0.0, |bias| {
+            let dense = bias.map_or(0.0, |bias| {
                 let (view, shape) = (bias.view(), bias.view().shape());
                 let [b, t] = [own(at.batch, shape.batch), own(row, shape.seq)];
                 f64::from(view.row(b, t, own(at.q_head, shape.heads))[j])
@@ -112,7 +122,7 @@ impl<E: Element> Call<'_, E> {
             assert_near(got.to_f32(), expected, error, &(terms, case));
         }
         if case.phase == Phase::Prompt {
-            call.assert_gradients(&plan, &outcome, (rounding.result, &options));
+            self.assert_gradients(plan, outcome, (rounding.result, &options));
         }
     }
 }

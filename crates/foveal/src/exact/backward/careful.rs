@@ -9,7 +9,7 @@
 //! Slow, and allocates: images of dK and dV of the head, and a row.
 
 use super::terms::tally_pair;
-use super::{Chunk, Differential, Engine};
+use super::{BackwardProblem, Chunk, Engine};
 use crate::element::Element;
 use crate::mask::Pattern;
 
@@ -20,7 +20,7 @@ struct Sums {
 }
 
 pub(super) fn head<E: Element, K: Element>(engine: &Engine<'_, E, K>, unit: usize) {
-    let Differential { d_k, d_v, sizes, .. } = engine.call;
+    let BackwardProblem { d_k, d_v, sizes, .. } = engine.call;
     let (dim, value_dim) = (sizes.q.dim, sizes.value_dim);
     let mut sums =
         Sums { d_k: vec![0.0; sizes.keys * dim], d_v: vec![0.0; sizes.keys * value_dim] };
@@ -45,7 +45,7 @@ fn row<E: Element, K: Element>(
     i: usize,
     sums: &mut Sums,
 ) {
-    let Differential { q, k, v, out, lse, d_out, d_lse, d_q, terms, sizes, .. } = engine.call;
+    let BackwardProblem { q, k, v, out, lse, d_out, d_lse, d_q, terms, sizes, .. } = engine.call;
     let site = chunk.site;
     let (batch, head) = (site.batch, site.q_head);
     let [query, out, d_out] = [q, out, d_out].map(|x| wide(x.row(batch, i, head)));

@@ -58,7 +58,7 @@ const AHEAD: usize = 8;
 
 /// A backward call whose shapes have been checked.
 #[derive(Debug)]
-pub(crate) struct Differential<'a, E, K> {
+pub(crate) struct BackwardProblem<'a, E, K> {
     pub(crate) q: TensorRef<'a, E>,
     pub(crate) k: TensorRef<'a, K>,
     pub(crate) v: TensorRef<'a, K>,
@@ -77,7 +77,10 @@ pub(crate) struct Differential<'a, E, K> {
 }
 
 /// Runs the call. `floats` is the workspace, of [`workspace_floats`].
-pub(crate) fn run<E: Element, K: Element>(call: &mut Differential<'_, E, K>, floats: &mut [f32]) {
+pub(crate) fn run<E: Element, K: Element>(
+    call: &mut BackwardProblem<'_, E, K>,
+    floats: &mut [f32],
+) {
     let layout = Layout::new(&call.sizes, call.terms, E::DTYPE);
     let (tallies, floats) = floats.split_at_mut(layout.tallies());
     let tallies_of = shared(tallies, [layout.units, layout.chunks, layout.tally]);
@@ -126,7 +129,7 @@ impl Image<'_> {
 }
 
 struct Engine<'a, E, K> {
-    call: &'a Differential<'a, E, K>,
+    call: &'a BackwardProblem<'a, E, K>,
     layout: Layout,
     factor: Factor,
     /// How products are computed.
@@ -235,7 +238,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     fn keys_are_finite(&self, unit: usize, keys: Range<usize>) -> bool {
-        let Differential { k, v, sizes, .. } = self.call;
+        let BackwardProblem { k, v, sizes, .. } = self.call;
         let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
         let (k, v, level) = (k.head(batch, head), v.head(batch, head), sizes.cpu.level);
         let end = keys.end;
@@ -249,7 +252,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     fn prepare_chunk(&self, chunk: &Chunk, image: &Image<'_>, statistics: &mut [f32]) -> bool {
-        let Differential { q, out, lse, d_out, d_lse, terms, sizes, .. } = self.call;
+        let BackwardProblem { q, out, lse, d_out, d_lse, terms, sizes, .. } = self.call;
         let level = sizes.cpu.level;
         let Site { batch, q_head, .. } = chunk.site;
         let (logs, deltas) = statistics.split_at_mut(self.layout.rows);
@@ -286,7 +289,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     /// Packs a stretch of keys and values into panels, and copies its keys as rows.
     fn pack(&self, unit: usize, keys: &Range<usize>, floats: &mut [f32], scratch: &mut [f32]) {
-        let Differential { k, v, sizes, .. } = self.call;
+        let BackwardProblem { k, v, sizes, .. } = self.call;
         let (batch, head) = (unit / sizes.kv_heads, unit % sizes.kv_heads);
         let (k, v, form) = (k.head(batch, head), v.head(batch, head), self.form);
         let panels = self.layout.panels(form, floats);
@@ -325,7 +328,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     /// Adds the wave's sums to the total of the stretch, and after the last wave writes dK and dV.
     fn join(&self, step: &Join<'_>, sums: &[f32], total: &mut [f32], scratch: &mut [f32]) {
-        let Differential { d_k, d_v, sizes, .. } = self.call;
+        let BackwardProblem { d_k, d_v, sizes, .. } = self.call;
         let (batch, head) = (step.unit / sizes.kv_heads, step.unit % sizes.kv_heads);
         let (level, width) = (sizes.cpu.level, self.layout.width);
         let block = JOINED * width;
