@@ -12,6 +12,7 @@ use foveal_lm::sample::Sampling;
 use foveal_lm::tokenizer::Tokenizer;
 use serde_json::json;
 
+use crate::kv::KvArguments;
 use crate::{numbers, output, source};
 
 /// The longest prompt that is read from standard input.
@@ -67,6 +68,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", value_parser = numbers::threads)]
     threads: Option<NonZeroUsize>,
 
+    #[command(flatten)]
+    kv: KvArguments,
+
     /// Print one JSON object with the text, its tokens and the figures.
     #[arg(long)]
     json: bool,
@@ -97,7 +101,7 @@ fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         Model::new(&weights).with_context(|| format!("cannot run {}", source::name(path)))?;
     let tokenizer = source::tokenizer(path, &weights)?;
     let prompt = prompt_tokens(&tokenizer, &prompt(&arguments.prompt)?)?;
-    warn_beyond_context(&model, prompt.len().saturating_add(arguments.max_tokens));
+    arguments.kv.warn(&model, prompt.len().saturating_add(arguments.max_tokens));
 
     let mut text = String::new();
     let figures = continue_prompt(arguments, (&model, &tokenizer), &prompt, |piece| {
@@ -124,7 +128,7 @@ fn continue_prompt(
     mut give: impl FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Figures> {
     let options = arguments.options();
-    let mut state = model.state()?;
+    let mut state = arguments.kv.state(model)?;
     let start = Instant::now();
     let mut generator = Generator::new(model, tokenizer, &mut state, prompt, &options)?;
     let prompt_seconds = start.elapsed().as_secs_f64();
@@ -161,15 +165,6 @@ fn prompt(argument: &str) -> anyhow::Result<String> {
         "the prompt on standard input is longer than 64 MiB; give a shorter one"
     );
     String::from_utf8(bytes).context("the prompt on standard input is not UTF-8; convert it first")
-}
-
-fn warn_beyond_context(model: &Model, tokens: usize) {
-    let context = model.config().context;
-    if tokens > context {
-        output::note(&format!(
-            "foveal: up to {tokens} tokens with a context of {context}: each sees the newest {context}"
-        ));
-    }
 }
 
 impl Arguments {

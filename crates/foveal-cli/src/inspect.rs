@@ -47,7 +47,7 @@ fn describe(config: &ModelConfig) -> String {
          reach by layer    {}\n\
          context           {} tokens\n\
          vocabulary        {} tokens\n\
-         KV per token      {}\n",
+         KV per token      {} as f32, {} as f16\n",
         config.architecture,
         config.layers.len(),
         config.width,
@@ -59,6 +59,7 @@ fn describe(config: &ModelConfig) -> String {
         config.context,
         config.vocab,
         numbers::bytes(config.kv_bytes_per_token()),
+        numbers::bytes(config.kv_bytes_per_token() / 2),
     )
 }
 

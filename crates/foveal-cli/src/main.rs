@@ -4,6 +4,7 @@
 
 mod generate;
 mod inspect;
+mod kv;
 mod list;
 mod numbers;
 mod output;

@@ -1,6 +1,7 @@
 //! What can go wrong between a model's file and its text.
 
 use crate::config::Architecture;
+use crate::mixer::CacheStorage;
 use crate::{tokenizer, weights};
 
 /// Why a model can't be assembled or run: what was found, what was expected, and what to do where that helps.
@@ -44,6 +45,15 @@ pub enum Error {
     /// A state that was made by another model.
     #[error("the state has {found} layers, the model {expected}; make it with Model::state")]
     State { expected: usize, found: usize },
+    /// A state that gradients can't go through.
+    #[error("training needs a state that stores f32, this one stores {}; make it with MultiHeadAttention::state", found.name())]
+    TrainingState { found: CacheStorage },
+    /// A choice for keys and values that makes no sense.
+    #[error("the {what} is {found}, expected {expected}")]
+    CacheOptions { what: &'static str, found: String, expected: &'static str },
+    /// A key or value that its store can't hold.
+    #[error("a key or value of {found} is beyond f16; store keys and values as bf16 or f32")]
+    KeyValue { found: f32 },
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

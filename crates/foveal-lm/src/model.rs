@@ -9,7 +9,7 @@
 //! tokens whose logits are asked for meet the head.
 //!
 //! **Beyond the context** that a model was trained with, positions go on to grow and every token sees the newest
-//! `context` tokens: no distance occurs that training had not, and memory stops growing.
+//! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use crate::Error;
 use crate::block::{self, Block};
 use crate::config::ModelConfig;
 use crate::linear::{Linear, Run};
-use crate::mixer::LayerState;
+use crate::mixer::{CacheOptions, LayerState};
 use crate::names::Parts;
 use crate::norm::Norm;
 use crate::ropes::Ropes;
@@ -126,7 +126,19 @@ impl Model {
     ///
     /// [`Error::Kernel`] when a layer's keys are larger than the address space.
     pub fn state(&self) -> Result<State, Error> {
-        let layers = self.blocks.iter().map(|block| block.mixer.state());
+        self.state_with(&CacheOptions::default())
+    }
+
+    /// A state that holds no tokens, and keeps keys and values as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Model::state`]; [`Error::CacheOptions`].
+    pub fn state_with(&self, options: &CacheOptions) -> Result<State, Error> {
+        options.check()?;
+        let layers = self.blocks.iter().zip(&self.config.layers).map(|(block, layer)| {
+            block.mixer.state(options, self.config.reach_within(layer, options.context))
+        });
         Ok(State { layers: layers.collect::<Result<_, Error>>()?, position: 0 })
     }
 
@@ -137,7 +149,8 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::Token`], [`Error::TooManyTokens`] and [`Error::State`]; nothing has changed then.
+    /// [`Error::Token`], [`Error::TooManyTokens`] and [`Error::State`]; nothing has changed then. [`Error::KeyValue`] and
+    /// [`Error::Kernel`] where keys or values are beyond what the state stores; it must be reset then.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -237,11 +250,9 @@ impl State {
         self.position = 0;
     }
 
-    /// Bytes of the keys and values that are held.
+    /// Bytes of the keys and values that are held, in the form in which they are stored.
     pub fn kv_bytes(&self) -> usize {
-        use cache::KvStore;
-        let bytes = |layer: &LayerState| (layer.end() - layer.start()) * layer.bytes_per_token();
-        self.layers.iter().map(bytes).sum()
+        self.layers.iter().map(LayerState::bytes).sum()
     }
 }
 

@@ -226,9 +226,15 @@ impl ModelConfig {
 
     /// How many tokens a layer's attention reaches, its own included: its window, or the whole context.
     pub fn reach(&self, layer: &LayerConfig) -> usize {
+        self.reach_within(layer, None)
+    }
+
+    /// The same with another context than the model's.
+    pub(crate) fn reach_within(&self, layer: &LayerConfig, context: Option<usize>) -> usize {
+        let context = context.unwrap_or(self.context);
         match layer.reach {
-            Reach::Full => self.context,
-            Reach::Window(width) => width.min(self.context),
+            Reach::Full => context,
+            Reach::Window(width) => width.min(context),
         }
     }
 

@@ -18,13 +18,13 @@ mod parameters;
 mod saved;
 mod stored;
 
-use foveal::cache::{KvStore, TILE};
+use foveal::cache::KvStore;
 use foveal::nn::{RmsNorm, rms_norm_in_place};
 use foveal::position::RopeTable;
 use foveal::projection::Matrix;
 use foveal::{Attention, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
 
-use super::LayerState;
+use super::{CacheStorage, LayerState};
 use crate::Error;
 use crate::linear::{Run, forward_together};
 
@@ -145,15 +145,23 @@ impl MultiHeadAttention {
     /// # Errors
     /// [`Error::Kernel`] for sizes beyond the address space.
     pub fn state(&self) -> Result<LayerState, Error> {
-        Ok(LayerState::new(self.kv_heads, (self.head_dim, self.head_dim), 0)?)
+        self.state_in(CacheStorage::F32)
+    }
+
+    /// A state that holds no tokens, and keeps them as `storage` says. Only f32 trains.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] for sizes beyond the address space.
+    pub(crate) fn state_in(&self, storage: CacheStorage) -> Result<LayerState, Error> {
+        LayerState::new(storage, self.kv_heads, self.head_dim)
     }
 
     /// Mixes the tokens of `states.len()` sequences, whose keys and values it appends to the states. Returns a result
     /// for every row of `inputs.x`, and what backward needs.
     ///
     /// # Errors
-    /// [`Error::Kernel`] if parameters, inputs or states do not fit the layer, or each other. Where it is the mask or the
-    /// grouping of heads that does not fit, the states have already moved on.
+    /// [`Error::Kernel`] if parameters, inputs or states do not fit the layer, or each other; [`Error::TrainingState`].
+    /// Where it is the mask or the grouping of heads that does not fit, the states have already moved on.
     pub fn forward(
         &self,
         parameters: &AttentionParameters<&[f32]>,
@@ -188,21 +196,6 @@ impl MultiHeadAttention {
             Some(sinks) => attention.sinks(sinks),
             None => attention,
         }
-    }
-
-    /// Gives up what no query from `state.end()` on can see, and makes room for `tokens` more.
-    ///
-    /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
-    fn make_room(&self, state: &mut LayerState, tokens: usize) -> Result<(), Error> {
-        let (position, reach) = (state.end(), self.reach.unwrap_or(usize::MAX));
-        state.forget((position + 1).saturating_sub(reach));
-        if state.room() < tokens {
-            let needed = position - state.start() + tokens;
-            let most = reach.saturating_add(2 * TILE);
-            let doubled = needed.next_power_of_two().max(TILE);
-            state.grow(doubled.min(most).max(needed))?;
-        }
-        Ok(())
     }
 }
 
@@ -267,7 +260,7 @@ impl Bound<'_> {
         let tokens = saved.new;
         let len = tokens * self.layer.kv_width();
         for (n, state) in states.iter_mut().enumerate() {
-            self.layer.make_room(state, tokens)?;
+            state.make_room(self.layer.reach, tokens)?;
             let shape = self.layer.shape([1, tokens], self.layer.kv_heads);
             let own = n * len..(n + 1) * len;
             let (k, v) = (&saved.k[own.clone()], &saved.v[own]);

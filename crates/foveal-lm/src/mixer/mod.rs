@@ -5,7 +5,7 @@
 //! | | what | for [`MultiHeadAttention`] |
 //! |---|---|---|
 //! | parameters | what is learned, generic over what holds the numbers: vectors, slices, gradients, a file's weights | [`AttentionParameters`] |
-//! | state | what a sequence carries from call to call | [`LayerState`]: keys and values |
+//! | state | what a sequence carries from call to call | [`LayerState`]: keys and values, as [`CacheOptions`] say |
 //! | saved | what forward leaves for backward | [`Saved`] |
 //! | gradient of the state | what backward carries from call to call, the other way | [`StateGradient`] |
 //!
@@ -17,12 +17,11 @@
 //! Models that are only run share one [`Saved`] among all layers and calls, as scratch memory.
 
 pub(crate) mod attention;
+mod state;
 
 pub use crate::linear::{Affine, Run};
 pub use attention::{
     AttentionParameters, GroupedQueryAttention, InputGradients, Inputs, MultiHeadAttention, Saved,
     Source, StateGradient, Upstream,
 };
-
-/// What a layer keeps of the tokens seen so far.
-pub type LayerState = foveal::cache::ContiguousCache<f32>;
+pub use state::{CacheOptions, CacheStorage, LayerState};

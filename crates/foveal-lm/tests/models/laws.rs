@@ -7,16 +7,16 @@ use foveal_lm::{Error, Model};
 use crate::golden_case::difference;
 use crate::small;
 
-const ALL: Step = Step { phase: Phase::Prompt, logits: Logits::All };
-const ALL_GENERATED: Step = Step { phase: Phase::Generated, logits: Logits::All };
+pub(crate) const ALL: Step = Step { phase: Phase::Prompt, logits: Logits::All };
+pub(crate) const ALL_GENERATED: Step = Step { phase: Phase::Generated, logits: Logits::All };
 
 /// Tokens without a pattern.
-fn tokens(count: usize, seed: u32) -> Vec<u32> {
+pub(crate) fn tokens(count: usize, seed: u32) -> Vec<u32> {
     let next = |state: &u32| Some(state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
     std::iter::successors(next(&seed), next).map(|state| (state >> 16) % 1020).take(count).collect()
 }
 
-fn run(model: &Model, state: &mut State, tokens: &[u32], step: Step) -> Vec<f32> {
+pub(crate) fn run(model: &Model, state: &mut State, tokens: &[u32], step: Step) -> Vec<f32> {
     let mut scratch = Scratch::new();
     model.forward(tokens, step, state, &mut scratch).unwrap();
     scratch.logits().to_vec()
@@ -37,7 +37,7 @@ fn prefill(model: &Model, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
 
 /// Equal to the last bit; NaN would be unequal.
 #[track_caller]
-fn assert_same(found: &[f32], expected: &[f32]) {
+pub(crate) fn assert_same(found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len());
     let differ = found.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
     assert_eq!(differ, None, "{:?}", differ.map(|at| (found[at], expected[at])));

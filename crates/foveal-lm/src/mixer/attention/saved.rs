@@ -8,7 +8,7 @@ use foveal::position::RopeTable;
 
 use super::{Inputs, MultiHeadAttention, Source};
 use crate::Error;
-use crate::mixer::LayerState;
+use crate::mixer::{CacheStorage, LayerState};
 
 /// What one call of forward leaves for backward: its inputs, and what it made of them.
 #[derive(Debug, Default)]
@@ -89,14 +89,17 @@ impl Saved {
         Ok(())
     }
 
-    /// Refuses states of another layer; and for backward, those that do not stand at one position.
+    /// Refuses states of another layer; and for backward, those that do not stand at one position or store other than f32.
     fn check_states(&self, layer: &MultiHeadAttention, states: &[LayerState]) -> Result<(), Error> {
         for state in states {
             same("key/value heads of a state", layer.kv_heads, state.kv_heads())?;
             same("numbers of a state's keys", layer.head_dim, state.dims().0)?;
             same("numbers of a state's values", layer.head_dim, state.dims().1)?;
             if self.kept {
-                let first = &states[0];
+                let (first, found) = (&states[0], state.storage());
+                if found != CacheStorage::F32 {
+                    return Err(Error::TrainingState { found });
+                }
                 same("first position of every sequence of a batch", first.start(), state.start())?;
                 same("last position of every sequence of a batch", first.end(), state.end())?;
             }

@@ -8,7 +8,7 @@ use foveal::{Mask, Scale};
 use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Source, Views};
 use crate::Error;
 use crate::linear::Run;
-use crate::mixer::LayerState;
+use crate::mixer::{CacheOptions, LayerState};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 use crate::weights::Weight;
@@ -88,8 +88,9 @@ impl GroupedQueryAttention {
     }
 
     /// A state that holds no tokens; it grows as they come.
-    pub(crate) fn state(&self) -> Result<LayerState, Error> {
-        self.layer.state()
+    pub(crate) fn state(&self, options: &CacheOptions, reach: usize) -> Result<LayerState, Error> {
+        let state = self.layer.state_in(options.storage)?;
+        Ok(if self.layer.reach == Some(reach) { state } else { state.with_reach(reach) })
     }
 
     /// Mixes the tokens `x`, `[tokens, width]`, into `y` of the same shape, and appends them to `state`.
@@ -104,7 +105,13 @@ impl GroupedQueryAttention {
         let Activations { rotations, scratch } = activations;
         let rotation = Some(&rotations[self.rope]);
         let inputs = Inputs { x, source: Source::Own, rotation };
-        let bound = Bound { layer: &self.layer, parameters: self.views()? };
+        let seen = state.reach().map(|reach| MultiHeadAttention {
+            mask: Mask::window(reach),
+            reach: Some(reach),
+            ..self.layer.clone()
+        });
+        let layer = seen.as_ref().unwrap_or(&self.layer);
+        let bound = Bound { layer, parameters: self.views()? };
         bound.forward(inputs, y, std::slice::from_mut(state), scratch, run)
     }
 
