@@ -5,7 +5,7 @@ use foveal_lm::Model;
 use foveal_lm::mixer::{CacheOptions, CacheStorage};
 use foveal_lm::model::State;
 
-use crate::output;
+use crate::{numbers, output};
 
 /// Keys and values of the tokens seen.
 #[derive(Debug, clap::Args)]
@@ -16,7 +16,7 @@ pub(crate) struct KvArguments {
     kv_cache: CacheStorage,
 
     /// Let each token see at most the N newest ones; the model's context if left out.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = numbers::tokens)]
     context: Option<usize>,
 }
 

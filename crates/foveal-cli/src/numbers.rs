@@ -36,6 +36,12 @@ pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
     if threads.get() <= 4096 { Ok(threads) } else { Err(expected()) }
 }
 
+/// A number of tokens, of which there is one at least.
+pub(crate) fn tokens(text: &str) -> Result<usize, String> {
+    let tokens = text.parse().ok().filter(|tokens| (1..=1 << 30).contains(tokens));
+    tokens.ok_or_else(|| "expected 1 to 1073741824".to_owned())
+}
+
 /// A number of bytes, in the unit that suits it.
 pub(crate) fn bytes(count: usize) -> impl Display {
     match count {

@@ -117,7 +117,7 @@ impl Layer {
         let mut workspace = Workspace::new();
         let mut y = Vec::new();
         for x in x.chunks(tokens * width) {
-            let mut state = mixer.state().unwrap();
+            let mut state = mixer.state(&CacheOptions::default(), self.reach).unwrap();
             let mut lengths = lengths.iter().cycle();
             let mut at = 0;
             while at < tokens {
