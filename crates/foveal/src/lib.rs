@@ -43,6 +43,7 @@
 //! | [`mask`] | causal, window, prefix, padding, documents, blocks, trees, dense, combinations, patterns of your own | |
 //! | [`inspect`] | weights, column sums, entropies and block means, made again from the log-sum-exp | Zhang et al. 2023; Li et al. 2024 |
 //! | [`differential`] | the difference of two softmaxes, forward and backward | Ye et al. 2024 |
+//! | [`latent`] | multi-head latent attention over rows that all heads share | DeepSeek-V2 2024 |
 //! | [`linear`] | linear attention with a matrix state: forward, backward, token by token | Katharopoulos et al. 2020 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
@@ -81,7 +82,7 @@ pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use exact::state::SoftmaxState;
 pub use exact::terms::Dropout;
-pub use exact::{differential, inspect, reference};
+pub use exact::{differential, inspect, latent, reference};
 pub use gradient::Gradient;
 pub use mask::Mask;
 pub use parallel::Threads;

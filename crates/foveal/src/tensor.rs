@@ -164,6 +164,14 @@ impl<'a, E: Element> TensorRef<'a, E> {
         TensorRef { data: &self.data[at..], shape, strides: self.strides }
     }
 
+    /// A range of heads.
+    pub(crate) fn heads(&self, heads: Range<usize>) -> TensorRef<'a, E> {
+        assert!(heads.start <= heads.end && heads.end <= self.shape.heads);
+        let shape = Shape { heads: heads.len(), ..self.shape };
+        let at = if shape.is_empty() { 0 } else { heads.start * self.strides.heads };
+        TensorRef { data: &self.data[at..], shape, strides: self.strides }
+    }
+
     /// All tokens of one head as strided rows.
     pub(crate) fn head(&self, batch: usize, head: usize) -> Rows<'a, E> {
         assert!(batch < self.shape.batch && head < self.shape.heads);
@@ -317,6 +325,14 @@ impl<'a, E: Element> TensorMut<'a, E> {
     /// A shorter-lived view of the same tensor.
     pub fn reborrow(&mut self) -> TensorMut<'_, E> {
         TensorMut { data: self.data, shape: self.shape, strides: self.strides }
+    }
+
+    /// A range of heads.
+    pub(crate) fn heads(&mut self, heads: Range<usize>) -> TensorMut<'_, E> {
+        assert!(heads.start <= heads.end && heads.end <= self.shape.heads);
+        let shape = Shape { heads: heads.len(), ..self.shape };
+        let at = if shape.is_empty() { 0 } else { heads.start * self.strides.heads };
+        TensorMut { data: &mut self.data[at..], shape, strides: self.strides }
     }
 
     /// A view that several threads write through, each its own rows.

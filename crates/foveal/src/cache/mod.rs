@@ -7,10 +7,12 @@
 pub mod codes;
 mod contiguous;
 pub mod eviction;
+mod latent;
 mod paged;
 mod quantized;
 
 pub use contiguous::ContiguousCache;
+pub use latent::{LatentCache, LatentRows};
 pub use paged::{PagePool, PagedStore, SequenceId};
 pub use quantized::QuantizedCache;
 
@@ -104,7 +106,16 @@ macro_rules! with_rows {
 }
 pub(crate) use with_rows;
 
-impl KvRows<'_> {
+impl<'a> KvRows<'a> {
+    /// A range of each row's numbers.
+    pub(crate) fn columns(self, columns: Range<usize>) -> KvRows<'a> {
+        match self {
+            KvRows::F32(rows) => KvRows::F32(rows.columns(columns)),
+            KvRows::F16(rows) => KvRows::F16(rows.columns(columns)),
+            KvRows::Bf16(rows) => KvRows::Bf16(rows.columns(columns)),
+        }
+    }
+
     /// The number of rows.
     pub fn count(&self) -> usize {
         with_rows!(self, rows => rows.count())

@@ -11,7 +11,7 @@
 //! [`Attention`]. P_1 V and P_2 V are rounded to the storage type before they are subtracted.
 //! Ye et al. 2024, equations 1 to 3 (any head dims here, with d and 2d as published).
 
-use crate::cache::{KvKeys, KvRows, KvStore, KvTile};
+use crate::cache::{KvKeys, KvStore, KvTile};
 use crate::cpu::Phase;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
@@ -380,11 +380,7 @@ impl KvStore for Half<'_> {
         let columns = self.n * dim..(self.n + 1) * dim;
         let KvTile { keys, values } = self.store.tile(head, positions);
         let keys = match keys {
-            KvKeys::Rows(rows) => KvKeys::Rows(match rows {
-                KvRows::F32(rows) => KvRows::F32(rows.columns(columns)),
-                KvRows::F16(rows) => KvRows::F16(rows.columns(columns)),
-                KvRows::Bf16(rows) => KvRows::Bf16(rows.columns(columns)),
-            }),
+            KvKeys::Rows(rows) => KvKeys::Rows(rows.columns(columns)),
             KvKeys::Channels(codes) => KvKeys::Channels(codes.columns(columns)),
         };
         KvTile { keys, values }

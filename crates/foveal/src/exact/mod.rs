@@ -10,7 +10,7 @@
 //! a running maximum, sum and accumulator (Dao et al. 2022; Dao 2023). [`forward`] runs tiles of query
 //! rows for prompts, [`decode`] runs single rows for generated tokens, `state` joins partial results,
 //! [`reference`] is the definition in f64; [`inspect`] makes P again to look at it;
-//! [`differential`] subtracts two runs.
+//! [`differential`] subtracts two runs, [`latent`] attends over rows that all heads share.
 //!
 //! Cost: 2·T·S·(Dk + Dv) floating-point operations a head for the visible part; memory beyond inputs
 //! and outputs is one packed copy of the keys in flight.
@@ -22,6 +22,7 @@ pub mod differential;
 pub(crate) mod forward;
 pub mod inspect;
 pub(crate) mod instances;
+pub mod latent;
 pub mod reference;
 pub(crate) mod short;
 pub(crate) mod state;

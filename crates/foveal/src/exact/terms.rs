@@ -81,6 +81,13 @@ pub(crate) struct RowSite {
 }
 
 impl Terms<'_> {
+    /// Whether a head's terms depend on its number, or on the number of heads.
+    pub(crate) fn by_head(&self) -> bool {
+        let Terms { softcap: _, bias, alibi, relative, sinks, dropout } = self;
+        let biased = bias.is_some() || alibi.is_some() || relative.is_some();
+        biased || sinks.is_some() || dropout.is_some()
+    }
+
     /// Refuses numbers that do not fit queries `q` and `keys` keys.
     pub(crate) fn check(&self, q: Shape, keys: usize) -> Result<()> {
         let invalid = |what, expected, got: f32| {
