@@ -70,6 +70,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: true,
     },
     Mechanism {
+        name: "mla",
+        group: Group::Exact,
+        summary: "keys and values of all heads are made from one compressed row a token, or queries taken to it",
+        paper: "arXiv:2405.04434",
+        forward: true,
+        backward: false,
+        decode: true,
+    },
+    Mechanism {
         name: "linear",
         group: Group::Linear,
         summary: "queries and keys mapped to positive numbers, their products normalised; causal or not",

@@ -1,7 +1,8 @@
 //! Planning and running a call allocate nothing: an allocator that counts.
 
 use foveal::cache::codes::Bits;
-use foveal::cache::{ContiguousCache, KvStore, QuantizedCache, TILE};
+use foveal::cache::{ContiguousCache, KvStore, LatentCache, QuantizedCache, TILE};
+use foveal::latent::{LatentAttention, LatentCall, LatentDims, LatentForm, LatentScratch};
 use foveal::nn::{LayerNorm, NormBackward, NormGradients, layer_norm_backward};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::projection::{
@@ -18,6 +19,7 @@ use std::cell::Cell;
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+    static BYTES: Cell<usize> = const { Cell::new(0) };
 }
 
 struct Counting;
@@ -26,6 +28,7 @@ struct Counting;
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        BYTES.with(|bytes| bytes.set(bytes.get() + layout.size()));
         // SAFETY: the caller's promises are those that the system's allocator asks for.
         unsafe { System.alloc(layout) }
     }
@@ -44,6 +47,13 @@ fn allocations(work: impl FnOnce()) -> usize {
     let before = ALLOCATIONS.with(Cell::get);
     work();
     ALLOCATIONS.with(Cell::get) - before
+}
+
+/// Bytes that this thread allocates while `work` runs.
+fn bytes(work: impl FnOnce()) -> usize {
+    let before = BYTES.with(Cell::get);
+    work();
+    BYTES.with(Cell::get) - before
 }
 
 const KV: Shape = Shape { batch: 2, seq: 700, heads: 2, dim: 40 };
@@ -263,5 +273,45 @@ fn gradients_of_projections_and_norms_allocate_nothing() {
             layer_norm_backward(norm, NormBackward { x: &x, d_y: &x }, gradients, level).unwrap();
         });
         assert_eq!(count, 0, "{level}");
+    }
+}
+
+#[test]
+fn a_latent_row_takes_the_bytes_of_its_formula() {
+    // DeepSeek-V2: 576 numbers a token for 128 heads of 128, where those heads' own keys and values would be 32768.
+    let (latent, rope, tokens) = (512, 64, 300);
+    let mut cache = None;
+    let taken = bytes(|| cache = Some(LatentCache::<bf16>::new((latent, rope), tokens).unwrap()));
+    let mut cache = cache.unwrap();
+    assert_eq!(cache.bytes_per_token(), (latent + rope) * 2);
+    assert_eq!(taken, tokens * cache.bytes_per_token());
+    let shape = Shape { batch: 1, seq: tokens, heads: 1, dim: latent + rope };
+    let rows = Tensor::<f32>::zeros(shape).unwrap();
+    assert_eq!(bytes(|| cache.append(rows.view()).unwrap()), 0);
+}
+
+#[test]
+fn absorbed_rows_are_computed_without_allocating() {
+    let dims = LatentDims { heads: 4, latent: 24, rope: 8, nope: 12, value: 16 };
+    let shape = MatrixShape { out_features: 4 * (12 + 16), in_features: 24 };
+    let numbers = vec![0.5; shape.out_features * shape.in_features];
+    for level in Level::available() {
+        let attention = Attention::new().cpu(Cpu { level, threads: Threads::ONE });
+        let up = Matrix::from_floats(shape, &numbers).unwrap();
+        let layer = LatentAttention::new(attention, dims, up).unwrap();
+        let mut cache = LatentCache::<f32>::new((24, 8), 700).unwrap();
+        let rows = Shape { batch: 1, seq: 700, heads: 1, dim: 32 };
+        cache.append(Tensor::<f32>::zeros(rows).unwrap().view()).unwrap();
+        let q = Tensor::<f32>::zeros(Shape { batch: 1, seq: 2, heads: 4, dim: 20 }).unwrap();
+        let mut out = Tensor::<f32>::zeros(Shape { dim: 16, ..q.shape() }).unwrap();
+        let (mut scratch, mut workspace) = (LatentScratch::default(), Workspace::new());
+        let stores: [&dyn KvStore; 1] = [&cache];
+        let (phase, form) = (Phase::Generated, LatentForm::Absorbed);
+        let mut run = || {
+            let call = LatentCall { q: q.view(), stores: &stores, phase, form };
+            layer.forward(call, (out.view_mut(), None), &mut scratch, &mut workspace).unwrap();
+        };
+        run();
+        assert_eq!(allocations(run), 0, "{level}");
     }
 }
