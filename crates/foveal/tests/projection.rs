@@ -47,7 +47,7 @@ impl Stored {
                 (0..format.block_bytes()).map(|_| random.bits() as u8).collect();
             let halves: &[usize] = match format {
                 Format::Q8_0 | Format::Q4_0 | Format::Q5_0 => &[0],
-                Format::Q4_1 | Format::Q4_K => &[0, 2],
+                Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[0, 2],
                 Format::Q6_K => &[208],
                 _ => &[],
             };
@@ -89,7 +89,9 @@ impl Stored {
                 let magnitude = row.chunks(32).zip(x.chunks(32)).map(|(w, x)| {
                     let most = w.iter().fold(0f32, |most, w| most.max(w.abs()));
                     let part = |(w, x): (&f32, &f32)| match self.format {
-                        Format::Q4_1 | Format::Q4_K => f64::from(3.0 * most) * f64::from(x.abs()),
+                        Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => {
+                            f64::from(3.0 * most) * f64::from(x.abs())
+                        }
                         _ => f64::from(w.abs()) * f64::from(x.abs()),
                     };
                     w.iter().zip(x).map(part).sum::<f64>()

@@ -85,7 +85,7 @@ pub(crate) fn small_file() -> Vec<u8> {
         .u64(1)
         .u32(7)
         .tensor("wide", &[32, 2], 8, 0)
-        .tensor("other", &[256], 13, 96)
+        .tensor("other", &[256], 23, 96)
         .tensor("norm", &[4], 0, 288);
     let mut data: Vec<u8> = (0..288 + 16).map(|i| i as u8).collect();
     data[288..].copy_from_slice(&[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0xc0]);

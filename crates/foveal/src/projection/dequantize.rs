@@ -66,7 +66,9 @@ pub fn dequantize_row(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<(
         Format::Q4_0 => each_block(bytes, out, q4_0),
         Format::Q4_1 => each_block(bytes, out, q4_1),
         Format::Q5_0 => each_block(bytes, out, q5_0),
+        Format::Q5_1 => each_block(bytes, out, q5_1),
         Format::Q4_K => each_block(bytes, out, q4_k),
+        Format::Q5_K => each_block(bytes, out, q5_k),
         Format::Q6_K => each_block(bytes, out, q6_k),
     }
     Ok(())
@@ -112,16 +114,26 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     }
 }
 
+/// Element `j` of a 32-block whose word of fifth bits, then nibbles, are given.
+fn five_bits(bytes: &[u8], j: usize) -> u8 {
+    nibble(&bytes[4..], j) | (bytes[j / 8] >> (j % 8) & 1) << 4
+}
+
 fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
     let d = half_at(block, 0);
-    let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     for (j, y) in out.iter_mut().enumerate() {
-        let q = nibble(&block[6..], j) | ((fifth >> j & 1) as u8) << 4;
-        *y = d * (f32::from(q) - 16.0);
+        *y = d * (f32::from(five_bits(&block[2..], j)) - 16.0);
     }
 }
 
-/// The 6-bit scale and minimum of run `r` of a `Q4_K` block.
+fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    for (j, y) in out.iter_mut().enumerate() {
+        *y = d * f32::from(five_bits(&block[4..], j)) + m;
+    }
+}
+
+/// The 6-bit scale and minimum of run `r` of a `Q4_K` or `Q5_K` block.
 fn scale_and_minimum(packed: &[u8], r: usize) -> (u8, u8) {
     if r < 4 {
         (packed[r] & 63, packed[r + 4] & 63)
@@ -140,6 +152,20 @@ fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
         for (i, y) in run.iter_mut().enumerate() {
             let byte = nibbles[32 * (r / 2) + i];
             let q = if r % 2 == 0 { byte & 15 } else { byte >> 4 };
+            *y = scale * f32::from(q) - minimum;
+        }
+    }
+}
+
+fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    let (fifth, nibbles) = block[16..].split_at(32);
+    for (r, run) in out.chunks_exact_mut(32).enumerate() {
+        let (s, t) = scale_and_minimum(&block[4..16], r);
+        let (scale, minimum) = (d * f32::from(s), m * f32::from(t));
+        for (i, y) in run.iter_mut().enumerate() {
+            let byte = nibbles[32 * (r / 2) + i];
+            let q = if r % 2 == 0 { byte & 15 } else { byte >> 4 } | (fifth[i] >> r & 1) << 4;
             *y = scale * f32::from(q) - minimum;
         }
     }
@@ -220,6 +246,32 @@ mod tests {
         (block[6], block[21]) = (0x0f, 0xf0);
         let out = decode(Format::Q5_0, &block);
         assert_eq!((out[0], out[16], out[17], out[15], out[31]), (15.0, -16.0, 0.0, -16.0, 15.0));
+    }
+
+    #[test]
+    fn q5_1_adds_its_minimum() {
+        let mut block = [0; 24];
+        block[..2].copy_from_slice(&HALF);
+        block[2..4].copy_from_slice(&ONE);
+        block[4..8].copy_from_slice(&(1u32 | 1 << 17 | 1 << 31).to_le_bytes());
+        (block[8], block[23]) = (0x0f, 0xf0);
+        let out = decode(Format::Q5_1, &block);
+        assert_eq!((out[0], out[16], out[17], out[15], out[31]), (16.5, 1.0, 9.0, 1.0, 16.5));
+    }
+
+    #[test]
+    fn q5_k_takes_a_bit_of_each_byte_for_a_run() {
+        let mut block = [0; 176];
+        block[..2].copy_from_slice(&ONE);
+        block[2..4].copy_from_slice(&HALF);
+        // Run 1: scale 3, minimum 4. Run 6: scale 2, minimum 0.
+        (block[4 + 1], block[4 + 5], block[4 + 10]) = (3, 4, 2);
+        block[16 + 9] = 1 << 1 | 1 << 6;
+        block[48 + 9] = 0x50; // element 9 of run 1 is 5 + 16
+        block[48 + 3 * 32 + 9] = 0x07; // element 9 of run 6 is 7 + 16
+        let out = decode(Format::Q5_K, &block);
+        assert_eq!((out[32 + 9], out[32 + 8]), (3.0 * 21.0 - 2.0, -2.0));
+        assert_eq!((out[6 * 32 + 9], out[6 * 32 + 8]), (2.0 * 23.0, 0.0));
     }
 
     #[test]

@@ -10,16 +10,20 @@
 //! | `Q4_0` | 32 | 18 | `d` @0, nibbles @2 | `d·(q − 8)` |
 //! | `Q4_1` | 32 | 20 | `d` @0, `m` @2, nibbles @4 | `d·q + m` |
 //! | `Q5_0` | 32 | 22 | `d` @0, u32 of fifth bits @2, nibbles @6 | `d·(q − 16)` |
+//! | `Q5_1` | 32 | 24 | `d` @0, `m` @2, u32 of fifth bits @4, nibbles @8 | `d·q + m` |
 //! | `Q4_K` | 256 | 144 | `d` @0, `m` @2, 12 packed bytes @4, nibbles @16 | `d·s·q − m·t` |
+//! | `Q5_K` | 256 | 176 | `d` @0, `m` @2, 12 packed bytes @4, fifth bits @16, nibbles @48 | `d·s·q − m·t` |
 //! | `Q6_K` | 256 | 210 | low nibbles @0, high bit pairs @128, 16 × i8 `s` @192, `d` @208 | `d·s·(q − 32)` |
 //!
 //! **Nibbles of a 32-block** are 16 bytes: byte `j` holds element `j` in its low half and element `j + 16` in its
-//! high half. In `Q5_0`, bit `j` of the u32 is bit 4 of element `j`.
+//! high half. In `Q5_0` and `Q5_1`, bit `j` of the u32 is bit 4 of element `j`.
 //!
 //! **`Q4_K`** has eight runs of 32 elements. Its nibbles are four groups of 32 bytes: the low halves of group `g` are
 //! run `2g`, the high halves run `2g + 1`. Each run has a 6-bit scale `s` and a 6-bit minimum `t`, packed in the bytes
 //! `p[0..12]`: run `r < 4` has `s = p[r] & 63`, `t = p[r + 4] & 63`; run `r ≥ 4` has
 //! `s = (p[r + 4] & 15) | (p[r − 4] >> 6) << 4` and `t = (p[r + 4] >> 4) | (p[r] >> 6) << 4`.
+//!
+//! **`Q5_K`** is `Q4_K` with 32 more bytes: bit `r` of byte `i` is bit 4 of element `i` of run `r`.
 //!
 //! **`Q6_K`** has two halves of 128 elements; a half has 64 bytes `l` of nibbles, 32 bytes `h` of bit pairs and eight
 //! scales. Its element `32k + i` (`k < 4`, `i < 32`) takes the low bits from `l[32(k mod 2) + i]` (the low half of the
@@ -56,15 +60,19 @@ pub enum Format {
     Q4_1,
     /// 5-bit integers around 16, one scale for 32: 5.5 bits an element.
     Q5_0,
+    /// 5-bit integers, one scale and one minimum for 32: 6 bits an element.
+    Q5_1,
     /// 4-bit integers, a 6-bit scale and minimum for 32, two f16 for 256: 4.5 bits an element.
     Q4_K,
+    /// 5-bit integers, a 6-bit scale and minimum for 32, two f16 for 256: 5.5 bits an element.
+    Q5_K,
     /// 6-bit integers around 32, an 8-bit scale for 16, one f16 for 256: 6.5625 bits an element.
     Q6_K,
 }
 
 impl Format {
     /// Every format, in the order of the enum.
-    pub const ALL: [Format; 9] = [
+    pub const ALL: [Format; 11] = [
         Format::F32,
         Format::F16,
         Format::BF16,
@@ -72,7 +80,9 @@ impl Format {
         Format::Q4_0,
         Format::Q4_1,
         Format::Q5_0,
+        Format::Q5_1,
         Format::Q4_K,
+        Format::Q5_K,
         Format::Q6_K,
     ];
 
@@ -80,8 +90,8 @@ impl Format {
     pub const fn block_len(self) -> usize {
         match self {
             Format::F32 | Format::F16 | Format::BF16 => 1,
-            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 | Format::Q5_0 => 32,
-            Format::Q4_K | Format::Q6_K => 256,
+            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 => 32,
+            Format::Q4_K | Format::Q5_K | Format::Q6_K => 256,
         }
     }
 
@@ -94,7 +104,9 @@ impl Format {
             Format::Q4_0 => 18,
             Format::Q4_1 => 20,
             Format::Q5_0 => 22,
+            Format::Q5_1 => 24,
             Format::Q4_K => 144,
+            Format::Q5_K => 176,
             Format::Q6_K => 210,
         }
     }
@@ -109,7 +121,9 @@ impl Format {
             Format::Q4_0 => "Q4_0",
             Format::Q4_1 => "Q4_1",
             Format::Q5_0 => "Q5_0",
+            Format::Q5_1 => "Q5_1",
             Format::Q4_K => "Q4_K",
+            Format::Q5_K => "Q5_K",
             Format::Q6_K => "Q6_K",
         }
     }

@@ -10,11 +10,9 @@ pub(super) fn element_type(id: u32) -> (ElementType, Option<(usize, usize)>) {
         return (ElementType::Known(format), Some((format.block_len(), format.block_bytes())));
     }
     let (name, layout) = match id {
-        7 => ("Q5_1", Some((32, 24))),
         9 => ("Q8_1", None),
         10 => ("Q2_K", Some((256, 84))),
         11 => ("Q3_K", Some((256, 110))),
-        13 => ("Q5_K", Some((256, 176))),
         15 => ("Q8_K", Some((256, 292))),
         16 => ("IQ2_XXS", Some((256, 66))),
         17 => ("IQ2_XS", Some((256, 74))),
@@ -52,8 +50,10 @@ pub(super) fn type_id(format: Format) -> Option<u32> {
         Format::Q4_0 => 2,
         Format::Q4_1 => 3,
         Format::Q5_0 => 6,
+        Format::Q5_1 => 7,
         Format::Q8_0 => 8,
         Format::Q4_K => 12,
+        Format::Q5_K => 13,
         Format::Q6_K => 14,
         Format::BF16 => 30,
         _ => return None,
@@ -74,9 +74,9 @@ mod tests {
 
     #[test]
     fn other_types_keep_their_number() {
-        let (q5_k, layout) = element_type(13);
-        assert_eq!(q5_k.to_string(), "Q5_K (ggml type 13)");
-        assert_eq!(layout, Some((256, 176)));
+        let (q3_k, layout) = element_type(11);
+        assert_eq!(q3_k.to_string(), "Q3_K (ggml type 11)");
+        assert_eq!(layout, Some((256, 110)));
         assert_eq!(element_type(u32::MAX).0.to_string(), "unknown (ggml type 4294967295)");
     }
 }

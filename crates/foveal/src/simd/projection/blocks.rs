@@ -41,7 +41,9 @@ pub(super) fn layout(format: Format) -> Option<Layout> {
         Format::Q4_0 => Some(Q4_0::LAYOUT),
         Format::Q4_1 => Some(Q4_1::LAYOUT),
         Format::Q5_0 => Some(Q5_0::LAYOUT),
+        Format::Q5_1 => Some(Q5_1::LAYOUT),
         Format::Q4_K => Some(Q4_K::LAYOUT),
+        Format::Q5_K => Some(Q5_K::LAYOUT),
         Format::Q6_K => Some(Q6_K::LAYOUT),
         Format::Q8_0 => Some(Q8_0::LAYOUT),
         Format::F32 | Format::F16 | Format::BF16 => None,
@@ -218,6 +220,9 @@ impl Packed for Q4_1 {
     }
 }
 
+/// The fifth bit of every byte.
+const FIFTH: u32 = 0x1010_1010;
+
 /// High halves of every byte.
 const HIGH: u32 = 0xf0f0_f0f0;
 
@@ -233,12 +238,43 @@ impl Packed for Q5_0 {
         // SAFETY: `blocks` blocks of 22 bytes start there.
         let (scale, halves) = unsafe {
             let p = row.add(22 * chunk * (S::LANES / 4));
-            let low = s.load_pieces(p.add(6), 22, blocks);
-            let even = s.join_fifth(low, p.add(2), 22, blocks);
-            let odd = s.join_fifth(s.shift_right::<4>(low), p.add(4), 22, blocks);
-            (s.load_f16_quads(p, 22, blocks), [even, odd])
+            (s.load_f16_quads(p, 22, blocks), five_bits(s, p.add(2), 22, blocks))
         };
         Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
+    }
+}
+
+/// The bytes of even and odd `k` of blocks whose words of fifth bits lie at `p`, their nibbles behind them.
+/// # Safety
+/// `blocks` such runs of 20 bytes, `stride` apart, are readable.
+#[inline(always)]
+unsafe fn five_bits<S: Words>(s: S, p: *const u8, stride: usize, blocks: usize) -> [S::U; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = s.load_pieces(p.add(4), stride, blocks);
+        let even = s.join_fifth(low, p, stride, blocks);
+        [even, s.join_fifth(s.shift_right::<4>(low), p.add(2), stride, blocks)]
+    }
+}
+
+/// 5-bit integers with a minimum.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Q5_1;
+
+impl Packed for Q5_1 {
+    const LAYOUT: Layout = Layout { exponents: BYTES, sums: 1, ..SMALL };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
+        // SAFETY: `blocks` blocks of 24 bytes start there.
+        let (scale, minimum, halves) = unsafe {
+            let p = row.add(24 * chunk * (S::LANES / 4));
+            let scale = s.load_f16_quads(p, 24, blocks);
+            let minimum = s.load_f16_quads(p.add(2), 24, blocks);
+            (scale, minimum, five_bits(s, p.add(4), 24, blocks))
+        };
+        let minimum = s.fma(scale, s.splat(16.0), minimum);
+        Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [minimum; 2] }
     }
 }
 
@@ -262,27 +298,74 @@ impl Packed for Q4_K {
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
         let (block, part, half) = large_block::<S>(chunk);
-        // SAFETY: a block has 144 bytes: two halves, three words, eight runs of 16 bytes.
-        let (d, m, packed, low) = unsafe {
+        // SAFETY: a block has 144 bytes: 16 of scales, then four groups of 32.
+        let ((scale, minimum), low) = unsafe {
             let p = row.add(144 * block);
-            let halves = p.cast::<[u16; 2]>().read_unaligned();
-            let packed = p.add(4).cast::<[u32; 3]>().read_unaligned();
             let low = s.load_words(p.add(16 + 64 * part + 32 * half));
-            (s.widen_f16(halves[0]), s.widen_f16(halves[1]), packed, low)
+            (six_bit_scales(s, p, (part, half), 8.0), low)
         };
-        let [a, b, c] = packed;
-        let (scales, minima) = match part {
-            0 => (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f),
-            _ => (
-                c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030,
-                c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030,
-            ),
-        };
-        let scale = s.octets(s.scaled_bytes(scales.to_le_bytes(), d), half);
-        let below = s.octets(s.scaled_bytes(minima.to_le_bytes(), -m), half);
-        let minimum =
-            [s.fma(scale[0], s.splat(8.0), below[0]), s.fma(scale[1], s.splat(8.0), below[1])];
         Chunk { q: nibbles(s, low), scale, minimum }
+    }
+}
+
+/// The scales of a part of a block that begins with two halves and 12 packed bytes, and what is added to integers
+/// around `centre`.
+/// # Safety
+/// `p` is valid for reading 16 bytes.
+#[inline(always)]
+unsafe fn six_bit_scales<S: Words>(
+    s: S,
+    p: *const u8,
+    (part, half): (usize, usize),
+    centre: f32,
+) -> ([S::F; 2], [S::F; 2]) {
+    // SAFETY: two halves and three words.
+    let (d, m, [a, b, c]) = unsafe {
+        let [d, m] = p.cast::<[u16; 2]>().read_unaligned();
+        (s.widen_f16(d), s.widen_f16(m), p.add(4).cast::<[u32; 3]>().read_unaligned())
+    };
+    let (scales, minima) = match part {
+        0 => (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f),
+        _ => {
+            (c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030)
+        }
+    };
+    let scale = s.octets(s.scaled_bytes(scales.to_le_bytes(), d), half);
+    let below = s.octets(s.scaled_bytes(minima.to_le_bytes(), -m), half);
+    let centre = s.splat(centre);
+    (scale, [s.fma(scale[0], centre, below[0]), s.fma(scale[1], centre, below[1])])
+}
+
+/// 5-bit integers, a 6-bit scale and minimum for 32.
+#[derive(Debug, Clone, Copy)]
+#[allow(non_camel_case_types, reason = "the names are those of the format")]
+pub(super) struct Q5_K;
+
+impl Packed for Q5_K {
+    const LAYOUT: Layout = Layout { exponents: BYTES, ..Q4_K::LAYOUT };
+
+    #[inline(always)]
+    unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
+        /// The second group of a part has its fifth bits two bits higher.
+        static COUNTS: [u32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2];
+        let (block, part, half) = large_block::<S>(chunk);
+        // SAFETY: a block has 176 bytes: 16 of scales, 32 of fifth bits, then four groups of 32; the
+        // table has 16 words, LANES of them from 8 * half on.
+        let ((scale, minimum), low, fifth) = unsafe {
+            let p = row.add(176 * block);
+            let fifth = s.load_repeated(p.add(16));
+            // The part's first bit, 0 or 4, comes to bit 4.
+            let fifth = if part == 0 { s.shift_left::<4>(fifth) } else { fifth };
+            let counts = s.load_words(COUNTS.as_ptr().add(8 * half).cast());
+            let low = s.load_words(p.add(48 + 64 * part + 32 * half));
+            let fifth = s.shift_right_each(fifth, counts);
+            (six_bit_scales(s, p, (part, half), 16.0), low, fifth)
+        };
+        let halves = [
+            s.merge(low, fifth, FIFTH),
+            s.merge(s.shift_right::<4>(low), s.shift_right::<1>(fifth), FIFTH),
+        ];
+        Chunk { q: bytes(s, halves, 16), scale, minimum }
     }
 }
 

@@ -34,7 +34,9 @@ fn dequantize_kernel<S: Words>(s: S, format: Format, bytes: &[u8], out: &mut [f3
         Format::Q4_0 => blocks(bytes, out, |x, y| q4_0(s, x, y)),
         Format::Q4_1 => blocks(bytes, out, |x, y| q4_1(s, x, y)),
         Format::Q5_0 => blocks(bytes, out, |x, y| q5_0(s, x, y)),
+        Format::Q5_1 => blocks(bytes, out, |x, y| q5_1(s, x, y)),
         Format::Q4_K => blocks(bytes, out, |x, y| q4_k(s, x, y)),
+        Format::Q5_K => blocks(bytes, out, |x, y| q5_k(s, x, y)),
         Format::Q6_K => blocks(bytes, out, |x, y| q6_k(s, x, y)),
     }
 }
@@ -118,31 +120,64 @@ fn q4_1<S: Words>(s: S, block: &[u8; 20], y: &mut [f32; 32]) {
 
 #[inline(always)]
 fn q5_0<S: Words>(s: S, block: &[u8; 22], y: &mut [f32; 32]) {
-    let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-    let mut q = [0i8; 32];
-    for j in 0..16 {
-        let (low, high) = (block[6 + j] & 15, block[6 + j] >> 4);
-        q[j] = (low | ((fifth >> j & 1) << 4) as u8) as i8 - 16;
-        q[j + 16] = (high | ((fifth >> (j + 16) & 1) << 4) as u8) as i8 - 16;
-    }
+    let q = five_bits(&block[2..]).map(|q| q - 16);
     signed(s, &q, (half_at(s, block, 0), -0.0), y);
 }
 
 #[inline(always)]
+fn q5_1<S: Words>(s: S, block: &[u8; 24], y: &mut [f32; 32]) {
+    let fit = (half_at(s, block, 0), half_at(s, block, 2));
+    signed(s, &five_bits(&block[4..]), fit, y);
+}
+
+/// 32 integers from their word of fifth bits and their nibbles.
+#[inline(always)]
+fn five_bits(bytes: &[u8]) -> [i8; 32] {
+    let fifth = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    let mut q = [0i8; 32];
+    for j in 0..16 {
+        let (low, high) = (bytes[4 + j] & 15, bytes[4 + j] >> 4);
+        q[j] = (low | ((fifth >> j & 1) << 4) as u8) as i8;
+        q[j + 16] = (high | ((fifth >> (j + 16) & 1) << 4) as u8) as i8;
+    }
+    q
+}
+
+#[inline(always)]
 fn q4_k<S: Words>(s: S, block: &[u8; 144], y: &mut [f32; 256]) {
+    let fits = six_bit_fits(s, &block[..16]);
+    for g in 0..4 {
+        let q = &block[16 + 32 * g..][..32];
+        nibbles(s, q, [fits[2 * g], fits[2 * g + 1]], &mut y[64 * g..][..64]);
+    }
+}
+
+/// Scales and offsets of the eight runs of a block that begins with two halves and 12 packed bytes.
+#[inline(always)]
+fn six_bit_fits<S: Words>(s: S, block: &[u8]) -> [(f32, f32); 8] {
     let (d, m) = (half_at(s, block, 0), half_at(s, block, 2));
     let packed = &block[4..16];
-    let fit = |r: usize| {
+    std::array::from_fn(|r| {
         let (scale, minimum) = if r < 4 {
             (packed[r] & 63, packed[r + 4] & 63)
         } else {
             (packed[r + 4] & 15 | packed[r - 4] >> 6 << 4, packed[r + 4] >> 4 | packed[r] >> 6 << 4)
         };
         (d * f32::from(scale), -(m * f32::from(minimum)))
-    };
-    for g in 0..4 {
-        let q = &block[16 + 32 * g..][..32];
-        nibbles(s, q, [fit(2 * g), fit(2 * g + 1)], &mut y[64 * g..][..64]);
+    })
+}
+
+#[inline(always)]
+fn q5_k<S: Words>(s: S, block: &[u8; 176], y: &mut [f32; 256]) {
+    let fits = six_bit_fits(s, &block[..16]);
+    let (fifth, low) = block[16..].split_at(32);
+    for (r, y) in y.chunks_exact_mut(32).enumerate() {
+        let mut q = [0i8; 32];
+        for i in 0..32 {
+            let nibble = low[32 * (r / 2) + i] >> (4 * (r % 2)) & 15;
+            q[i] = (nibble | (fifth[i] >> r & 1) << 4) as i8;
+        }
+        signed(s, &q, fits[r], y);
     }
 }
 

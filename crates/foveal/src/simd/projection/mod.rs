@@ -93,7 +93,7 @@ pub(crate) struct RowCall<'a> {
 /// Products of weight rows with up to 64 input rows. Sums run in one order that depends on the
 /// format, the level and `in_features` only.
 pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
-    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0};
+    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
     use row::{Bf16, F16, F32, Grouped, run};
     match format {
         Format::F32 => run(level, F32, call),
@@ -103,7 +103,9 @@ pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
         Format::Q4_0 => run(level, Grouped(Q4_0), call),
         Format::Q4_1 => run(level, Grouped(Q4_1), call),
         Format::Q5_0 => run(level, Grouped(Q5_0), call),
+        Format::Q5_1 => run(level, Grouped(Q5_1), call),
         Format::Q4_K => run(level, Grouped(Q4_K), call),
+        Format::Q5_K => run(level, Grouped(Q5_K), call),
         Format::Q6_K => run(level, Grouped(Q6_K), call),
     }
 }
