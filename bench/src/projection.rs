@@ -9,7 +9,8 @@ use crate::peer::{Peer, Peers};
 use crate::prepared::{Absent, Prepared, Work, level};
 use anyhow::{Context, ensure};
 use foveal::projection::{
-    Call, Format, Input, Matrix, MatrixShape, Output, dequantize_row, project, workspace_bytes,
+    Activations, Call, Format, Input, Matrix, MatrixShape, Output, dequantize_row, project,
+    workspace_bytes,
 };
 use foveal::{Cpu, DType, MAX_GENERATED_ROWS, Phase, Threads, Workspace};
 use std::num::NonZeroUsize;
@@ -28,7 +29,7 @@ pub(crate) fn prepare(case: &ProjectionCase, peers: &Peers) -> anyhow::Result<Pr
     let threads = Threads::at_most(NonZeroUsize::new(case.threads).context("no threads")?);
     let level = level(&case.level)?;
     let phase = if case.rows > MAX_GENERATED_ROWS { Phase::Prompt } else { Phase::Generated };
-    let call = Call { phase, cpu: Cpu { level, threads } };
+    let call = Call { phase, cpu: Cpu { level, threads }, activations: Activations::F32 };
     let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
     let mut absent = Vec::new();
     if peers.has(Peer::Unfused) {

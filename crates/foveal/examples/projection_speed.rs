@@ -5,11 +5,11 @@
 //! projections, and of their gradients, beside a loop of fused multiply-adds in registers; and the
 //! projections of one token of a model with the shapes of SmolLM2-135M.
 //!
-//! `cargo run --release -p foveal --example projection_speed [rounds] [part]` with the part `reading`,
-//! `arithmetic`, `gradients` or `token`; all without one.
+//! `cargo run --release -p foveal --example projection_speed [rounds] [part] [activations]` with the part `reading`,
+//! `arithmetic`, `gradients`, `token` or `all`, and the activations `f32`, `bf16` or `int8`.
 
 use foveal::projection::{
-    Call, Format, Input, Matrix, MatrixShape, Output, Projection, ProjectionBackward,
+    Activations, Call, Format, Input, Matrix, MatrixShape, Output, Projection, ProjectionBackward,
     ProjectionGradients, backward_workspace_bytes, project_backward, project_many, workspace_bytes,
 };
 use foveal::testing::multiply_add;
@@ -23,21 +23,27 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let cpu = Cpu::detect()?;
     println!("level {}, best of {rounds}", cpu.level);
     let part = std::env::args().nth(2);
-    let wanted = |name| part.as_deref().is_none_or(|part| part == name);
+    let wanted = |name| part.as_deref().is_none_or(|part| part == name || part == "all");
+    let activations = match std::env::args().nth(3).as_deref() {
+        None | Some("f32") => Activations::F32,
+        Some("bf16") => Activations::Bf16,
+        Some("int8") => Activations::Int8,
+        Some(other) => return Err(format!("no activations {other}: f32, bf16 or int8").into()),
+    };
     // On a thread of the pool, as a program would that cares for speed: a call from outside puts its
     // thread to sleep and wakes it again.
     rayon::scope(|_| {
         if wanted("reading") {
-            reading(cpu, rounds)?;
+            reading(cpu, activations, rounds)?;
         }
         if wanted("arithmetic") {
-            arithmetic(cpu, rounds)?;
+            arithmetic(cpu, activations, rounds)?;
         }
         if wanted("gradients") {
             gradients(cpu, rounds)?;
         }
         if wanted("token") {
-            token(cpu, rounds)?;
+            token(cpu, activations, rounds)?;
         }
         Ok(())
     })
@@ -69,12 +75,16 @@ fn read(bytes: &[u8]) -> u64 {
     lanes.iter().fold(0, |a, b| a ^ b)
 }
 
-fn reading(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
+fn reading(cpu: Cpu, activations: Activations, rounds: usize) -> Result<(), foveal::Error> {
     for count in [1, 2] {
         println!(
             "\none row, {count} threads: GB/s of 256 MiB of weights, of plain reading; of 512 KiB"
         );
-        let call = Call { phase: Phase::Generated, cpu: Cpu { threads: threads(count), ..cpu } };
+        let call = Call {
+            phase: Phase::Generated,
+            cpu: Cpu { threads: threads(count), ..cpu },
+            activations,
+        };
         for format in Format::ALL {
             let in_features = 2048;
             let row = format.row_bytes(in_features).expect("whole blocks");
@@ -156,22 +166,26 @@ impl Bench {
     }
 }
 
-fn arithmetic(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
+fn arithmetic(cpu: Cpu, activations: Activations, rounds: usize) -> Result<(), foveal::Error> {
     println!("\n1536x576, one thread: Gflop/s (share of the peak loop)");
     let shape = MatrixShape { out_features: 1536, in_features: 576 };
     let one = Cpu { threads: Threads::ONE, ..cpu };
+    let dtype = match activations {
+        Activations::F32 => DType::F32,
+        _ => DType::Bf16,
+    };
     for (phase, row_counts) in
         [(Phase::Prompt, &[16, 64, 512][..]), (Phase::Generated, &[4, 16, 64])]
     {
         for &rows in row_counts {
             for format in [Format::F32, Format::BF16, Format::Q8_0, Format::Q4_1, Format::Q5_0] {
-                let call = Call { phase, cpu: one };
+                let call = Call { phase, cpu: one, activations };
                 let bytes = stored(format, shape);
                 let matrix = Matrix::new(format, shape, &bytes)?;
                 let mut bench = Bench::new(&[matrix], rows, call);
                 let (mut best, mut peak) = (f64::MAX, 0f64);
                 for _ in 0..rounds {
-                    peak = peak.max(peak_flops(cpu.level));
+                    peak = peak.max(peak_flops(cpu.level, dtype));
                     best = best.min(seconds(|| bench.run(&[matrix], call)));
                 }
                 let ours = 2.0 * (rows * 1536 * 576) as f64 / best / 1e9;
@@ -209,7 +223,7 @@ fn gradients(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
         };
         let (mut best, mut peak) = ([f64::MAX; 2], 0f64);
         for _ in 0..rounds {
-            peak = peak.max(peak_flops(cpu.level));
+            peak = peak.max(peak_flops(cpu.level, DType::F32));
             let d_x = Gradient::Write(Output { data: &mut d_x, stride: in_features });
             best[0] = best[0].min(run(ProjectionGradients { d_x, ..Default::default() }));
             let d_weights = Gradient::Write(&mut d_weights[..]);
@@ -223,7 +237,7 @@ fn gradients(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
 }
 
 /// The matrices of one token: 30 layers of 576 with 4-bit weights, and an 8-bit head of 49152.
-fn token(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
+fn token(cpu: Cpu, activations: Activations, rounds: usize) -> Result<(), foveal::Error> {
     const LAYERS: usize = 30;
     let shape = |out_features, in_features| MatrixShape { out_features, in_features };
     let groups = [
@@ -242,7 +256,11 @@ fn token(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
     let head = shape(49152, 576);
     weights.push(vec![(Format::Q8_0, head, stored(Format::Q8_0, head))]);
     for count in [1, 2] {
-        let call = Call { phase: Phase::Generated, cpu: Cpu { threads: threads(count), ..cpu } };
+        let call = Call {
+            phase: Phase::Generated,
+            cpu: Cpu { threads: threads(count), ..cpu },
+            activations,
+        };
         let mut groups = Vec::new();
         for group in &weights {
             let matrices: Result<Vec<_>, _> = group
@@ -271,8 +289,8 @@ fn token(cpu: Cpu, rounds: usize) -> Result<(), foveal::Error> {
     Ok(())
 }
 
-fn peak_flops(level: Level) -> f64 {
+fn peak_flops(level: Level, dtype: DType) -> f64 {
     let mut operations = 0;
-    let time = seconds(|| operations = black_box(multiply_add(level, DType::F32, 100_000)).0);
+    let time = seconds(|| operations = black_box(multiply_add(level, dtype, 100_000)).0);
     operations as f64 / time / 1e9
 }

@@ -1,8 +1,8 @@
 //! Projections against sums in f64, for every format, level and awkward shape.
 
 use foveal::projection::{
-    Call, Format, Input, Matrix, MatrixShape, Output, Projection, dequantize_row, embed, project,
-    project_many, workspace_bytes,
+    Activations, Call, Format, Input, Matrix, MatrixShape, Output, Projection, dequantize_row,
+    embed, project, project_many, workspace_bytes,
 };
 use foveal::{Cpu, Error, Level, MAX_GENERATED_ROWS, Phase, Threads, Workspace};
 use half::{bf16, f16};
@@ -102,15 +102,55 @@ impl Stored {
         expected
     }
 
-    /// The bound that the module states.
-    fn bound(&self, phase: Phase) -> f64 {
+    /// The bound that the module states, as a multiple of the magnitude.
+    fn bound(&self, call: Call) -> f64 {
         let width = self.shape.in_features as f64;
-        let steps = match phase {
+        let steps = match call.phase {
             Phase::Generated => width / 32.0 + 16.0,
             Phase::Prompt => width.min(256.0) + width / 256.0 + 4.0,
         };
-        steps * 2f64.powi(-24)
+        let rounded = if in_pairs(call) { 2f64.powi(-7) + 2f64.powi(-16) } else { 0.0 };
+        steps * 2f64.powi(-24) + rounded
     }
+
+    /// What integers cost for every row and output: Σ |w| max |x| / 254, of runs of 32, and what the sums of unsigned
+    /// integers do.
+    fn integers_cost(&self, x: &[f32]) -> Vec<f64> {
+        let width = self.shape.in_features;
+        let steps = (width as f64 / 32.0 + 16.0) * 2f64.powi(-24);
+        let values = self.values();
+        let most = |x: &[f32]| f64::from(x.iter().fold(0f32, |most, x| most.max(x.abs())));
+        let run = |(w, x): (&[f32], &[f32])| {
+            let weights: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
+            most(x) * (weights / 254.0 + steps * 8.0 * 32.0 * most(w))
+        };
+        let rows = x.chunks_exact(width).flat_map(|x| {
+            let outputs = values.chunks_exact(width);
+            outputs.map(move |row| row.chunks(32).zip(x.chunks(32)).map(run).sum())
+        });
+        rows.collect()
+    }
+}
+
+/// Whether a call multiplies pairs of bf16.
+fn in_pairs(call: Call) -> bool {
+    let has = call.cpu.level.name() == "avx512bf16";
+    has && call.phase == Phase::Prompt && call.activations != Activations::F32
+}
+
+/// Whether a call multiplies integers.
+fn in_integers(call: Call, format: Format) -> bool {
+    let has = call.cpu.level.name() == "avx512bf16" && format.block_len() > 1;
+    has && call.phase == Phase::Generated && call.activations == Activations::Int8
+}
+
+/// Both phases with all that inputs may be rounded to.
+fn calls(level: Level, threads: usize) -> impl Iterator<Item = Call> {
+    let cpu = cpu(level, threads);
+    [Phase::Generated, Phase::Prompt].into_iter().flat_map(move |phase| {
+        let all = [Activations::F32, Activations::Bf16, Activations::Int8];
+        all.map(|activations| Call { phase, cpu, activations })
+    })
 }
 
 fn cpu(level: Level, threads: usize) -> Cpu {
@@ -138,16 +178,18 @@ fn widths(format: Format) -> &'static [usize] {
     }
 }
 
-fn assert_close(stored: &Stored, x: &[f32], y: &[f32], phase: Phase, what: &str) {
+fn assert_close(stored: &Stored, x: &[f32], y: &[f32], call: Call) {
     let expected = stored.expected(x);
+    let integers = in_integers(call, stored.format).then(|| stored.integers_cost(x));
     assert_eq!(y.len(), expected.len());
     for (i, (&got, &(expected, magnitude))) in y.iter().zip(&expected).enumerate() {
         let error = (f64::from(got) - expected).abs();
-        let bound = stored.bound(phase) * magnitude + 1e-30;
+        let cost = integers.as_ref().map_or(0.0, |cost| cost[i]);
+        let bound = stored.bound(call) * magnitude + cost + 1e-30;
         let MatrixShape { out_features, in_features } = stored.shape;
         assert!(
             error <= bound,
-            "{what} {} {phase:?} [{out_features}, {in_features}] result {i}: \
+            "{call:?} {} [{out_features}, {in_features}] result {i}: \
              {got} for {expected}, error {error:e} > {bound:e}",
             stored.format
         );
@@ -164,9 +206,8 @@ fn every_format_and_shape_is_within_its_bound() {
                     let stored = Stored::random(format, out_features, width, &mut random);
                     let rows = [1, 2, 5, 6, 7, 3][case % 6];
                     let x = random.numbers(rows * width);
-                    for phase in [Phase::Generated, Phase::Prompt] {
-                        let y = run(&stored, &x, rows, Call { phase, cpu: cpu(level, 1) });
-                        assert_close(&stored, &x, &y, phase, level.name());
+                    for call in calls(level, 1) {
+                        assert_close(&stored, &x, &run(&stored, &x, rows, call), call);
                     }
                 }
             }
@@ -182,9 +223,8 @@ fn floats_of_every_small_width_are_within_their_bound() {
             for width in 1..=40 {
                 let stored = Stored::random(format, 3, width, &mut random);
                 let x = random.numbers(2 * width);
-                for phase in [Phase::Generated, Phase::Prompt] {
-                    let y = run(&stored, &x, 2, Call { phase, cpu: cpu(level, 1) });
-                    assert_close(&stored, &x, &y, phase, level.name());
+                for call in calls(level, 1) {
+                    assert_close(&stored, &x, &run(&stored, &x, 2, call), call);
                 }
             }
         }
@@ -202,16 +242,16 @@ fn the_rows_of_a_call_change_no_bit() {
         for format in Format::ALL {
             let (out_features, width) = (65, *widths(format).last().unwrap());
             let stored = Stored::random(format, out_features, width, &mut random);
-            for (phase, most) in [(Phase::Generated, 64), (Phase::Prompt, 65)] {
-                let call = Call { phase, cpu: cpu(level, 1) };
+            for call in calls(level, 1) {
+                let most = if call.phase == Phase::Generated { 64 } else { 65 };
                 let x = random.numbers(most * width);
                 let whole = run(&stored, &x, most, call);
-                assert_close(&stored, &x, &whole, phase, level.name());
+                assert_close(&stored, &x, &whole, call);
                 for rows in [1, 2, 3, 4, 5, 6, 7, 13, 64] {
                     let first = most - rows;
                     let some = run(&stored, &x[first * width..], rows, call);
                     let same = bits(&whole[first * out_features..]) == bits(&some);
-                    assert!(same, "{level} {format} {phase:?} {rows} rows");
+                    assert!(same, "{call:?} {format} {rows} rows");
                 }
             }
         }
@@ -225,12 +265,12 @@ fn threads_change_no_bit() {
         for format in Format::ALL {
             let width = if format.block_len() == 256 { 768 } else { 576 };
             let stored = Stored::random(format, 1000, width, &mut random);
-            for phase in [Phase::Generated, Phase::Prompt] {
+            for call in calls(level, 1) {
                 let x = random.numbers(9 * width);
-                let run = |threads| run(&stored, &x, 9, Call { phase, cpu: cpu(level, threads) });
+                let run = |threads| run(&stored, &x, 9, Call { cpu: cpu(level, threads), ..call });
                 let one = bits(&run(1));
-                assert!(one == bits(&run(2)), "{level} {format} {phase:?} 2 threads");
-                assert!(one == bits(&run(3)), "{level} {format} {phase:?} 3 threads");
+                assert!(one == bits(&run(2)), "{call:?} {format} 2 threads");
+                assert!(one == bits(&run(3)), "{call:?} {format} 3 threads");
             }
         }
     }
@@ -244,8 +284,8 @@ fn many_matrices_give_what_they_give_alone() {
         formats.map(|&format| Stored::random(format, 70, 512, &mut random)).collect();
     let matrices: Vec<_> = stored.iter().map(Stored::matrix).collect();
     for level in Level::available() {
-        for (phase, rows) in [(Phase::Generated, 3), (Phase::Prompt, 20)] {
-            let call = Call { phase, cpu: cpu(level, 2) };
+        for call in calls(level, 2) {
+            let rows = if call.phase == Phase::Generated { 3 } else { 20 };
             let (stride, gap) = (512 + 5, 70 + 3);
             let x = random.numbers(rows * stride);
             let mut results = vec![vec![-7.0; rows * gap]; stored.len()];
@@ -263,8 +303,8 @@ fn many_matrices_give_what_they_give_alone() {
             project_many(&mut projections, input, call, &mut workspace).unwrap();
             for (stored, y) in stored.iter().zip(&results) {
                 for (x, y) in x.chunks_exact(stride).zip(y.chunks_exact(gap)) {
-                    let alone = run(stored, &x[..512], 1, Call { phase, cpu: cpu(level, 1) });
-                    assert!(bits(&alone) == bits(&y[..70]), "{level} {} {phase:?}", stored.format);
+                    let alone = run(stored, &x[..512], 1, Call { cpu: cpu(level, 1), ..call });
+                    assert!(bits(&alone) == bits(&y[..70]), "{call:?} {}", stored.format);
                     assert_eq!(y[70..], [-7.0; 3]);
                 }
             }
@@ -275,9 +315,8 @@ fn many_matrices_give_what_they_give_alone() {
 #[test]
 fn nothing_in_gives_nothing_or_zeros() {
     for level in Level::available() {
-        for phase in [Phase::Generated, Phase::Prompt] {
+        for call in calls(level, 2) {
             for format in Format::ALL {
-                let call = Call { phase, cpu: cpu(level, 2) };
                 let mut random = Random(6);
                 let no_outputs = Stored::random(format, 0, 256, &mut random);
                 assert!(run(&no_outputs, &[1.0; 256], 1, call).is_empty());
@@ -298,10 +337,10 @@ fn nan_reaches_its_row_only() {
             let stored = Stored::random(format, 20, 512, &mut random);
             let mut x = random.numbers(3 * 512);
             x[512 + 37] = f32::NAN;
-            for phase in [Phase::Generated, Phase::Prompt] {
-                let y = run(&stored, &x, 3, Call { phase, cpu: cpu(level, 1) });
+            for call in calls(level, 1) {
+                let y = run(&stored, &x, 3, call);
                 let nan: Vec<_> = y.iter().map(|y| y.is_nan()).collect();
-                assert!(nan[20..40].iter().all(|&nan| nan), "{level} {format} {phase:?}");
+                assert!(nan[20..40].iter().all(|&nan| nan), "{call:?} {format}");
                 assert!(!nan[..20].iter().chain(&nan[40..]).any(|&nan| nan));
             }
         }
@@ -332,7 +371,8 @@ fn calls_that_do_not_fit_are_refused_and_write_nothing() {
     let stored = Stored::random(Format::Q4_1, 4, 64, &mut Random(9));
     let matrix = stored.matrix();
     let level = Level::available().last().unwrap();
-    let call = Call { phase: Phase::Generated, cpu: cpu(level, 1) };
+    let activations = Activations::F32;
+    let call = Call { phase: Phase::Generated, cpu: cpu(level, 1), activations };
     let x = vec![1.0; 65 * 64];
     let mut y = vec![7.0; 65 * 4];
     let mut workspace = Workspace::new();
@@ -371,4 +411,21 @@ fn matrices_whose_bytes_do_not_fit_are_refused() {
     let shape = MatrixShape { out_features: usize::MAX, in_features: usize::MAX };
     let error = Matrix::new(Format::F32, shape, &[0; 8]).unwrap_err();
     assert!(matches!(error, Error::MatrixBytes { expected: usize::MAX, .. }), "{error}");
+}
+
+#[test]
+fn a_level_without_the_instructions_multiplies_f32() {
+    let mut random = Random(10);
+    for level in Level::available() {
+        for format in Format::ALL {
+            let stored = Stored::random(format, 70, 512, &mut random);
+            let x = random.numbers(3 * 512);
+            for call in calls(level, 1) {
+                let exact = Call { activations: Activations::F32, ..call };
+                let same = bits(&run(&stored, &x, 3, call)) == bits(&run(&stored, &x, 3, exact));
+                let rounded = in_pairs(call) || in_integers(call, format);
+                assert_eq!(same, !rounded, "{call:?} {format}");
+            }
+        }
+    }
 }

@@ -16,6 +16,7 @@ use crate::gradient::Gradient;
 use crate::parallel::for_each_part;
 use crate::simd::Level;
 use crate::simd::norm::add_column_sums;
+use crate::simd::product::Form;
 use crate::simd::projection::Columns;
 use crate::simd::projection::dequantize::dequantize;
 use crate::simd::projection::panel::{PanelCall, panel};
@@ -228,7 +229,7 @@ impl Product<'_> {
                         columns: start..columns.end.min(start + PANEL),
                         add: self.add || depth.start > 0,
                     };
-                    panel(level, &call);
+                    panel(Form::Numbers(level), &call);
                 }
             }
         }

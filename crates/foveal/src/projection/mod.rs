@@ -35,7 +35,9 @@ pub use dequantize::{RowError, dequantize_row};
 pub use embed::embed;
 pub use format::Format;
 pub use matrix::{Matrix, MatrixShape};
-pub use project::{Call, Input, Output, Projection, project, project_many, workspace_bytes};
+pub use project::{
+    Activations, Call, Input, Output, Projection, project, project_many, workspace_bytes,
+};
 
 #[cfg(target_endian = "big")]
 compile_error!("stored matrices are little-endian and are read in place");

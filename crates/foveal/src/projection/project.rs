@@ -4,14 +4,15 @@
 //! panels of 64 for prompts. A result is computed whole by one thread, in an order that no cut
 //! changes.
 
-use super::{Matrix, MatrixShape};
+use super::{Format, Matrix, MatrixShape};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 use crate::error::{Error, Result};
 use crate::parallel::for_each_part;
-use crate::simd::Level;
+use crate::simd::pairs;
+use crate::simd::product::Form;
 use crate::simd::projection::dequantize::dequantize;
 use crate::simd::projection::panel::{PanelCall, panel};
-use crate::simd::projection::{Columns, RowCall, pack, packed_len, rows};
+use crate::simd::projection::{Columns, RowCall, RowInputs, pack, packed_len, rows};
 use crate::simd::tile::{PANEL, pack_keys};
 use crate::tensor::{Rows, Shape};
 use crate::workspace::Workspace;
@@ -66,6 +67,36 @@ pub struct Call {
     pub phase: Phase,
     /// Which instructions and how many threads.
     pub cpu: Cpu,
+    /// What inputs are rounded to before they are multiplied.
+    pub activations: Activations,
+}
+
+/// What the rows of a projection's input are rounded to, each row for itself. Sums and results are f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Activations {
+    /// Nothing: products are those of f32.
+    #[default]
+    F32,
+    /// Prompts multiply bf16, weights too, where the level has an instruction for it: twice as fast. Generated rows
+    /// multiply f32.
+    Bf16,
+    /// As [`Bf16`](Activations::Bf16), and generated rows meet weights of 4 to 8 bits as 8-bit integers with a scale for
+    /// 32 neighbours, where the level has an instruction for it.
+    Int8,
+}
+
+impl Call {
+    fn form(&self) -> Form {
+        match (self.activations, self.cpu.level.pairs()) {
+            (Activations::F32, _) | (_, None) => Form::Numbers(self.cpu.level),
+            (Activations::Bf16 | Activations::Int8, Some(pairs)) => Form::Pairs(pairs),
+        }
+    }
+
+    fn row_inputs(&self, format: Format) -> RowInputs {
+        RowInputs::new(self.cpu.level, self.activations == Activations::Int8, format)
+    }
 }
 
 /// Bytes of workspace that [`project_many`] needs for these matrices and this many input rows.
@@ -76,17 +107,29 @@ pub fn workspace_bytes(weights: &[Matrix<'_>], rows: usize, call: Call) -> usize
 /// Numbers of workspace with one more matrix: scratch for every thread, or one more packed input.
 fn grown(floats: usize, matrix: &Matrix<'_>, rows: usize, call: Call) -> usize {
     match call.phase {
-        Phase::Prompt => PANEL_SCRATCH.saturating_mul(call.cpu.threads.count()),
+        Phase::Prompt => {
+            let scratch = PANEL_SCRATCH.saturating_mul(call.cpu.threads.count());
+            scratch.saturating_add(cells_len(call.form(), rows, matrix.shape().in_features))
+        }
         Phase::Generated => {
-            let row = packed_len(call.cpu.level, matrix.format(), matrix.shape().in_features);
+            let format = matrix.format();
+            let row = packed_len(call.row_inputs(format), format, matrix.shape().in_features);
             floats.saturating_add(row.saturating_mul(rows))
         }
     }
 }
 
+/// Numbers of memory for the cells of a prompt's rows; numbers are their own cells.
+fn cells_len(form: Form, rows: usize, width: usize) -> usize {
+    match form {
+        Form::Numbers(_) => 0,
+        Form::Pairs(_) => rows.saturating_mul(form.cells(width)),
+    }
+}
+
 /// y\[r, n\] = Σ_k W\[n, k\] · x\[r, k\] for every row r of `x`.
 ///
-/// A row's result depends on the row, the matrix, the phase and the level, and on nothing else: not
+/// A row's result depends on the row, the matrix, the phase, the level and the activations, and on nothing else: not
 /// on the other rows, nor on threads. One thread allocates nothing.
 ///
 /// # Errors
@@ -95,14 +138,15 @@ fn grown(floats: usize, matrix: &Matrix<'_>, rows: usize, call: Call) -> usize {
 /// `workspace` holds less than [`workspace_bytes`]. Nothing has been written then.
 ///
 /// ```
-/// use foveal::projection::{Call, Format, Input, Matrix, MatrixShape, Output, project};
+/// use foveal::projection::{Activations, Call, Format, Input, Matrix, MatrixShape, Output, project};
 /// use foveal::{Cpu, Phase, Workspace};
 ///
 /// let bytes: Vec<u8> = [1f32, 2.0, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect();
 /// let shape = MatrixShape { out_features: 2, in_features: 2 };
 /// let weights = Matrix::new(Format::F32, shape, &bytes)?;
 /// let mut y = [0.0; 2];
-/// let call = Call { phase: Phase::Generated, cpu: Cpu::detect()? };
+/// let activations = Activations::F32;
+/// let call = Call { phase: Phase::Generated, cpu: Cpu::detect()?, activations };
 /// let x = Input { data: &[1.0, 10.0], rows: 1, stride: 2 };
 /// project(&weights, x, Output { data: &mut y, stride: 2 }, call, &mut Workspace::new())?;
 /// assert_eq!(y, [21.0, 43.0]);
@@ -145,16 +189,17 @@ pub fn project_many(
     if x.rows == 0 {
         return Ok(());
     }
+    if call.phase == Phase::Prompt {
+        let (cells, scratch) = floats.split_at_mut(cells_len(call.form(), x.rows, width));
+        let x = as_cells(call.form(), x, width, cells);
+        projections.chunks_mut(TOGETHER).for_each(|region| prompt(region, x, call, scratch));
+        return Ok(());
+    }
     for region in projections.chunks_mut(TOGETHER) {
-        match call.phase {
-            Phase::Prompt => prompt(region, x, call.cpu, floats),
-            Phase::Generated => {
-                let used = region.iter().fold(0, |n, p| grown(n, &p.weights, x.rows, call));
-                let (packed, rest) = floats.split_at_mut(used);
-                generated(region, x, call.cpu, packed);
-                floats = rest;
-            }
-        }
+        let used = region.iter().fold(0, |n, p| grown(n, &p.weights, x.rows, call));
+        let (packed, rest) = floats.split_at_mut(used);
+        generated(region, x, call, packed);
+        floats = rest;
     }
     Ok(())
 }
@@ -252,15 +297,26 @@ impl<'a> Region<'a> {
     }
 }
 
+/// A prompt's rows as cells of the form: as they come, or rounded into `cells`.
+fn as_cells<'a>(form: Form, x: Input<'a>, width: usize, cells: &'a mut [f32]) -> Input<'a> {
+    let Form::Pairs(pairs) = form else { return x };
+    let stride = form.cells(width);
+    for (row, cells) in cells.chunks_exact_mut(stride.max(1)).enumerate() {
+        pairs::round_row(pairs, &x.data[row * x.stride..][..width], cells);
+    }
+    Input { data: cells, rows: x.rows, stride }
+}
+
 /// Row kernels: inputs packed once for each format, then runs of matrix rows.
-fn generated(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, mut free: &mut [f32]) {
+fn generated(projections: &mut [Projection<'_>], x: Input<'_>, call: Call, mut free: &mut [f32]) {
+    let cpu = call.cpu;
     let mut region = Region(std::array::from_fn(|_| None));
     let mut stored = 0usize;
     for (i, projection) in projections.iter_mut().enumerate() {
         let weights = projection.weights;
         let (format, width) = (weights.format(), weights.shape().in_features);
         stored = stored.saturating_add(weights.bytes().len());
-        let stride = packed_len(cpu.level, format, width);
+        let stride = packed_len(call.row_inputs(format), format, width);
         let known = region.jobs().find(|job| job.weights.format() == format).map(|job| job.x);
         let x = match known {
             Some(packed) => packed,
@@ -269,7 +325,8 @@ fn generated(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, mut fre
                 let (packed, rest) = std::mem::take(&mut free).split_at_mut(x.rows * stride);
                 free = rest;
                 for (row, out) in packed.chunks_exact_mut(stride).enumerate() {
-                    pack(cpu.level, format, &x.data[row * x.stride..][..width], out);
+                    let x = &x.data[row * x.stride..][..width];
+                    pack(call.row_inputs(format), format, x, out);
                 }
                 Input { data: packed, rows: x.rows, stride }
             }
@@ -281,7 +338,8 @@ fn generated(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, mut fre
     let threads = if split { cpu.threads.count().min(region.parts()).max(1) } else { 1 };
     for_each_part(region.parts(), std::iter::repeat_n((), threads), |part, ()| {
         let (job, weight_rows) = region.locate(part);
-        let call = RowCall {
+        let format = job.weights.format();
+        let row_call = RowCall {
             weights: job.weights.rows(weight_rows.clone()),
             row_bytes: job.weights.row_bytes(),
             in_features: job.weights.shape().in_features,
@@ -291,12 +349,12 @@ fn generated(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, mut fre
             out: &job.out,
             columns: weight_rows,
         };
-        rows(cpu.level, job.weights.format(), call);
+        rows(call.row_inputs(format), format, row_call);
     });
 }
 
 /// Tile kernels: panels of 64 matrix rows, each widened once for all input rows.
-fn prompt(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, scratch: &mut [f32]) {
+fn prompt(projections: &mut [Projection<'_>], x: Input<'_>, call: Call, scratch: &mut [f32]) {
     let mut region = Region(std::array::from_fn(|_| None));
     let mut products = 0usize;
     for (i, projection) in projections.iter_mut().enumerate() {
@@ -306,9 +364,9 @@ fn prompt(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, scratch: &
     }
     let work = |part: usize, scratch: &mut &mut [f32]| {
         let (job, columns) = region.locate(part);
-        prompt_panel(job, columns, cpu.level, scratch);
+        prompt_panel(job, columns, call.form(), scratch);
     };
-    let threads = cpu.threads.count().min(region.parts());
+    let threads = call.cpu.threads.count().min(region.parts());
     if threads <= 1 || products.saturating_mul(x.rows) < SPLIT_PRODUCTS {
         for_each_part(region.parts(), std::iter::once(scratch), work);
     } else {
@@ -318,7 +376,8 @@ fn prompt(projections: &mut [Projection<'_>], x: Input<'_>, cpu: Cpu, scratch: &
 }
 
 /// One panel's results for every input row, over runs of `DEPTH` input columns.
-fn prompt_panel(job: &Job<'_>, columns: Range<usize>, level: Level, scratch: &mut [f32]) {
+fn prompt_panel(job: &Job<'_>, columns: Range<usize>, form: Form, scratch: &mut [f32]) {
+    let level = form.level();
     let format = job.weights.format();
     let width = job.weights.shape().in_features;
     let (widened, packed) = scratch[..PANEL_SCRATCH].split_at_mut(PANEL * DEPTH);
@@ -331,21 +390,48 @@ fn prompt_panel(job: &Job<'_>, columns: Range<usize>, level: Level, scratch: &mu
             let row = &job.weights.rows(n..n + 1)[stored.clone()];
             dequantize(level, format, row, &mut out[..depth.len()]);
         }
-        let rows = Rows::new(widened, depth.len(), columns.len(), depth.len())
-            .expect("a panel holds DEPTH numbers for each of its rows");
-        let weights = &mut packed[..PANEL * depth.len()];
-        pack_keys(level, rows, weights);
+        let cells = form.cells(depth.len());
+        let weights = pack_panel(form, (widened, depth.len(), columns.len()), packed);
         let Input { data, rows, stride } = job.x;
         let call = PanelCall {
-            x: &data[depth.start..],
+            x: &data[form.cells(depth.start)..],
             x_stride: stride,
-            depth: depth.len(),
+            depth: cells,
             weights,
             out: &job.out,
             rows: 0..rows,
             columns: columns.clone(),
             add: start > 0,
         };
-        panel(level, &call);
+        panel(form, &call);
+    }
+}
+
+/// The panel of `count` widened rows of `width` numbers, as cells.
+fn pack_panel<'a>(
+    form: Form,
+    (widened, width, count): (&[f32], usize, usize),
+    packed: &'a mut [f32],
+) -> &'a [f32] {
+    let cells = form.cells(width);
+    let what = "a panel holds DEPTH numbers for each of its rows";
+    match form {
+        Form::Numbers(level) => {
+            let weights = &mut packed[..PANEL * cells];
+            let rows = Rows::new(widened, width, count, width).expect(what);
+            pack_keys(level, rows, weights);
+            weights
+        }
+        Form::Pairs(pairs) => {
+            let (rounded, packed) = packed.split_at_mut(PANEL * cells);
+            let widened = widened.chunks_exact(width.max(1));
+            for (row, cells) in widened.zip(rounded.chunks_exact_mut(cells.max(1))).take(count) {
+                pairs::round_row(pairs, row, cells);
+            }
+            let weights = &mut packed[..PANEL * cells];
+            let rows = Rows::new(rounded, cells, count, cells).expect(what);
+            pairs::pack_cells(pairs, rows, width, weights);
+            weights
+        }
     }
 }

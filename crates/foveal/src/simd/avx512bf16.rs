@@ -1,19 +1,22 @@
-//! AVX-512 BF16 on top of AVX-512: products of pairs of bf16. Everything else is AVX-512's.
+//! AVX-512 BF16 and VNNI on top of AVX-512: products of pairs of bf16, and of bytes. Everything else is AVX-512's.
 
 use super::pairs::round_kernel;
 use super::product::{PairProduct, Product};
 use super::tile::Steps;
+use super::words::ByteProduct;
 use super::{Avx512, Simd};
 use crate::element::Element;
 use std::arch::x86_64::*;
 
-/// Proof that the processor has AVX-512 BF16, and what AVX-512 stands for.
+/// Proof that the processor has AVX-512 BF16 and VNNI, and what AVX-512 stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Avx512Bf16(Avx512);
 
 impl Avx512Bf16 {
     pub(crate) fn detect() -> Option<Avx512Bf16> {
-        Avx512::detect().filter(|_| is_x86_feature_detected!("avx512bf16")).map(Avx512Bf16)
+        let found =
+            is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+        Avx512::detect().filter(|_| found).map(Avx512Bf16)
     }
 
     /// What kernels that do not multiply pairs run with.
@@ -85,5 +88,34 @@ impl PairProduct for Avx512Bf16 {
             };
             [take(&ORDER[0]), take(&ORDER[1])]
         }
+    }
+}
+
+// SAFETY of every block below: the token proves the instructions; pointers are as the trait says.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl ByteProduct for Avx512Bf16 {
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const f32) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    fn masked(self, a: __m512i, mask: u32, flip: u32) -> __m512i {
+        unsafe {
+            // (a & mask) ^ flip
+            let (mask, flip) = (_mm512_set1_epi32(mask as i32), _mm512_set1_epi32(flip as i32));
+            _mm512_ternarylogic_epi32::<0x6a>(a, mask, flip)
+        }
+    }
+    #[inline(always)]
+    fn no_dots(self) -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sums, a, b) }
+    }
+    #[inline(always)]
+    fn numbers(self, a: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(a) }
     }
 }

@@ -1,4 +1,4 @@
-//! Matrices of bf16 pairs: packed keys and values, queries, weights.
+//! Matrices of bf16 pairs: packed keys and values, queries, weights, rows of numbers.
 //!
 //! ```text
 //! keys    [key / 64][d / 2][key % 64] of (k_d, k_d+1)        queries [row][d / 2] of (q_d, q_d+1)
@@ -72,11 +72,30 @@ fn pack_rows_kernel<P: PairProduct>(
     width: usize,
     out: &mut [f32],
 ) {
+    pack_values_kernel(product, elements(rows, width), out);
+}
+
+/// The elements that cells hold, `width` of each row.
+fn elements(rows: Rows<'_, f32>, width: usize) -> Rows<'_, bf16> {
     let cells = rows.as_slice();
     // SAFETY: every cell is two elements of half its size and alignment, and any bits are one.
     let halves = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), 2 * cells.len()) };
-    let rows = Rows::new(halves, 2 * rows.stride(), rows.count(), width);
-    pack_values_kernel(product, rows.expect("no more than there were"), out);
+    Rows::new(halves, 2 * rows.stride(), rows.count(), width).expect("no more than there were")
+}
+
+dispatch_pairs! {
+    /// Packs rows of cells into panels, as [`pack_keys`] does those of elements.
+    pub(crate) fn pack_cells(rows: Rows<'_, f32>, width: usize, out: &mut [f32]) = pack_cells_kernel
+}
+
+#[inline(always)]
+fn pack_cells_kernel<P: PairProduct>(
+    product: P,
+    rows: Rows<'_, f32>,
+    width: usize,
+    out: &mut [f32],
+) {
+    pack_keys_kernel(product, elements(rows, width), out);
 }
 
 dispatch_pairs! {
@@ -136,6 +155,30 @@ pub(super) fn round_kernel<P: PairProduct>(product: P, weights: &mut [f32], step
                     s.store(p.add(at / 2), cells);
                 }
             }
+        }
+    }
+}
+
+dispatch_pairs! {
+    /// Rounds a row of numbers to `ceil(len / 2)` cells.
+    pub(crate) fn round_row(row: &[f32], cells: &mut [f32]) = round_row_kernel
+}
+
+#[inline(always)]
+fn round_row_kernel<P: PairProduct>(product: P, row: &[f32], cells: &mut [f32]) {
+    let s = product.simd();
+    assert_eq!(cells.len(), row.len().div_ceil(2));
+    let (parts, cells) = (row.chunks(2 * P::S::LANES), cells.chunks_mut(P::S::LANES));
+    for (part, cells) in parts.zip(cells) {
+        let low = part.len().min(P::S::LANES);
+        let (low, high) = part.split_at(low);
+        // SAFETY: both halves hold at most LANES numbers, and as many cells are stored as there are.
+        unsafe {
+            let half = |half: &[f32]| match half.len() == P::S::LANES {
+                true => s.load(half.as_ptr()),
+                false => s.load_part(half.as_ptr(), half.len()),
+            };
+            s.store_part(cells.as_mut_ptr(), product.round(half(low), half(high)), cells.len());
         }
     }
 }

@@ -92,8 +92,28 @@ pub(crate) enum NoPairs {}
 mod no_pairs {
     use super::{Element, NoPairs, PairProduct, Product, Simd, Steps};
     use crate::simd::Portable;
+    use crate::simd::words::{ByteProduct, Words};
 
     type F = <Portable as Simd>::F;
+    type U = <Portable as Words>::U;
+
+    impl ByteProduct for NoPairs {
+        unsafe fn load_bytes(self, _: *const f32) -> U {
+            match self {}
+        }
+        fn masked(self, _: U, _: u32, _: u32) -> U {
+            match self {}
+        }
+        fn no_dots(self) -> U {
+            match self {}
+        }
+        fn dot_bytes(self, _: U, _: U, _: U) -> U {
+            match self {}
+        }
+        fn numbers(self, _: U) -> F {
+            match self {}
+        }
+    }
 
     impl Product for NoPairs {
         type S = Portable;
@@ -176,7 +196,7 @@ macro_rules! dispatch_pairs {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(
-                    enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+                    enable = "avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
                 )]
                 fn shell $(<$generic: $bound>)? (
                     pairs: $crate::simd::Pairs, $($arg: $ty),*

@@ -104,17 +104,116 @@ impl Layout {
     }
 }
 
-/// The weights of a chunk: centred integers times `2^exponents[k]`, and for each `p` the scale and
-/// what is added.
+/// Inputs of a row of 8-bit integers that share a scale.
+const RUN: usize = 32;
+
+impl Layout {
+    /// Whether both `p` of a lane lie in one run of 32.
+    pub(super) const fn shared(&self) -> bool {
+        0 < self.parity_stride && self.parity_stride < RUN
+    }
+
+    /// Vectors of a packed chunk of integers: for each `p` integers, then scales, then scaled sums of integers; one
+    /// vector of either for both `p` that are [`shared`](Layout::shared).
+    pub(super) const fn integer_vectors(&self) -> usize {
+        if self.shared() { 4 } else { 6 }
+    }
+
+    /// Numbers of a packed row of integers.
+    pub(super) fn packed_integers_len(&self, in_features: usize, lanes: usize) -> usize {
+        in_features.div_ceil(8 * lanes) * self.integer_vectors() * lanes
+    }
+
+    /// Writes a row of inputs as 8-bit integers in the order of the weights. Of 32 neighbours the largest is ±127; a
+    /// number that isn't finite makes their scale NaN.
+    #[inline(always)]
+    pub(super) fn pack_integers<S: Words>(&self, x: &[f32], out: &mut [f32]) {
+        const LANES: usize = 16;
+        assert!(S::LANES == LANES && out.len() == self.packed_integers_len(x.len(), LANES));
+        let parity_stride = if self.parity_stride == 0 { 4 * LANES } else { self.parity_stride };
+        let chunks = x.chunks(8 * LANES).zip(out.chunks_exact_mut(self.integer_vectors() * LANES));
+        for (x, out) in chunks {
+            let (mut integers, mut scales) = ([0i8; 8 * LANES], [0.0; 4]);
+            let runs = x.chunks(RUN).zip(integers.chunks_exact_mut(RUN)).zip(&mut scales);
+            for ((x, integers), scale) in runs {
+                *scale = round_run(x, integers);
+            }
+            let (words, rest) = out.split_at_mut(2 * LANES);
+            let (scaled, sums) = rest.split_at_mut(rest.len() / 2);
+            sums.fill(0.0);
+            for p in 0..2 {
+                for lane in 0..LANES {
+                    let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
+                    let at = piece * self.piece_stride + p * parity_stride + 4 * word;
+                    let four = [0, 1, 2, 3].map(|c| integers[at + c]);
+                    let bits = u32::from_le_bytes(four.map(|q| q as u8));
+                    words[p * LANES + lane] = f32::from_bits(bits);
+                    let to = if self.shared() { lane } else { p * LANES + lane };
+                    scaled[to] = scales[at / RUN];
+                    let sum: i32 = four.iter().map(|&q| i32::from(q)).sum();
+                    sums[to] += scales[at / RUN] * sum as f32;
+                }
+            }
+        }
+    }
+}
+
+/// Rounds up to 32 numbers to integers times the scale that is returned.
+#[inline(always)]
+fn round_run(x: &[f32], integers: &mut [i8]) -> f32 {
+    let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let finite = x.iter().all(|x| x.is_finite());
+    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+    for (q, &x) in integers.iter_mut().zip(x) {
+        *q = (x * inverse).round_ties_even() as i8;
+    }
+    if finite { most / 127.0 } else { f32::NAN }
+}
+
+/// The weights of a chunk: for each `p` the words that hold its integers, their scale, and what is added to them once
+/// they are centred.
 pub(super) struct Chunk<S: Words> {
-    pub(super) q: [S::F; 8],
+    pub(super) words: [S::U; 2],
     pub(super) scale: [S::F; 2],
     pub(super) minimum: [S::F; 2],
+}
+
+/// How integers lie in the words of a chunk.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fields {
+    /// In the low halves of bytes, around 8. The words of `p` = 1 are the same, shifted.
+    Nibbles,
+    /// In the low bits of bytes, around this centre, which is below 64; the other bits are anything.
+    Bytes(u32),
+    /// Signed bytes.
+    Signed,
+}
+
+impl Fields {
+    /// Centred integers times `2^exponents[k]`.
+    #[inline(always)]
+    pub(super) fn centred<S: Words>(self, s: S, words: [S::U; 2]) -> [S::F; 8] {
+        match self {
+            Fields::Nibbles => nibbles(s, words[0]),
+            Fields::Bytes(centre) => bytes(s, words, centre),
+            Fields::Signed => signed_bytes(s, words),
+        }
+    }
+
+    /// The mask and the bits to flip that make integers unsigned bytes, and the byte that stands for the centre.
+    pub(super) const fn unsigned(self) -> (u32, u32, f32) {
+        match self {
+            Fields::Nibbles => (0x0f0f_0f0f, 0, 8.0),
+            Fields::Bytes(centre) => ((2 * centre - 1) * 0x0101_0101, 0, centre as f32),
+            Fields::Signed => (u32::MAX, 0x8080_8080, 128.0),
+        }
+    }
 }
 
 /// A format that [`Layout::pack`] orders inputs for.
 pub(super) trait Packed: Copy + Send + Sync {
     const LAYOUT: Layout;
+    const FIELDS: Fields;
 
     /// Where blocks are smaller than a chunk, `blocks` of them are there and the other weights are
     /// zero.
@@ -139,6 +238,12 @@ fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
     q
 }
 
+/// The words of nibbles for `p` = 0 and 1.
+#[inline(always)]
+fn shifted<S: Words>(s: S, low: S::U) -> [S::U; 2] {
+    [low, s.shift_right::<4>(low)]
+}
+
 /// Bytes of even and odd `k`; the fields are the bits below twice the centre.
 #[inline(always)]
 fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
@@ -153,6 +258,16 @@ fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
     q
 }
 
+#[inline(always)]
+fn signed_bytes<S: Words>(s: S, halves: [S::U; 2]) -> [S::F; 8] {
+    let words = [halves, [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])]];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
+    }
+    q
+}
+
 /// 8-bit integers around 0.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Q8_0;
@@ -160,6 +275,7 @@ pub(super) struct Q8_0;
 impl Packed for Q8_0 {
     const LAYOUT: Layout =
         Layout { piece_lanes: 8, piece_stride: 32, parity_stride: 0, exponents: BYTES, sums: 0 };
+    const FIELDS: Fields = Fields::Signed;
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
@@ -172,13 +288,7 @@ impl Packed for Q8_0 {
             let second = s.load_large_pieces(second, 34, blocks.saturating_sub(half));
             (s.load_f16_octets(p, 34, blocks), first, second)
         };
-        let upper = [s.shift_right::<16>(first), s.shift_right::<16>(second)];
-        let words = [[first, second], upper];
-        let mut q = [s.splat(0.0); 8];
-        for k in 0..8 {
-            q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
-        }
-        Chunk { q, scale, minimum: [s.splat(0.0); 2] }
+        Chunk { words: [first, second], scale, minimum: [s.splat(0.0); 2] }
     }
 }
 
@@ -188,6 +298,7 @@ pub(super) struct Q4_0;
 
 impl Packed for Q4_0 {
     const LAYOUT: Layout = SMALL;
+    const FIELDS: Fields = Fields::Nibbles;
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
@@ -196,7 +307,7 @@ impl Packed for Q4_0 {
             let p = row.add(18 * chunk * (S::LANES / 4));
             (s.load_f16_quads(p, 18, blocks), s.load_pieces(p.add(2), 18, blocks))
         };
-        Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
+        Chunk { words: shifted(s, low), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
 }
 
@@ -206,6 +317,7 @@ pub(super) struct Q4_1;
 
 impl Packed for Q4_1 {
     const LAYOUT: Layout = Layout { sums: 1, ..SMALL };
+    const FIELDS: Fields = Fields::Nibbles;
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
@@ -216,7 +328,7 @@ impl Packed for Q4_1 {
             (scale, s.load_f16_quads(p.add(2), 20, blocks), s.load_pieces(p.add(4), 20, blocks))
         };
         let minimum = s.fma(scale, s.splat(8.0), minimum);
-        Chunk { q: nibbles(s, low), scale: [scale; 2], minimum: [minimum; 2] }
+        Chunk { words: shifted(s, low), scale: [scale; 2], minimum: [minimum; 2] }
     }
 }
 
@@ -232,15 +344,16 @@ pub(super) struct Q5_0;
 
 impl Packed for Q5_0 {
     const LAYOUT: Layout = Layout { exponents: BYTES, ..SMALL };
+    const FIELDS: Fields = Fields::Bytes(16);
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
         // SAFETY: `blocks` blocks of 22 bytes start there.
-        let (scale, halves) = unsafe {
+        let (scale, words) = unsafe {
             let p = row.add(22 * chunk * (S::LANES / 4));
             (s.load_f16_quads(p, 22, blocks), five_bits(s, p.add(2), 22, blocks))
         };
-        Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [s.splat(0.0); 2] }
+        Chunk { words, scale: [scale; 2], minimum: [s.splat(0.0); 2] }
     }
 }
 
@@ -263,18 +376,19 @@ pub(super) struct Q5_1;
 
 impl Packed for Q5_1 {
     const LAYOUT: Layout = Layout { exponents: BYTES, sums: 1, ..SMALL };
+    const FIELDS: Fields = Fields::Bytes(16);
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S> {
         // SAFETY: `blocks` blocks of 24 bytes start there.
-        let (scale, minimum, halves) = unsafe {
+        let (scale, minimum, words) = unsafe {
             let p = row.add(24 * chunk * (S::LANES / 4));
             let scale = s.load_f16_quads(p, 24, blocks);
             let minimum = s.load_f16_quads(p.add(2), 24, blocks);
             (scale, minimum, five_bits(s, p.add(4), 24, blocks))
         };
         let minimum = s.fma(scale, s.splat(16.0), minimum);
-        Chunk { q: bytes(s, halves, 16), scale: [scale; 2], minimum: [minimum; 2] }
+        Chunk { words, scale: [scale; 2], minimum: [minimum; 2] }
     }
 }
 
@@ -294,6 +408,7 @@ pub(super) struct Q4_K;
 impl Packed for Q4_K {
     const LAYOUT: Layout =
         Layout { piece_lanes: 8, piece_stride: 64, parity_stride: 32, exponents: NIBBLES, sums: 2 };
+    const FIELDS: Fields = Fields::Nibbles;
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
@@ -304,7 +419,7 @@ impl Packed for Q4_K {
             let low = s.load_words(p.add(16 + 64 * part + 32 * half));
             (six_bit_scales(s, p, (part, half), 8.0), low)
         };
-        Chunk { q: nibbles(s, low), scale, minimum }
+        Chunk { words: shifted(s, low), scale, minimum }
     }
 }
 
@@ -326,9 +441,7 @@ unsafe fn six_bit_scales<S: Words>(
     };
     let (scales, minima) = match part {
         0 => (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f),
-        _ => {
-            (c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030)
-        }
+        _ => (c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030),
     };
     let scale = s.octets(s.scaled_bytes(scales.to_le_bytes(), d), half);
     let below = s.octets(s.scaled_bytes(minima.to_le_bytes(), -m), half);
@@ -343,6 +456,7 @@ pub(super) struct Q5_K;
 
 impl Packed for Q5_K {
     const LAYOUT: Layout = Layout { exponents: BYTES, ..Q4_K::LAYOUT };
+    const FIELDS: Fields = Fields::Bytes(16);
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
@@ -361,11 +475,11 @@ impl Packed for Q5_K {
             let fifth = s.shift_right_each(fifth, counts);
             (six_bit_scales(s, p, (part, half), 16.0), low, fifth)
         };
-        let halves = [
+        let words = [
             s.merge(low, fifth, FIFTH),
             s.merge(s.shift_right::<4>(low), s.shift_right::<1>(fifth), FIFTH),
         ];
-        Chunk { q: bytes(s, halves, 16), scale, minimum }
+        Chunk { words, scale, minimum }
     }
 }
 
@@ -377,6 +491,7 @@ pub(super) struct Q6_K;
 impl Packed for Q6_K {
     const LAYOUT: Layout =
         Layout { piece_lanes: 8, piece_stride: 32, parity_stride: 64, exponents: BYTES, sums: 0 };
+    const FIELDS: Fields = Fields::Bytes(32);
 
     #[inline(always)]
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, _: usize) -> Chunk<S> {
@@ -395,7 +510,7 @@ impl Packed for Q6_K {
             (low, high, counts, scales, d)
         };
         let high = s.shift_right_each(high, counts);
-        let halves = [
+        let words = [
             s.merge(low, s.shift_left::<4>(high), HIGH),
             s.merge(s.shift_right::<4>(low), high, HIGH),
         ];
@@ -403,6 +518,6 @@ impl Packed for Q6_K {
             s.quads(s.scaled_bytes(scales[0], d), half),
             s.quads(s.scaled_bytes(scales[1], d), half),
         ];
-        Chunk { q: bytes(s, halves, 32), scale, minimum: [s.splat(0.0); 2] }
+        Chunk { words, scale, minimum: [s.splat(0.0); 2] }
     }
 }

@@ -6,13 +6,16 @@
 
 mod blocks;
 pub(crate) mod dequantize;
+mod integers;
 pub(crate) mod panel;
 mod row;
 pub(crate) mod transpose;
 
-use super::words::Words;
-use super::{Kind, Level, Simd, dispatch};
+use super::product::dispatch_pairs;
+use super::words::{ByteProduct, Words};
+use super::{Kind, Level, Pairs, Simd, dispatch};
 use crate::projection::Format;
+use blocks::Layout;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -90,9 +93,53 @@ pub(crate) struct RowCall<'a> {
     pub(crate) columns: Range<usize>,
 }
 
+/// What row kernels take their inputs for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowInputs {
+    /// Numbers.
+    Numbers(Level),
+    /// 8-bit integers with a scale for each 32, where the weights are integers too.
+    Integers(Pairs),
+}
+
+impl RowInputs {
+    /// Integers if they are wanted and there are weights and instructions for them.
+    pub(crate) fn new(level: Level, integers: bool, format: Format) -> RowInputs {
+        match level.pairs() {
+            Some(pairs) if integers && blocks::layout(format).is_some() => {
+                RowInputs::Integers(pairs)
+            }
+            _ => RowInputs::Numbers(level),
+        }
+    }
+}
+
 /// Products of weight rows with up to 64 input rows. Sums run in one order that depends on the
-/// format, the level and `in_features` only.
-pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
+/// format, the kind of inputs, the level and `in_features` only.
+pub(crate) fn rows(inputs: RowInputs, format: Format, call: RowCall<'_>) {
+    match inputs {
+        RowInputs::Numbers(level) => rows_of_numbers(level, format, call),
+        RowInputs::Integers(pairs) => rows_of_integers(pairs, format, call),
+    }
+}
+
+fn rows_of_integers(pairs: Pairs, format: Format, call: RowCall<'_>) {
+    use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+    use integers::run;
+    match format {
+        Format::F32 | Format::F16 | Format::BF16 => unreachable!("numbers have no integers"),
+        Format::Q8_0 => run(pairs, Q8_0, call),
+        Format::Q4_0 => run(pairs, Q4_0, call),
+        Format::Q4_1 => run(pairs, Q4_1, call),
+        Format::Q5_0 => run(pairs, Q5_0, call),
+        Format::Q5_1 => run(pairs, Q5_1, call),
+        Format::Q4_K => run(pairs, Q4_K, call),
+        Format::Q5_K => run(pairs, Q5_K, call),
+        Format::Q6_K => run(pairs, Q6_K, call),
+    }
+}
+
+fn rows_of_numbers(level: Level, format: Format, call: RowCall<'_>) {
     use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
     use row::{Bf16, F16, F32, Grouped, run};
     match format {
@@ -111,24 +158,49 @@ pub(crate) fn rows(level: Level, format: Format, call: RowCall<'_>) {
 }
 
 /// Numbers of one packed input row; 0 for formats that take inputs as they come.
-pub(crate) fn packed_len(level: Level, format: Format, in_features: usize) -> usize {
-    let lanes = match level.kind() {
+pub(crate) fn packed_len(inputs: RowInputs, format: Format, in_features: usize) -> usize {
+    let Some(layout) = blocks::layout(format) else { return 0 };
+    match inputs {
+        RowInputs::Numbers(level) => layout.packed_len(in_features, lanes(level)),
+        RowInputs::Integers(pairs) => {
+            layout.packed_integers_len(in_features, lanes(Level::of(pairs)))
+        }
+    }
+}
+
+fn lanes(level: Level) -> usize {
+    match level.kind() {
         Kind::Portable(_) => super::Portable::LANES,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2(_) => super::Avx2::LANES,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512(_) | Kind::Avx512Bf16(_) => super::Avx512::LANES,
-    };
-    blocks::layout(format).map_or(0, |layout| layout.packed_len(in_features, lanes))
+    }
+}
+
+/// Packs an input row for a format whose [`packed_len`] is not 0.
+pub(crate) fn pack(inputs: RowInputs, format: Format, x: &[f32], out: &mut [f32]) {
+    let layout = blocks::layout(format).expect("a packed format");
+    match inputs {
+        RowInputs::Numbers(level) => pack_numbers(level, layout, x, out),
+        RowInputs::Integers(pairs) => pack_integers(pairs, layout, x, out),
+    }
 }
 
 dispatch! {
-    /// Packs an input row for a format whose [`packed_len`] is not 0.
-    pub(crate) fn pack(format: Format, x: &[f32], out: &mut [f32]) = pack_kernel
+    fn pack_numbers(layout: Layout, x: &[f32], out: &mut [f32]) = pack_numbers_kernel
 }
 
 #[inline(always)]
-fn pack_kernel<S: Words>(_: S, format: Format, x: &[f32], out: &mut [f32]) {
-    let layout = blocks::layout(format).expect("a packed format");
+fn pack_numbers_kernel<S: Words>(_: S, layout: Layout, x: &[f32], out: &mut [f32]) {
     layout.pack::<S>(x, out);
+}
+
+dispatch_pairs! {
+    fn pack_integers(layout: Layout, x: &[f32], out: &mut [f32]) = pack_integers_kernel
+}
+
+#[inline(always)]
+fn pack_integers_kernel<P: ByteProduct>(_: P, layout: Layout, x: &[f32], out: &mut [f32]) {
+    layout.pack_integers::<P::S>(x, out);
 }

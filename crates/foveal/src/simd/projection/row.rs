@@ -7,6 +7,7 @@ use super::RowCall;
 use super::blocks::{Chunk, Packed};
 use crate::simd::words::Words;
 use crate::simd::{Simd, dispatch};
+use std::marker::PhantomData;
 
 /// Weight rows whose lanes are added up together.
 const TOGETHER: usize = 16;
@@ -14,12 +15,49 @@ const TOGETHER: usize = 16;
 /// The input rows of a call, and the length of a weight row.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs {
-    data: *const f32,
-    stride: usize,
-    in_features: usize,
+    pub(super) data: *const f32,
+    pub(super) stride: usize,
+    pub(super) in_features: usize,
 }
 
-/// How one weight row meets R input rows.
+/// How one weight row meets R input rows: a format, and what it is computed with.
+pub(super) trait Dots: Copy {
+    /// The vectors that sums are kept in.
+    type S: Words;
+
+    /// The token of the vectors.
+    fn simd(self) -> Self::S;
+    /// Numbers of an input row.
+    fn width(self, in_features: usize) -> usize;
+    /// Sums that are still spread over lanes.
+    /// # Safety
+    /// `row` is valid for reading a weight row, and `x` for reading R input rows.
+    unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [<Self::S as Simd>::F; R];
+}
+
+/// A format whose inputs are numbers.
+#[derive(Clone, Copy)]
+struct Numbers<S, B>(S, PhantomData<B>);
+
+impl<S: Words, B: RowFormat> Dots for Numbers<S, B> {
+    type S = S;
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
+    }
+    #[inline(always)]
+    fn width(self, in_features: usize) -> usize {
+        B::width(in_features, S::LANES)
+    }
+    #[inline(always)]
+    unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { B::dots::<S, R>(self.0, row, x) }
+    }
+}
+
+/// How one weight row meets R input rows of numbers.
 pub(super) trait RowFormat: Copy + Send + Sync {
     /// Numbers of an input row of the kind that the format takes.
     fn width(in_features: usize, lanes: usize) -> usize {
@@ -40,20 +78,26 @@ dispatch! {
 
 #[inline(always)]
 fn run_kernel<S: Words, B: RowFormat>(s: S, _: B, call: RowCall<'_>) {
+    run_rows(Numbers(s, PhantomData::<B>), &call);
+}
+
+/// All weight rows of a call, against all input rows.
+#[inline(always)]
+pub(super) fn run_rows<D: Dots>(dots: D, call: &RowCall<'_>) {
     let count = call.columns.len();
-    let width = B::width(call.in_features, S::LANES);
+    let width = dots.width(call.in_features);
     let reached = call.rows.saturating_sub(1) * call.x_stride + width;
     assert!(call.rows == 0 || call.x.len() >= reached);
-    let group = if S::LANES == 16 { 4 } else { 2 };
+    let group = if D::S::LANES == 16 { 4 } else { 2 };
     for first in (0..count).step_by(TOGETHER) {
         let weights = first..count.min(first + TOGETHER);
         for row in (0..call.rows).step_by(group) {
             let (weights, rows) = (weights.clone(), (call.rows - row).min(group));
             match rows {
-                1 => block::<S, B, 1>(s, &call, weights, row),
-                2 => block::<S, B, 2>(s, &call, weights, row),
-                3 if S::LANES == 16 => block::<S, B, 3>(s, &call, weights, row),
-                _ if S::LANES == 16 => block::<S, B, 4>(s, &call, weights, row),
+                1 => block::<D, 1>(dots, call, weights, row),
+                2 => block::<D, 2>(dots, call, weights, row),
+                3 if D::S::LANES == 16 => block::<D, 3>(dots, call, weights, row),
+                _ if D::S::LANES == 16 => block::<D, 4>(dots, call, weights, row),
                 _ => unreachable!("groups have two rows"),
             }
         }
@@ -61,8 +105,8 @@ fn run_kernel<S: Words, B: RowFormat>(s: S, _: B, call: RowCall<'_>) {
 }
 
 #[inline(always)]
-fn block<S: Words, B: RowFormat, const R: usize>(
-    s: S,
+fn block<D: Dots, const R: usize>(
+    dots: D,
     call: &RowCall<'_>,
     weights: std::ops::Range<usize>,
     row: usize,
@@ -72,12 +116,13 @@ fn block<S: Words, B: RowFormat, const R: usize>(
         stride: call.x_stride,
         in_features: call.in_features,
     };
+    let s = dots.simd();
     let mut lanes = [[s.splat(0.0); TOGETHER]; R];
     for (j, n) in weights.clone().enumerate() {
         let weight = &call.weights[n * call.row_bytes..][..call.row_bytes];
         // SAFETY: a whole weight row, and rows row..row + R of the input, which `project` checked.
-        let dots = unsafe { B::dots::<S, R>(s, weight.as_ptr(), x) };
-        for (lanes, dot) in lanes.iter_mut().zip(dots) {
+        let sums = unsafe { dots.dots::<R>(weight.as_ptr(), x) };
+        for (lanes, dot) in lanes.iter_mut().zip(sums) {
             lanes[j] = dot;
         }
     }
@@ -133,15 +178,16 @@ unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
     sums: &mut [[S::F; 2]; R],
 ) {
     let vectors = B::LAYOUT.vectors();
+    let q = B::FIELDS.centred(s, weights.words);
     for (r, sums) in sums.iter_mut().enumerate() {
         // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
         let x = |k: usize| unsafe {
             s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
         };
         for (p, sum) in sums.iter_mut().enumerate() {
-            let mut part = s.mul(weights.q[p], x(p));
+            let mut part = s.mul(q[p], x(p));
             for c in 1..4 {
-                part = s.fma(weights.q[2 * c + p], x(2 * c + p), part);
+                part = s.fma(q[2 * c + p], x(2 * c + p), part);
             }
             *sum = s.fma(weights.scale[p], part, *sum);
             if p < vectors - 8 {

@@ -6,6 +6,7 @@
 //! then subtracted, so that a field at bit `s` comes out as `2^s` times its value, exactly.
 
 use super::Simd;
+use super::product::PairProduct;
 
 mod portable;
 
@@ -26,6 +27,27 @@ const fn flip(shift: u32) -> u32 {
 /// What [`Words::signed_byte`] takes off again.
 const fn flipped(shift: u32) -> f32 {
     UNITS + (0x80u32 << shift) as f32
+}
+
+/// Products of bytes: a product of pairs whose processor has AVX-512 VNNI too.
+pub(crate) trait ByteProduct: PairProduct<S: Words> {
+    /// Words as they lie in a buffer of numbers.
+    /// # Safety
+    /// `p` is valid for reading `LANES` numbers.
+    unsafe fn load_bytes(self, p: *const f32) -> <Self::S as Words>::U;
+    /// The bits under `mask`, of which those of `flip` are turned round.
+    fn masked(self, a: <Self::S as Words>::U, mask: u32, flip: u32) -> <Self::S as Words>::U;
+    /// Sums of nothing.
+    fn no_dots(self) -> <Self::S as Words>::U;
+    /// `sums` plus, in each lane, the four products of an unsigned byte of `a` and a signed one of `b`.
+    fn dot_bytes(
+        self,
+        sums: <Self::S as Words>::U,
+        a: <Self::S as Words>::U,
+        b: <Self::S as Words>::U,
+    ) -> <Self::S as Words>::U;
+    /// Signed words as numbers.
+    fn numbers(self, a: <Self::S as Words>::U) -> <Self::S as Simd>::F;
 }
 
 /// Packed small integers.
