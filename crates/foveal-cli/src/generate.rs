@@ -1,7 +1,6 @@
 //! `foveal generate`: continues a prompt.
 
 use std::io::{IsTerminal, Read};
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -12,6 +11,7 @@ use foveal_lm::sample::Sampling;
 use foveal_lm::tokenizer::Tokenizer;
 use serde_json::json;
 
+use crate::compute::ComputeArguments;
 use crate::kv::KvArguments;
 use crate::{numbers, output, source};
 
@@ -64,9 +64,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 
-    /// Threads to use; all processors if left out. The text does not depend on it.
-    #[arg(long, value_name = "N", value_parser = numbers::threads)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    compute: ComputeArguments,
 
     #[command(flatten)]
     kv: KvArguments,
@@ -88,17 +87,15 @@ struct Figures {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let threads = arguments.threads.map_or(0, NonZeroUsize::get);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.context("cannot start the threads; ask for fewer with --threads")?;
-    pool.install(|| generate(arguments))
+    arguments.compute.install(|| generate(arguments))
 }
 
 fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let path = arguments.model.as_deref();
     let weights = source::open(path)?;
-    let model =
-        Model::new(&weights).with_context(|| format!("cannot run {}", source::name(path)))?;
+    let model = Model::new(&weights);
+    let model = model.with_context(|| format!("cannot run {}", source::name(path)))?;
+    let model = arguments.compute.apply(model);
     let tokenizer = source::tokenizer(path, &weights)?;
     let prompt = prompt_tokens(&tokenizer, &prompt(&arguments.prompt)?)?;
     arguments.kv.warn(&model, prompt.len().saturating_add(arguments.max_tokens));

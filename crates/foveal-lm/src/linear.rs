@@ -1,7 +1,8 @@
 //! Projections `y = x Wᵀ + b` with weights in memory, or in the form in which their file stores them.
 
 use foveal::projection::{
-    Call, Input, Matrix, MatrixShape, Output, Projection, embed, project_many, workspace_bytes,
+    Activations, Call, Input, Matrix, MatrixShape, Output, Projection, embed, project_many,
+    workspace_bytes,
 };
 use foveal::{Cpu, Phase, Workspace, nn};
 
@@ -31,6 +32,8 @@ pub struct Run<'a> {
     pub cpu: Cpu,
     /// Which kernels.
     pub phase: Phase,
+    /// What projections round their inputs to.
+    pub activations: Activations,
     /// Scratch memory; it grows as needed.
     pub workspace: &'a mut Workspace,
 }
@@ -84,7 +87,7 @@ pub(crate) fn forward_together<const N: usize>(
         return Ok(());
     };
     let rows = x.len() / stride.max(1);
-    let call = Call { phase: run.phase, cpu: run.cpu };
+    let call = Call { phase: run.phase, cpu: run.cpu, activations: run.activations };
     let matrices = linears.each_ref().map(|(linear, _)| linear.weight);
     let biases = linears.each_ref().map(|(linear, _)| linear.bias);
     let mut projections = linears.map(|(linear, data)| {

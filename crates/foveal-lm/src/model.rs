@@ -14,6 +14,7 @@
 use std::path::Path;
 
 use foveal::position::Rope;
+use foveal::projection::Activations;
 use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache};
 
 use crate::Error;
@@ -34,6 +35,7 @@ pub const CHUNK: usize = cache::TILE;
 pub struct Model {
     config: ModelConfig,
     cpu: Cpu,
+    activations: Activations,
     embedding: Linear,
     ropes: Vec<Rope>,
     blocks: Vec<Block>,
@@ -111,7 +113,16 @@ impl Model {
         let (embedding, head) = (parts.embedding()?, parts.head()?);
         let final_norm = parts.final_norm()?;
         let ropes = ropes.into_all();
-        Ok(Model { cpu, embedding, ropes, blocks, final_norm, head, config })
+        let activations = Activations::default();
+        Ok(Model { cpu, activations, embedding, ropes, blocks, final_norm, head, config })
+    }
+
+    /// The same model, with projections that round their inputs; they do not unless told so.
+    ///
+    /// Rows do not depend on who shares a call in any case. What it costs in quality: docs/performance.md.
+    #[must_use]
+    pub fn with_activations(self, activations: Activations) -> Model {
+        Model { activations, ..self }
     }
 
     /// What the model is made of.
@@ -202,7 +213,7 @@ impl Model {
         let positions = state.position..state.position + tokens.len();
         scratch.activations.set_positions(&self.ropes, positions)?;
         let workspace = &mut scratch.workspace;
-        let mut run = Run { cpu: self.cpu, phase, workspace };
+        let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
         for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
             block.forward(&mut scratch.x, layer, &mut scratch.activations, &mut run)?;
         }
@@ -231,7 +242,7 @@ impl Model {
             let start = logits.len();
             logits.resize(start + rows.len() / width * self.config.vocab, 0.0);
             let phase = Phase::Generated;
-            let mut run = Run { cpu: self.cpu, phase, workspace };
+            let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
             self.head.forward(last, &mut logits[start..], &mut run)?;
         }
         Ok(())

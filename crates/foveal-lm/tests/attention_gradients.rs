@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 
 use foveal::cache::KvStore;
 use foveal::position::{Rope, RopeConfig, RopeLayout, RopeScaling, Yarn};
+use foveal::projection::Activations;
 use foveal::reference::{self, Options};
 use foveal::{Cpu, Level, Mask, Phase, Scale, Shape, Threads, Workspace};
 use foveal_lm::Error;
@@ -308,7 +309,12 @@ fn generated_tokens_can_be_trained_on_too() {
     for cpu in cpus() {
         let expected = problem.run(&[6], cpu);
         let mut workspace = Workspace::new();
-        let mut run = Run { cpu, phase: Phase::Generated, workspace: &mut workspace };
+        let mut run = Run {
+            cpu,
+            phase: Phase::Generated,
+            activations: Activations::F32,
+            workspace: &mut workspace,
+        };
         let mut states = [problem.layer.state().unwrap(), problem.layer.state().unwrap()];
         let (y, saved) = problem.forward(&(0..6), &mut states, &mut run).unwrap();
         let upstream = Upstream { d_y: &problem.d_y, d_state: None };
@@ -333,7 +339,12 @@ fn no_tokens_and_no_sequences_are_calls_too() {
         }
         let problem = everything(1, 1);
         let mut workspace = Workspace::new();
-        let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+        let mut run = Run {
+            cpu,
+            phase: Phase::Prompt,
+            activations: Activations::F32,
+            workspace: &mut workspace,
+        };
         let parameters = problem.parameters.as_slices();
         let inputs = Inputs::default();
         let (y, saved) = problem.layer.forward(&parameters, inputs, &mut [], &mut run).unwrap();
@@ -351,7 +362,8 @@ fn queries_may_see_what_the_states_hold_already() {
     let problem = across();
     let cpu = cpus().last().unwrap();
     let mut workspace = Workspace::new();
-    let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+    let mut run =
+        Run { cpu, phase: Phase::Prompt, activations: Activations::F32, workspace: &mut workspace };
     let mut states = [problem.layer.state().unwrap(), problem.layer.state().unwrap()];
     let (expected, saved) = problem.forward(&(0..3), &mut states, &mut run).unwrap();
     let parameters = problem.parameters.as_slices();
@@ -381,7 +393,8 @@ fn gradients_that_are_left_out_change_no_other() {
     let cpu = cpus().last().unwrap();
     let expected = problem.run(&[6], cpu);
     let mut workspace = Workspace::new();
-    let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+    let mut run =
+        Run { cpu, phase: Phase::Prompt, activations: Activations::F32, workspace: &mut workspace };
     let mut states = [problem.layer.state().unwrap(), problem.layer.state().unwrap()];
     let (_, saved) = problem.forward(&(0..6), &mut states, &mut run).unwrap();
     let mut gradients = problem.parameters.zeros();
@@ -419,7 +432,12 @@ fn inputs_and_parameters_that_do_not_fit_are_refused() {
         let mut problem = everything(2, 4);
         change(&mut problem);
         let mut workspace = Workspace::new();
-        let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+        let mut run = Run {
+            cpu,
+            phase: Phase::Prompt,
+            activations: Activations::F32,
+            workspace: &mut workspace,
+        };
         let mut states: Vec<_> = (0..states).map(|_| problem.layer.state().unwrap()).collect();
         let table = problem.rope.as_ref().map(|rope| rope.table(0..4).unwrap());
         let source = match &problem.source {
@@ -454,7 +472,8 @@ fn gradients_that_do_not_fit_are_refused_and_nothing_is_added() {
     let cpu = cpus().last().unwrap();
     let problem = everything(2, 4);
     let mut workspace = Workspace::new();
-    let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+    let mut run =
+        Run { cpu, phase: Phase::Prompt, activations: Activations::F32, workspace: &mut workspace };
     let mut states = [problem.layer.state().unwrap(), problem.layer.state().unwrap()];
     let (_, saved) = problem.forward(&(0..4), &mut states, &mut run).unwrap();
     type Places = AttentionParameters<Vec<f32>>;
@@ -505,7 +524,8 @@ fn sequences_of_different_lengths_cannot_be_kept_together() {
     let cpu = cpus().last().unwrap();
     let problem = everything(2, 4);
     let mut workspace = Workspace::new();
-    let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+    let mut run =
+        Run { cpu, phase: Phase::Prompt, activations: Activations::F32, workspace: &mut workspace };
     let mut states = [problem.layer.state().unwrap(), problem.layer.state().unwrap()];
     problem.forward(&(0..4), &mut states, &mut run).unwrap();
     states[1].clear();

@@ -24,12 +24,8 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     println!("level {}, best of {rounds}", cpu.level);
     let part = std::env::args().nth(2);
     let wanted = |name| part.as_deref().is_none_or(|part| part == name || part == "all");
-    let activations = match std::env::args().nth(3).as_deref() {
-        None | Some("f32") => Activations::F32,
-        Some("bf16") => Activations::Bf16,
-        Some("int8") => Activations::Int8,
-        Some(other) => return Err(format!("no activations {other}: f32, bf16 or int8").into()),
-    };
+    let name = std::env::args().nth(3).unwrap_or_else(|| "f32".to_owned());
+    let activations = Activations::named(&name).ok_or("activations are f32, bf16 or int8")?;
     // On a thread of the pool, as a program would that cares for speed: a call from outside puts its
     // thread to sleep and wakes it again.
     rayon::scope(|_| {

@@ -147,10 +147,9 @@ fn in_integers(call: Call, format: Format) -> bool {
 /// Both phases with all that inputs may be rounded to.
 fn calls(level: Level, threads: usize) -> impl Iterator<Item = Call> {
     let cpu = cpu(level, threads);
-    [Phase::Generated, Phase::Prompt].into_iter().flat_map(move |phase| {
-        let all = [Activations::F32, Activations::Bf16, Activations::Int8];
-        all.map(|activations| Call { phase, cpu, activations })
-    })
+    [Phase::Generated, Phase::Prompt]
+        .into_iter()
+        .flat_map(move |phase| Activations::ALL.map(|activations| Call { phase, cpu, activations }))
 }
 
 fn cpu(level: Level, threads: usize) -> Cpu {

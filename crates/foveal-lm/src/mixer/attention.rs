@@ -37,6 +37,7 @@ pub use stored::GroupedQueryAttention;
 /// What a layer of attention computes, without its parameters.
 ///
 /// ```
+/// use foveal::projection::Activations;
 /// use foveal::{Cpu, Mask, Phase, Scale, Workspace};
 /// use foveal_lm::mixer::{Affine, AttentionParameters, Inputs, MultiHeadAttention, Run, Upstream};
 ///
@@ -60,7 +61,8 @@ pub use stored::GroupedQueryAttention;
 ///     AttentionParameters { query, key, value, output, query_norm, key_norm, sinks };
 ///
 /// let mut workspace = Workspace::new();
-/// let mut run = Run { cpu: Cpu::detect()?, phase: Phase::Prompt, workspace: &mut workspace };
+/// let (cpu, phase, activations) = (Cpu::detect()?, Phase::Prompt, Activations::F32);
+/// let mut run = Run { cpu, phase, activations, workspace: &mut workspace };
 /// let mut states = [layer.state()?, layer.state()?];
 /// // Two sequences of three tokens.
 /// let inputs = Inputs { x: &[0.5; 2 * 3 * 32], ..Inputs::default() };

@@ -196,11 +196,11 @@ fn options_that_make_no_sense_are_refused() {
 }
 
 /// Negative log-likelihoods of a text's tokens after the first.
-fn losses(model: &Model, state: &mut State, ids: &[u32]) -> Vec<f32> {
+pub(crate) fn losses(model: &Model, state: &mut State, ids: &[u32], step: Step) -> Vec<f32> {
     let mut scratch = Scratch::new();
     let mut losses = vec![];
     for (n, call) in ids.chunks(32).enumerate() {
-        model.forward(call, ALL, state, &mut scratch).unwrap();
+        model.forward(call, step, state, &mut scratch).unwrap();
         let rows = scratch.logits().chunks_exact(model.config().vocab);
         let next = ids[n * 32 + 1..].iter();
         losses.extend(rows.zip(next).map(|(logits, &next)| nll(logits, next)));
@@ -216,7 +216,7 @@ fn check_losses(file: testing::Model, prefix: &str) {
     let mean = |storage| {
         let options = CacheOptions { storage, ..CacheOptions::default() };
         let mut state = model.state_with(&options).unwrap();
-        let losses = losses(&model, &mut state, &case.tokens("ids"));
+        let losses = losses(&model, &mut state, &case.tokens("ids"), ALL);
         losses.iter().sum::<f32>() / losses.len() as f32
     };
     let exact = mean(CacheStorage::F32);

@@ -23,7 +23,7 @@ pub(crate) fn run(model: &Model, state: &mut State, tokens: &[u32], step: Step) 
 }
 
 /// The logits of all of a prompt, which is read in calls that end at `cuts`.
-fn prefill(model: &Model, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
+pub(crate) fn prefill(model: &Model, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
     let mut state = model.state().unwrap();
     let mut logits = Vec::new();
     let mut start = 0;

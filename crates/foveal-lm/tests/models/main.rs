@@ -1,5 +1,6 @@
 //! Whole models: against golden outputs, against each other, and against the laws that they should keep.
 
+mod activations;
 mod caches;
 mod formats;
 mod generation;

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use foveal::position::Rope;
+use foveal::projection::Activations;
 use foveal::{Cpu, Level, Phase, Threads, Workspace};
 use foveal_lm::Error;
 use foveal_lm::mixer::{
@@ -75,7 +76,12 @@ impl Problem {
         let mut workspace = Workspace::new();
         workspace.reserve(1 << 22);
         workspace.poison();
-        let mut run = Run { cpu, phase: Phase::Prompt, workspace: &mut workspace };
+        let mut run = Run {
+            cpu,
+            phase: Phase::Prompt,
+            activations: Activations::F32,
+            workspace: &mut workspace,
+        };
         let mut states: Vec<_> = (0..self.sequences).map(|_| self.layer.state().unwrap()).collect();
         let (mut calls, mut first) = (vec![], 0);
         for length in lengths {

@@ -86,6 +86,25 @@ pub enum Activations {
     Int8,
 }
 
+impl Activations {
+    /// All of them, the most exact first.
+    pub const ALL: [Activations; 3] = [Activations::F32, Activations::Bf16, Activations::Int8];
+
+    /// `f32`, `bf16` or `int8`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Activations::F32 => "f32",
+            Activations::Bf16 => "bf16",
+            Activations::Int8 => "int8",
+        }
+    }
+
+    /// Those of this name.
+    pub fn named(name: &str) -> Option<Activations> {
+        Activations::ALL.into_iter().find(|activations| activations.name() == name)
+    }
+}
+
 impl Call {
     fn form(&self) -> Form {
         match (self.activations, self.cpu.level.pairs()) {

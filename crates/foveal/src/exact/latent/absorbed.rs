@@ -16,8 +16,8 @@ use crate::error::Result;
 use crate::gradient::Gradient;
 use crate::parallel::for_each_item;
 use crate::projection::{
-    Call, Input, Matrix, Output, ProjectionBackward, ProjectionGradients, backward_workspace_bytes,
-    project, project_backward, workspace_bytes,
+    Activations, Call, Input, Matrix, Output, ProjectionBackward, ProjectionGradients,
+    backward_workspace_bytes, project, project_backward, workspace_bytes,
 };
 use crate::simd::projection::dequantize::dequantize;
 use crate::simd::row;
@@ -143,7 +143,7 @@ impl LatentAttention<'_> {
     fn expand(&self, phase: Phase, head: usize, (from, to): (&[f32], &mut [f32]), lane: &mut Lane) {
         let LatentDims { latent, value, .. } = self.dims;
         let weights = self.head(head, Part::Values);
-        let call = Call { phase, cpu: self.alone() };
+        let call = Call { phase, cpu: self.alone(), activations: Activations::F32 };
         let most = match phase {
             Phase::Prompt => from.len() / latent,
             Phase::Generated => MAX_GENERATED_ROWS,

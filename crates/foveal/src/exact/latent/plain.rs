@@ -16,7 +16,9 @@ use crate::element::DType;
 use crate::error::Result;
 use crate::exact::sees;
 use crate::mask::{Pattern, Site};
-use crate::projection::{Call, Input, Output, Projection, project_many, workspace_bytes};
+use crate::projection::{
+    Activations, Call, Input, Output, Projection, project_many, workspace_bytes,
+};
 use crate::simd::row;
 use crate::tensor::Rows;
 use crate::workspace::Workspace;
@@ -130,7 +132,7 @@ impl LatentAttention<'_> {
         let LatentDims { latent, nope, value, .. } = self.dims;
         let (query, stride) = (self.dims.query(), self.dims.row());
         let count = to.at.len();
-        let call = Call { phase: Phase::Prompt, cpu: self.cpu };
+        let call = Call { phase: Phase::Prompt, cpu: self.cpu, activations: Activations::F32 };
         let mut projections = Vec::with_capacity(2 * group.len());
         let keys = to.keys.chunks_exact_mut(to.held * query);
         let values = to.values.chunks_exact_mut(to.held * value);

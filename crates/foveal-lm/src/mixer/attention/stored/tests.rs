@@ -1,6 +1,7 @@
 //! Layers against what transformers computes in f64: `crates/foveal/tests/golden`.
 
 use foveal::position::{RopeConfig, RopeLayout, RopeScaling, Yarn};
+use foveal::projection::Activations;
 use foveal::projection::Format;
 use foveal::{Cpu, Phase, Workspace};
 use safetensors::SafeTensors;
@@ -125,7 +126,8 @@ impl Layer {
                 let first = self.first_position();
                 let positions = first + at..first + end;
                 activations.set_positions(std::slice::from_ref(&self.rope), positions).unwrap();
-                let mut run = Run { cpu, phase, workspace: &mut workspace };
+                let mut run =
+                    Run { cpu, phase, activations: Activations::F32, workspace: &mut workspace };
                 let mut part = vec![f32::NAN; (end - at) * width];
                 let x = &x[at * width..end * width];
                 mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
