@@ -1,12 +1,12 @@
 //! A decoder-only language model, assembled from its configuration.
 //!
 //! ```text
-//! x = scale · embedding[tokens]      x ← blockᵢ(x) for each layer      logits = head(norm(x))
+//! x = scale · embedding[tokens]      x ← blockᵢ(x) for each layer      logits = cap(head(norm(x)))
 //! ```
 //!
-//! Weights stay in their file's form and place. A prompt is read in chunks that end at multiples of [`CHUNK`] of the
-//! text's own position, so that neither memory nor any bit of the result depends on how it is cut into calls. Only the
-//! tokens whose logits are asked for meet the head.
+//! The cap is Gemma 2's, `c · tanh(logit / c)`; other models have none. Weights stay in their file's form and place.
+//! A prompt is read in chunks that end at multiples of [`CHUNK`] of the text's own position, so that neither memory nor
+//! any bit of the result depends on how it is cut into calls. Only the tokens whose logits are asked for meet the head.
 //!
 //! **Beyond the context** that a model was trained with, positions go on to grow and every token sees the newest
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
@@ -15,7 +15,7 @@ use std::path::Path;
 
 use foveal::position::Rope;
 use foveal::projection::Activations;
-use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache};
+use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache, nn};
 
 use crate::Error;
 use crate::block::{self, Block};
@@ -244,6 +244,9 @@ impl Model {
             let phase = Phase::Generated;
             let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
             self.head.forward(last, &mut logits[start..], &mut run)?;
+            if let Some(cap) = self.config.logit_softcap {
+                nn::softcap(&mut logits[start..], cap, self.cpu.level)?;
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What a model's tensors are called, in GGUF and in Hugging Face form.
 
-use crate::config::ModelConfig;
+use crate::config::{Architecture, ModelConfig};
 use crate::weights::{Description, Weights};
 use crate::{Error, linear::Linear, norm::Norm};
 
@@ -23,8 +23,12 @@ pub(crate) enum Part {
 }
 
 impl Part {
-    const fn gguf(self) -> &'static str {
+    /// gpt-oss names the norm before the feed-forward layer after what precedes it.
+    const fn gguf(self, architecture: Architecture) -> &'static str {
         match self {
+            Part::FeedForwardNorm if matches!(architecture, Architecture::GptOss) => {
+                "post_attention_norm"
+            }
             Part::AttentionNorm => "attn_norm",
             Part::Query => "attn_q",
             Part::Key => "attn_k",
@@ -83,7 +87,7 @@ impl<'a> Parts<'a> {
 
     fn name(&self, layer: usize, part: Part, kind: &str) -> String {
         if self.is_gguf() {
-            return format!("blk.{layer}.{}.{kind}", part.gguf());
+            return format!("blk.{layer}.{}.{kind}", part.gguf(self.config.architecture));
         }
         format!("model.layers.{layer}.{}.{kind}", part.hugging_face(self.config.post_norms))
     }
@@ -123,6 +127,16 @@ impl<'a> Parts<'a> {
         let mut weight = self.weights.tensor(name)?.with_shape(&[dim])?.to_f32();
         weight.iter_mut().for_each(|weight| *weight += self.config.norm_offset);
         Ok(Norm::new(weight, self.config.norm_epsilon))
+    }
+
+    /// The logits of a layer's sinks, one for each of the query heads.
+    pub(crate) fn sinks(&self, layer: usize) -> Result<Vec<f32>, Error> {
+        let name = match self.is_gguf() {
+            true => format!("blk.{layer}.attn_sinks.weight"),
+            false => format!("model.layers.{layer}.self_attn.sinks"),
+        };
+        let shape = [self.config.attention.heads];
+        Ok(self.weights.tensor(&name)?.with_shape(&shape)?.to_f32())
     }
 
     /// The projection `part` of a layer, of the shape `[out_features, in_features]`, with its bias or without.

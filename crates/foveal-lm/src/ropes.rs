@@ -1,6 +1,6 @@
 //! The rotary embeddings of a model's layers; layers with equal ones share them.
 
-use foveal::position::{self, Rope, Yarn};
+use foveal::position::{self, Rope};
 
 use crate::Error;
 use crate::config::{ModelConfig, RopeConfig, RopeLayout, RopeScaling};
@@ -51,9 +51,7 @@ impl<'a> Ropes<'a> {
                     original_context: original_context as f64,
                 }
             }
-            RopeScaling::Yarn { factor, original_context } => {
-                position::RopeScaling::Yarn(Yarn::new(factor, original_context as f64))
-            }
+            RopeScaling::Yarn(yarn) => position::RopeScaling::Yarn(yarn),
         };
         let theta = rope.base;
         let config = position::RopeConfig {

@@ -78,6 +78,7 @@ fn golden_problem(case: &Case) -> Problem {
             kv_heads: number(&["num_key_value_heads"]).unwrap_or(heads),
             head_dim,
             scale: Scale::Value(case.number("scale") as f32),
+            softcap: None,
             mask,
             reach,
             norm_epsilon: case.options["rms_norm_eps"].as_f64().unwrap_or(0.0) as f32,

@@ -41,6 +41,7 @@ fn everything(sequences: usize, seq: usize) -> Problem {
         kv_heads: 2,
         head_dim: 7,
         scale: Scale::Value(0.7),
+        softcap: Some(1.5),
         mask: Mask::window(4),
         reach: Some(4),
         norm_epsilon: 1e-3,
@@ -63,6 +64,7 @@ fn across() -> Problem {
         kv_heads: 3,
         head_dim: 4,
         scale: Scale::InverseSqrtDim,
+        softcap: None,
         mask: Mask::full(),
         reach: None,
         norm_epsilon: 0.0,
@@ -164,7 +166,8 @@ fn loss(problem: &Problem, numbers: &Numbers) -> f64 {
         Scale::Value(scale) => scale.into(),
         _ => 1.0 / (layer.head_dim as f64).sqrt(),
     };
-    let options = Options { sinks: sinks.as_deref(), ..Options::new(scale, &layer.mask) };
+    let softcap = layer.softcap.map(f64::from);
+    let options = Options { sinks: sinks.as_deref(), softcap, ..Options::new(scale, &layer.mask) };
     let inputs = [(&q, q_shape), (&k, kv_shape), (&v, kv_shape)]
         .map(|(data, shape)| reference::Input { data, shape });
     let mixed = reference::attention_with(inputs, &options).unwrap().out;

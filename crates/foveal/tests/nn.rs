@@ -1,7 +1,7 @@
 //! Layer operators against f64, on every level and at lengths around a vector's.
 
 use foveal::nn::{
-    RmsNorm, add, gelu_gate, log_softmax, rms_norm, rms_norm_in_place, silu_gate, softmax,
+    RmsNorm, add, gelu_gate, log_softmax, rms_norm, rms_norm_in_place, silu_gate, softcap, softmax,
 };
 use foveal::{Error, Level};
 
@@ -98,6 +98,30 @@ fn gelu_is_within_its_bound() {
             let relative = 1e-6 + if z < 0.0 { 4e-7 * z.abs().min(50.0) } else { 0.0 };
             let bound = relative * expected.abs() + 1.2e-38 * (g * u).abs();
             assert_close(y, expected, bound, &format!("{level} gelu({g})"));
+        }
+    }
+}
+
+#[test]
+fn softcap_is_within_its_bound() {
+    for level in Level::available() {
+        for cap in [0.5, 30.0] {
+            let x = gates();
+            for length in LENGTHS.into_iter().chain([x.len()]) {
+                let mut y = x[..length].to_vec();
+                softcap(&mut y, cap, level).unwrap();
+                for (&x, &y) in x.iter().zip(&y) {
+                    let expected = f64::from(cap) * (f64::from(x) / f64::from(cap)).tanh();
+                    assert_close(y, expected, 6e-7 * expected.abs(), level.name());
+                }
+            }
+        }
+        let mut row = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        softcap(&mut row, 30.0, level).unwrap();
+        assert!(row[0].is_nan() && row[1..] == [30.0, -30.0]);
+        for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            let error = softcap(&mut row, cap, level).unwrap_err();
+            assert!(matches!(error, Error::InvalidParameter { .. }));
         }
     }
 }

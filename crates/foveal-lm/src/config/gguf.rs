@@ -4,17 +4,20 @@ use super::{
     Activation, Architecture, AttentionConfig, LayerConfig, ModelConfig, Reach, RopeConfig,
     RopeLayout, RopeScaling,
 };
+use foveal::position::{Yarn, YarnAmplitude};
+
 use crate::Error;
 use crate::weights::gguf::{FromValue, Metadata};
 use crate::weights::{self, Weights};
 
 const LLAMA_ROPE_BASE: f64 = 10_000.0;
-/// Gemma 3's windowed layers; not in the metadata.
+/// Gemma 3's windowed layers, where the metadata has nothing else.
 const GEMMA_LOCAL_ROPE_BASE: f64 = 10_000.0;
-/// Gemma 3: one layer in so many reaches the whole context.
-const GEMMA_PATTERN: usize = 6;
-/// The number of layers of Gemma 3 27B, whose scale is that of `width / heads`.
-const GEMMA_27B_LAYERS: usize = 62;
+/// The numbers of layers of Gemma 2 27B and of Gemma 3 27B, whose scale is that of `width / heads`.
+const GEMMA2_27B_LAYERS: usize = 46;
+const GEMMA3_27B_LAYERS: usize = 62;
+/// Gemma 2's, where the metadata has nothing else.
+const GEMMA2_WINDOW: usize = 4096;
 
 pub(super) fn read(metadata: &Metadata, weights: &Weights) -> Result<ModelConfig, Error> {
     let name: &str = metadata.require("general.architecture")?;
@@ -22,7 +25,9 @@ pub(super) fn read(metadata: &Metadata, weights: &Weights) -> Result<ModelConfig
         "llama" => Architecture::Llama,
         "qwen2" => Architecture::Qwen2,
         "qwen3" => Architecture::Qwen3,
+        "gemma2" => Architecture::Gemma2,
         "gemma3" => Architecture::Gemma3,
+        "gpt-oss" => Architecture::GptOss,
         _ => return Err(Error::Architecture { found: name.to_owned() }),
     };
     let keys = Keys { metadata, weights, architecture };
@@ -77,7 +82,8 @@ impl<'a> Keys<'a> {
                 return Err(Error::UnsupportedConfig { key, found });
             }
         }
-        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        let caps = ["attn_logit_softcapping", "final_logit_softcapping"];
+        for name in caps.into_iter().filter(|_| !self.architecture.is_gemma()) {
             if let Some(cap) = self.get::<f64>(name)?.filter(|&cap| cap != 0.0) {
                 return Err(Error::UnsupportedConfig {
                     key: self.key(name),
@@ -89,7 +95,7 @@ impl<'a> Keys<'a> {
     }
 
     fn model(&self) -> Result<ModelConfig, Error> {
-        let gemma = self.architecture == Architecture::Gemma3;
+        let gemma = self.architecture.is_gemma();
         let width: usize = self.require("embedding_length")?;
         let layers: usize = self.require("block_count")?;
         // Before anything is allocated for them.
@@ -107,6 +113,7 @@ impl<'a> Keys<'a> {
             norm_offset: 0.0,
             post_norms: gemma,
             embedding_scale: if gemma { (width as f32).sqrt() } else { 1.0 },
+            logit_softcap: self.softcap("final_logit_softcapping", 30.0)?,
             tied_head: !self.weights.contains("output.weight"),
         })
     }
@@ -132,7 +139,8 @@ impl<'a> Keys<'a> {
         self.same_as_head_dim("attention.value_length", head_dim)?;
         self.same_as_head_dim("rope.dimension_count", head_dim)?;
         let scaled_dim = match self.architecture {
-            Architecture::Gemma3 if layers == GEMMA_27B_LAYERS => width / heads,
+            Architecture::Gemma2 if layers == GEMMA2_27B_LAYERS => width / heads,
+            Architecture::Gemma3 if layers == GEMMA3_27B_LAYERS => width / heads,
             _ => head_dim,
         };
         Ok(AttentionConfig {
@@ -140,6 +148,7 @@ impl<'a> Keys<'a> {
             kv_heads: self.uniform("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             scale: 1.0 / (scaled_dim as f32).sqrt(),
+            softcap: self.softcap("attn_logit_softcapping", 50.0)?,
             rope_layout: match self.architecture {
                 Architecture::Llama => RopeLayout::Interleaved,
                 _ => RopeLayout::HalfSplit,
@@ -147,7 +156,14 @@ impl<'a> Keys<'a> {
             qk_norm: matches!(self.architecture, Architecture::Qwen3 | Architecture::Gemma3),
             qkv_bias: self.weights.contains("blk.0.attn_q.bias"),
             output_bias: self.weights.contains("blk.0.attn_output.bias"),
+            sinks: self.architecture == Architecture::GptOss,
         })
+    }
+
+    /// A cap; only Gemma 2 has one where the file is silent. Zero is none.
+    fn softcap(&self, name: &str, usual: f32) -> Result<Option<f32>, Error> {
+        let usual = (self.architecture == Architecture::Gemma2).then_some(usual);
+        Ok(self.get(name)?.or(usual).filter(|&cap| cap != 0.0))
     }
 
     fn same_as_head_dim(&self, name: &str, head_dim: usize) -> Result<(), Error> {
@@ -162,15 +178,52 @@ impl<'a> Keys<'a> {
 
     fn layers(&self, count: usize) -> Result<Vec<LayerConfig>, Error> {
         let full = LayerConfig { reach: Reach::Full, rope: self.rope()? };
-        if self.architecture != Architecture::Gemma3 {
+        let windowed = self.windowed(count)?;
+        if !windowed.contains(&true) {
             return Ok(vec![full; count]);
         }
-        let local = LayerConfig {
-            reach: Reach::Window(self.require("attention.sliding_window")?),
-            rope: RopeConfig { base: GEMMA_LOCAL_ROPE_BASE, scaling: RopeScaling::None },
+        let window = match self.get("attention.sliding_window")? {
+            None if self.architecture == Architecture::Gemma2 => GEMMA2_WINDOW,
+            None => self.require("attention.sliding_window")?,
+            Some(window) => window,
         };
-        let is_full = |layer: usize| layer % GEMMA_PATTERN == GEMMA_PATTERN - 1;
-        Ok((0..count).map(|i| if is_full(i) { full.clone() } else { local.clone() }).collect())
+        let rope = match self.architecture {
+            Architecture::Gemma3 => {
+                let base = self.get("rope.freq_base_swa")?.unwrap_or(GEMMA_LOCAL_ROPE_BASE);
+                RopeConfig { base, scaling: RopeScaling::None }
+            }
+            _ => full.rope.clone(),
+        };
+        let local = LayerConfig { reach: Reach::Window(window), rope };
+        let pick = |windowed: bool| if windowed { local.clone() } else { full.clone() };
+        Ok(windowed.into_iter().map(pick).collect())
+    }
+
+    /// Whether each layer has a window: as listed, or all but each last of a period, or as the family has it.
+    fn windowed(&self, count: usize) -> Result<Vec<bool>, Error> {
+        let name = "attention.sliding_window_pattern";
+        let usual = match self.architecture.full_layer_period() {
+            Some(period) => period,
+            // Mistral, whose files call themselves Llama.
+            None if self.architecture == Architecture::Llama => {
+                let window: Option<usize> = self.get("attention.sliding_window")?;
+                return Ok(vec![window.is_some_and(|window| window > 0); count]);
+            }
+            None => return Ok(vec![false; count]),
+        };
+        let period = match self.get::<usize>(name) {
+            Ok(period) => period.unwrap_or(usual).max(1),
+            Err(Error::Weights(weights::Error::WrongType { .. })) => {
+                let listed: Vec<bool> = self.require(name)?;
+                if listed.len() != count {
+                    let expected = format!("one for each of the {count} layers");
+                    return Err(Error::config(&self.key(name), listed.len(), expected));
+                }
+                return Ok(listed);
+            }
+            Err(error) => return Err(error),
+        };
+        Ok((0..count).map(|layer| (layer + 1) % period != 0).collect())
     }
 
     fn rope(&self) -> Result<RopeConfig, Error> {
@@ -185,14 +238,37 @@ impl<'a> Keys<'a> {
         match self.get::<&str>("rope.scaling.type")?.unwrap_or("none") {
             "none" => Ok(RopeScaling::None),
             "linear" => Ok(RopeScaling::Linear { factor: self.require("rope.scaling.factor")? }),
-            "yarn" => Ok(RopeScaling::Yarn {
-                factor: self.require("rope.scaling.factor")?,
-                original_context: self.require("rope.scaling.original_context_length")?,
-            }),
+            "yarn" => self.yarn(),
             found => Err(Error::UnsupportedConfig {
                 key: self.key("rope.scaling.type"),
                 found: format!("{found:?}"),
             }),
         }
+    }
+    /// YaRN; gpt-oss doesn't round the ends of its ramp.
+    fn yarn(&self) -> Result<RopeScaling, Error> {
+        let context: usize = self.require("rope.scaling.original_context_length")?;
+        let usual = Yarn::new(self.require("rope.scaling.factor")?, context as f64);
+        let name = "rope.scaling.yarn_ext_factor";
+        if let Some(found) = self.get::<f64>(name)?.filter(|&factor| factor != 1.0) {
+            let (key, found) = (self.key(name), found.to_string());
+            return Err(Error::UnsupportedConfig { key, found });
+        }
+        let standard = 1.0 + 0.1 * usual.factor.max(1.0).ln();
+        // A factor beside the standard amplitude.
+        let beside = match self.get::<f64>("rope.scaling.yarn_attn_factor")? {
+            None => self.get::<f64>("rope.scaling.attn_factor")?,
+            given => given,
+        };
+        Ok(RopeScaling::Yarn(Yarn {
+            beta_fast: self.get("rope.scaling.yarn_beta_fast")?.unwrap_or(usual.beta_fast),
+            beta_slow: self.get("rope.scaling.yarn_beta_slow")?.unwrap_or(usual.beta_slow),
+            truncate: self.architecture != Architecture::GptOss,
+            amplitude: match beside.filter(|&factor| factor != 1.0) {
+                Some(factor) => YarnAmplitude::Fixed(factor * standard),
+                None => YarnAmplitude::Standard,
+            },
+            ..usual
+        }))
     }
 }

@@ -1,5 +1,6 @@
 //! The description of a model in a Hugging Face `config.json`.
 
+use foveal::position::{Yarn, YarnAmplitude};
 use serde_json::Value;
 
 use super::{
@@ -19,7 +20,9 @@ pub(super) fn read(json: &Value) -> Result<ModelConfig, Error> {
         "MistralForCausalLM" | "mistral" => Architecture::Mistral,
         "Qwen2ForCausalLM" | "qwen2" => Architecture::Qwen2,
         "Qwen3ForCausalLM" | "qwen3" => Architecture::Qwen3,
+        "Gemma2ForCausalLM" | "gemma2" => Architecture::Gemma2,
         "Gemma3ForCausalLM" | "gemma3_text" => Architecture::Gemma3,
+        "GptOssForCausalLM" | "gpt_oss" => Architecture::GptOss,
         _ => return Err(Error::Architecture { found: name.to_owned() }),
     };
     let fields = Fields { json, architecture };
@@ -80,18 +83,34 @@ impl<'a> Fields<'a> {
     }
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
-        let set = |key| self.get(key).filter(|value| *value != &Value::Bool(false));
-        for key in ["attn_logit_softcapping", "final_logit_softcapping", "mlp_bias"] {
+        let caps = ["attn_logit_softcapping", "final_logit_softcapping"];
+        let others = ["mlp_bias", "num_local_experts", "num_experts", "swiglu_limit"];
+        let keys = caps.into_iter().filter(|_| !self.architecture.is_gemma()).chain(others);
+        let set = |key: &str| {
+            self.get(key).filter(|value| *value != &Value::Bool(false) && *value != &Value::from(0))
+        };
+        for key in keys {
             if let Some(found) = set(key) {
                 let found = found.to_string();
                 return Err(Error::UnsupportedConfig { key: key.to_owned(), found });
             }
         }
-        Ok(())
+        self.refuse_partial_rotation()
+    }
+
+    fn refuse_partial_rotation(&self) -> Result<(), Error> {
+        let key = "partial_rotary_factor";
+        match self.get(key).filter(|factor| factor.as_f64() != Some(1.0)) {
+            Some(found) => {
+                let found = found.to_string();
+                Err(Error::UnsupportedConfig { key: key.to_owned(), found })
+            }
+            None => Ok(()),
+        }
     }
 
     fn model(&self) -> Result<ModelConfig, Error> {
-        let gemma = self.architecture == Architecture::Gemma3;
+        let gemma = self.architecture.is_gemma();
         let width = self.require_count("hidden_size")?;
         let layers = self.require_count("num_hidden_layers")?;
         // Before anything is allocated for them.
@@ -109,18 +128,15 @@ impl<'a> Fields<'a> {
             norm_offset: if gemma { 1.0 } else { 0.0 },
             post_norms: gemma,
             embedding_scale: if gemma { (width as f32).sqrt() } else { 1.0 },
+            logit_softcap: self.softcap("final_logit_softcapping", 30.0)?,
             tied_head: self.truth("tie_word_embeddings")?.unwrap_or(gemma),
         })
     }
 
     fn activation(&self) -> Result<Activation, Error> {
-        let key = match self.architecture {
-            Architecture::Gemma3 => "hidden_activation",
-            _ => "hidden_act",
-        };
-        let default = match self.architecture {
-            Architecture::Gemma3 => "gelu_pytorch_tanh",
-            _ => "silu",
+        let (key, default) = match self.architecture.is_gemma() {
+            true => ("hidden_activation", "gelu_pytorch_tanh"),
+            false => ("hidden_act", "silu"),
         };
         match self.text(key)?.unwrap_or(default) {
             "silu" | "swish" => Ok(Activation::Silu),
@@ -132,6 +148,13 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A cap; only Gemma 2 has one where the file is silent.
+    fn softcap(&self, key: &str, usual: f32) -> Result<Option<f32>, Error> {
+        let silent = self.json.get(key).is_none();
+        let usual = (silent && self.architecture == Architecture::Gemma2).then_some(usual);
+        Ok(self.number(key)?.map(|cap| cap as f32).or(usual))
+    }
+
     fn attention(&self, width: usize) -> Result<AttentionConfig, Error> {
         let heads = self.require_count("num_attention_heads")?;
         if heads == 0 {
@@ -139,25 +162,31 @@ impl<'a> Fields<'a> {
         }
         let head_dim = match (self.count("head_dim")?, self.architecture) {
             (Some(head_dim), _) => head_dim,
-            (None, Architecture::Gemma3) => 256,
+            (None, Architecture::Gemma2 | Architecture::Gemma3) => 256,
+            (None, Architecture::GptOss) => 64,
             (None, Architecture::Qwen3) => 128,
             (None, _) => width / heads,
         };
         let scaled_dim = match self.architecture {
-            Architecture::Gemma3 => self.number("query_pre_attn_scalar")?.unwrap_or(256.0),
+            Architecture::Gemma2 | Architecture::Gemma3 => {
+                self.number("query_pre_attn_scalar")?.unwrap_or(256.0)
+            }
             _ => head_dim as f64,
         };
         let qwen2 = self.architecture == Architecture::Qwen2;
-        let bias = self.truth("attention_bias")?.unwrap_or(false);
+        let gpt_oss = self.architecture == Architecture::GptOss;
+        let bias = self.truth("attention_bias")?.unwrap_or(gpt_oss);
         Ok(AttentionConfig {
             heads,
             kv_heads: self.count("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
             scale: (1.0 / scaled_dim.sqrt()) as f32,
+            softcap: self.softcap("attn_logit_softcapping", 50.0)?,
             rope_layout: RopeLayout::HalfSplit,
             qk_norm: matches!(self.architecture, Architecture::Qwen3 | Architecture::Gemma3),
             qkv_bias: bias || qwen2,
             output_bias: bias,
+            sinks: gpt_oss,
         })
     }
 
@@ -187,11 +216,14 @@ impl<'a> Fields<'a> {
             };
             return kinds.iter().map(windowed).collect();
         }
+        if let Some(period) = self.architecture.full_layer_period() {
+            let period = match self.architecture {
+                Architecture::Gemma3 => self.count("sliding_window_pattern")?.unwrap_or(period),
+                _ => period,
+            };
+            return Ok((0..count).map(|layer| (layer + 1) % period.max(1) != 0).collect());
+        }
         match self.architecture {
-            Architecture::Gemma3 => {
-                let pattern = self.count("sliding_window_pattern")?.unwrap_or(6).max(1);
-                Ok((0..count).map(|layer| (layer + 1) % pattern != 0).collect())
-            }
             Architecture::Mistral => Ok(vec![self.get("sliding_window").is_some(); count]),
             _ if self.truth("use_sliding_window")? == Some(true) => Err(Error::UnsupportedConfig {
                 key: "use_sliding_window without layer_types".to_owned(),
@@ -203,18 +235,22 @@ impl<'a> Fields<'a> {
 
     /// The positions of the layers of one kind, in the form of transformers 4 or 5.
     fn rope(&self, kind: &str) -> Result<RopeConfig, Error> {
-        let gemma = self.architecture == Architecture::Gemma3;
+        let gemma3 = self.architecture == Architecture::Gemma3;
         if let Some(parameters) = self.get("rope_parameters") {
             let own = parameters.get(kind).unwrap_or(parameters);
             let fields = Fields { json: own, ..*self };
             let base = fields.number("rope_theta")?.ok_or_else(|| Fields::missing("rope_theta"))?;
             return Ok(RopeConfig { base, scaling: fields.rope_scaling()? });
         }
-        if gemma && kind == WINDOWED {
+        if gemma3 && kind == WINDOWED {
             let base = self.number("rope_local_base_freq")?.unwrap_or(10_000.0);
             return Ok(RopeConfig { base, scaling: RopeScaling::None });
         }
-        let default = if gemma { 1_000_000.0 } else { 10_000.0 };
+        let default = match self.architecture {
+            Architecture::Gemma3 => 1_000_000.0,
+            Architecture::GptOss => 150_000.0,
+            _ => 10_000.0,
+        };
         let base = self.number("rope_theta")?.unwrap_or(default);
         let scaling = match self.get("rope_scaling") {
             Some(json) => Fields { json, ..*self }.rope_scaling()?,
@@ -228,10 +264,7 @@ impl<'a> Fields<'a> {
         let kind = self.text("rope_type")?.or(self.text("type")?).unwrap_or("default");
         let number = |key| self.number(key)?.ok_or_else(|| Fields::missing(key));
         let original = "original_max_position_embeddings";
-        if let Some(found) = self.get("partial_rotary_factor").filter(|v| v.as_f64() != Some(1.0)) {
-            let (key, found) = ("partial_rotary_factor".to_owned(), found.to_string());
-            return Err(Error::UnsupportedConfig { key, found });
-        }
+        self.refuse_partial_rotation()?;
         match kind {
             "default" => Ok(RopeScaling::None),
             "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
@@ -249,15 +282,24 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// YaRN; what the file leaves out is as the paper has it.
     fn yarn(&self) -> Result<RopeScaling, Error> {
-        let own =
-            ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
-        if let Some(key) = own.into_iter().find(|key| self.get(key).is_some()) {
-            let found = self.json[key].to_string();
-            return Err(Error::UnsupportedConfig { key: key.to_owned(), found });
-        }
         let key = "original_max_position_embeddings";
         let factor = self.number("factor")?.ok_or_else(|| Fields::missing("factor"))?;
-        Ok(RopeScaling::Yarn { factor, original_context: self.require_count(key)? })
+        let usual = Yarn::new(factor, self.require_count(key)? as f64);
+        let fixed = self.number("attention_factor")?.map(YarnAmplitude::Fixed);
+        let scaled = match (self.number("mscale")?, self.number("mscale_all_dim")?) {
+            (Some(mscale), Some(mscale_all_dim)) if mscale != 0.0 && mscale_all_dim != 0.0 => {
+                Some(YarnAmplitude::Mscale { mscale, mscale_all_dim })
+            }
+            _ => None,
+        };
+        Ok(RopeScaling::Yarn(Yarn {
+            beta_fast: self.number("beta_fast")?.unwrap_or(usual.beta_fast),
+            beta_slow: self.number("beta_slow")?.unwrap_or(usual.beta_slow),
+            truncate: self.truth("truncate")?.unwrap_or(usual.truncate),
+            amplitude: fixed.or(scaled).unwrap_or(usual.amplitude),
+            ..usual
+        }))
     }
 }

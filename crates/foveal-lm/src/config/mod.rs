@@ -6,6 +6,8 @@
 mod gguf;
 mod hugging_face;
 
+use foveal::position::{Yarn, YarnAmplitude};
+
 use crate::Error;
 use crate::weights::{Description, Weights};
 
@@ -21,18 +23,25 @@ pub enum Architecture {
     Qwen2,
     /// Qwen 3: Llama with normalised queries and keys.
     Qwen3,
+    /// Gemma 2: every other layer with a window, capped scores and logits, four norms a layer.
+    Gemma2,
     /// Gemma 3: windows with every sixth layer full, four norms a layer.
     Gemma3,
+    /// gpt-oss with one feed-forward network a layer instead of experts: every other layer with a window, a learned
+    /// sink for each query head, biases, YaRN.
+    GptOss,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 5] = [
+    pub const ALL: [Architecture; 7] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Gemma2,
         Architecture::Gemma3,
+        Architecture::GptOss,
     ];
 
     /// The name, as GGUF's `general.architecture` has it.
@@ -42,7 +51,23 @@ impl Architecture {
             Architecture::Mistral => "mistral",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3",
+            Architecture::GptOss => "gpt-oss",
+        }
+    }
+
+    /// Gemma of any version.
+    const fn is_gemma(self) -> bool {
+        matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
+    }
+
+    /// Of how many layers the last is full, where the others have windows; `None` where all layers are alike.
+    const fn full_layer_period(self) -> Option<usize> {
+        match self {
+            Architecture::Gemma2 | Architecture::GptOss => Some(2),
+            Architecture::Gemma3 => Some(6),
+            _ => None,
         }
     }
 }
@@ -94,13 +119,8 @@ pub enum RopeScaling {
         /// Tokens of context in training.
         original_context: usize,
     },
-    /// YaRN with its usual ramp (32 to 1 rotations) and attention factor `0.1·ln(factor) + 1`.
-    Yarn {
-        /// The divisor of the low frequencies.
-        factor: f64,
-        /// Tokens of context in training.
-        original_context: usize,
-    },
+    /// YaRN.
+    Yarn(Yarn),
     /// A divisor for each frequency, `rotary_dim / 2` of them, from GGUF's `rope_freqs.weight`.
     Divisors(Vec<f32>),
 }
@@ -152,6 +172,8 @@ pub struct AttentionConfig {
     pub head_dim: usize,
     /// The factor of a score.
     pub scale: f32,
+    /// What scores are bent to: `c · tanh(score / c)`.
+    pub softcap: Option<f32>,
     /// Which numbers are rotated together.
     pub rope_layout: RopeLayout,
     /// Whether queries and keys are normalised, head by head, before they are rotated.
@@ -160,6 +182,8 @@ pub struct AttentionConfig {
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub output_bias: bool,
+    /// Whether each query head has a logit of its own in its softmax, for no token.
+    pub sinks: bool,
 }
 
 impl AttentionConfig {
@@ -202,6 +226,8 @@ pub struct ModelConfig {
     pub post_norms: bool,
     /// The factor of a token's embedding.
     pub embedding_scale: f32,
+    /// What logits are bent to: `c · tanh(logit / c)`.
+    pub logit_softcap: Option<f32>,
     /// Whether the output head is the embedding.
     pub tied_head: bool,
 }
@@ -273,6 +299,11 @@ impl ModelConfig {
         positive("norm epsilon", self.norm_epsilon.into(), 1.0)?;
         positive("attention scale", self.attention.scale.into(), 1e6)?;
         positive("embedding scale", self.embedding_scale.into(), 1e6)?;
+        for (key, cap) in
+            [("attention softcap", self.attention.softcap), ("logit softcap", self.logit_softcap)]
+        {
+            cap.map_or(Ok(()), |cap| positive(key, cap.into(), 1e6))?;
+        }
         for layer in &self.layers {
             if layer.reach == Reach::Window(0) {
                 return Err(Error::config("attention window", 0, "at least 1"));
@@ -296,8 +327,18 @@ impl RopeConfig {
                 }
                 vec![*factor, *low, *high, *original_context as f64]
             }
-            RopeScaling::Yarn { factor, original_context } => {
-                vec![*factor, *original_context as f64]
+            RopeScaling::Yarn(yarn) => {
+                let Yarn { factor, original_context, beta_fast, beta_slow, .. } = *yarn;
+                if beta_slow >= beta_fast {
+                    let expected = format!("below beta_fast, {beta_fast}");
+                    return Err(Error::config("rope beta_slow", beta_slow, expected));
+                }
+                let (least, most) = match yarn.amplitude {
+                    YarnAmplitude::Fixed(amplitude) => (amplitude, amplitude),
+                    YarnAmplitude::Mscale { mscale, mscale_all_dim } => (mscale, mscale_all_dim),
+                    _ => (1.0, 1.0),
+                };
+                vec![factor, original_context, beta_fast, beta_slow, least, most]
             }
             RopeScaling::Divisors(divisors) => {
                 if divisors.len() != rotary_dim / 2 {

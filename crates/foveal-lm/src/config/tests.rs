@@ -4,6 +4,7 @@ use super::{Activation, Architecture, ModelConfig, Reach, RopeLayout, RopeScalin
 use crate::Error;
 use crate::weights::gguf::{Gguf, OwnedValue, Writer};
 use crate::weights::{self, Weights};
+use foveal::position::{Yarn, YarnAmplitude};
 use foveal::projection::Format;
 
 type Key = (&'static str, OwnedValue);
@@ -116,7 +117,7 @@ fn scaling_in_gguf() {
     );
     assert_eq!(
         scaled("yarn", &[factor, original]).unwrap(),
-        RopeScaling::Yarn { factor: 4.0, original_context: 64 }
+        RopeScaling::Yarn(Yarn::new(4.0, 64.0))
     );
     let error = scaled("longrope", &[]).unwrap_err().to_string();
     assert_eq!(
@@ -129,8 +130,58 @@ fn scaling_in_gguf() {
 fn an_unknown_architecture_lists_the_known_ones() {
     let error = read(&llama(), &[("general.architecture", Some("mamba\n".into()))]).unwrap_err();
     let expected = "the architecture \"mamba\\n\" is not supported; supported are \
-                    llama, mistral, qwen2, qwen3, gemma3";
+                    llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt-oss";
     assert_eq!(error.to_string(), expected);
+}
+
+fn gemma2() -> Vec<Key> {
+    let value = |key: &str, value: OwnedValue| match key {
+        "general.architecture" => ("general.architecture", "gemma2".into()),
+        _ => {
+            let own: &'static str = key.replace("gemma3.", "gemma2.").leak();
+            (own, value)
+        }
+    };
+    gemma().into_iter().map(|(key, v)| value(key, v)).collect()
+}
+
+#[test]
+fn gemma2_in_gguf_has_caps_and_every_other_layer_full() {
+    let config = read(&gemma2(), &[]).unwrap();
+    for (i, layer) in config.layers.iter().enumerate() {
+        let reach = if i % 2 == 1 { Reach::Full } else { Reach::Window(512) };
+        assert_eq!((layer.reach, layer.rope.base), (reach, 1e6), "layer {i}");
+    }
+    assert_eq!((config.attention.softcap, config.logit_softcap), (Some(50.0), Some(30.0)));
+    assert!(!config.attention.qk_norm && config.post_norms);
+    let cap = ("gemma2.attn_logit_softcapping", Some(OwnedValue::from(7f32)));
+    assert_eq!(read(&gemma2(), &[cap]).unwrap().attention.softcap, Some(7.0));
+    let none = ("gemma2.final_logit_softcapping", Some(OwnedValue::from(0f32)));
+    assert_eq!(read(&gemma2(), &[none]).unwrap().logit_softcap, None);
+    let bad = ("gemma2.final_logit_softcapping", Some(OwnedValue::from(f32::NAN)));
+    assert!(matches!(read(&gemma2(), &[bad]), Err(Error::Config { .. })));
+    let large = [
+        ("gemma2.block_count", Some(OwnedValue::from(46u32))),
+        ("gemma2.attention.sliding_window", None),
+    ];
+    let large = read(&gemma2(), &large).unwrap();
+    assert_eq!(large.attention.scale, 1.0 / 24f32.sqrt());
+    assert_eq!(large.layers[0].reach, Reach::Window(4096));
+}
+
+#[test]
+fn windows_in_gguf_may_be_listed() {
+    let key = "gemma3.attention.sliding_window_pattern";
+    let listed: Vec<bool> = (0..13).map(|layer| layer == 4).collect();
+    let config = read(&gemma(), &[(key, Some(listed.clone().into()))]).unwrap();
+    assert!(config.layers.iter().map(|layer| layer.reach != Reach::Full).eq(listed));
+    let config = read(&gemma(), &[(key, Some(2u32.into()))]).unwrap();
+    assert_eq!(config.layers.iter().filter(|layer| layer.reach == Reach::Full).count(), 6);
+    let error = read(&gemma(), &[(key, Some(vec![true; 3].into()))]).unwrap_err();
+    assert!(matches!(error, Error::Config { .. }), "{error}");
+    let mistral = ("llama.attention.sliding_window", Some(OwnedValue::from(16u32)));
+    let config = read(&llama(), &[mistral]).unwrap();
+    assert!(config.layers.iter().all(|layer| layer.reach == Reach::Window(16)));
 }
 
 #[test]
@@ -276,6 +327,17 @@ fn the_other_families_differ_from_llama_where_they_should() {
     let qwen3 = family("Qwen3ForCausalLM", &[("head_dim", json!(32))]);
     assert!(qwen3.attention.qk_norm && !qwen3.attention.qkv_bias);
     assert_eq!(qwen3.attention.head_dim, 32);
+    let gemma2 = family("Gemma2ForCausalLM", &[("sliding_window", json!(16))]);
+    assert_eq!((gemma2.attention.softcap, gemma2.logit_softcap), (Some(50.0), Some(30.0)));
+    assert_eq!(gemma2.attention.scale, 0.0625);
+    let reaches = [Reach::Window(16), Reach::Full, Reach::Window(16)];
+    assert!(gemma2.layers.iter().map(|layer| layer.reach).eq(reaches));
+    let without = [("sliding_window", json!(16)), ("final_logit_softcapping", json!(null))];
+    assert_eq!(family("Gemma2ForCausalLM", &without).logit_softcap, None);
+    let changes = [("sliding_window", json!(16)), ("attention_bias", json!(null))];
+    let gpt_oss = family("GptOssForCausalLM", &changes);
+    assert!(gpt_oss.attention.sinks && gpt_oss.attention.qkv_bias && gpt_oss.attention.output_bias);
+    assert!(gpt_oss.layers.iter().map(|layer| layer.reach).eq(reaches));
     let mistral = family("MistralForCausalLM", &[("sliding_window", json!(16))]);
     assert!(mistral.layers.iter().all(|layer| layer.reach == Reach::Window(16)));
     let mistral = family("MistralForCausalLM", &[("sliding_window", json!(null))]);
@@ -294,6 +356,27 @@ fn scaling_in_hugging_face() {
     });
     let expected = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original_context: 8192 };
     assert_eq!(scaling(llama3.clone()).unwrap(), expected);
+    let mut yarn = json!({
+        "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+    });
+    let usual = Yarn::new(32.0, 4096.0);
+    assert_eq!(scaling(yarn.clone()).unwrap(), RopeScaling::Yarn(usual));
+    yarn["beta_fast"] = json!(16.0);
+    yarn["truncate"] = json!(false);
+    let other = Yarn { beta_fast: 16.0, truncate: false, ..usual };
+    assert_eq!(scaling(yarn.clone()).unwrap(), RopeScaling::Yarn(other));
+    yarn["mscale"] = json!(1.0);
+    yarn["mscale_all_dim"] = json!(0.5);
+    let amplitude = YarnAmplitude::Mscale { mscale: 1.0, mscale_all_dim: 0.5 };
+    assert_eq!(scaling(yarn.clone()).unwrap(), RopeScaling::Yarn(Yarn { amplitude, ..other }));
+    yarn["attention_factor"] = json!(1.25);
+    let amplitude = YarnAmplitude::Fixed(1.25);
+    assert_eq!(scaling(yarn.clone()).unwrap(), RopeScaling::Yarn(Yarn { amplitude, ..other }));
+    for (key, value) in [("beta_fast", json!(0.5)), ("attention_factor", json!(-1.0))] {
+        let mut bad = yarn.clone();
+        bad[key] = value;
+        assert!(matches!(scaling(bad), Err(Error::Config { .. })), "{key}");
+    }
     let linear = json!({"type": "linear", "factor": 2.0});
     assert_eq!(scaling(linear).unwrap(), RopeScaling::Linear { factor: 2.0 });
     let mut bad = llama3;
@@ -301,8 +384,6 @@ fn scaling_in_hugging_face() {
     assert!(matches!(scaling(bad), Err(Error::Config { .. })));
     for unsupported in [
         json!({"rope_type": "dynamic", "factor": 2.0}),
-        json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 16,
-               "original_max_position_embeddings": 64}),
         json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
     ] {
         assert!(matches!(scaling(unsupported), Err(Error::UnsupportedConfig { .. })));
@@ -333,6 +414,8 @@ fn json_that_describes_no_model_is_refused() {
         ("mlp_bias", json!(true)),
         ("final_logit_softcapping", json!(30.0)),
         ("use_sliding_window", json!(true)),
+        ("num_local_experts", json!(32)),
+        ("partial_rotary_factor", json!(0.5)),
     ] {
         let error = read_json(&llama_json(), &[(key, value.clone())]).unwrap_err();
         assert!(matches!(error, Error::UnsupportedConfig { .. }), "{key} = {value}: {error}");

@@ -50,6 +50,7 @@ pub use stored::GroupedQueryAttention;
 ///     kv_heads: 2,
 ///     head_dim: 8,
 ///     scale: Scale::InverseSqrtDim,
+///     softcap: None,
 ///     mask: Mask::causal(),
 ///     reach: None,
 ///     norm_epsilon: 1e-6,
@@ -97,6 +98,8 @@ pub struct MultiHeadAttention {
     pub head_dim: usize,
     /// What scores are multiplied by.
     pub scale: Scale,
+    /// What scores are bent to, `c · tanh(score / c)`: Gemma 2's.
+    pub softcap: Option<f32>,
     /// Which keys each query may see.
     pub mask: Mask,
     /// How many of the newest tokens a query sees at most, its own included: states give up older ones. `None` where the
@@ -194,6 +197,10 @@ impl MultiHeadAttention {
 
     fn attention<'a>(&self, sinks: Option<&'a [f32]>, run: &Run<'_>) -> Attention<'a> {
         let attention = Attention::new().mask(self.mask.clone()).scale(self.scale).cpu(run.cpu);
+        let attention = match self.softcap {
+            Some(cap) => attention.softcap(cap),
+            None => attention,
+        };
         match sinks {
             Some(sinks) => attention.sinks(sinks),
             None => attention,

@@ -3,7 +3,9 @@
 mod consistency;
 mod models;
 mod sources;
+mod tiny;
 
 pub use consistency::{read_gguf, read_safetensors};
 pub use models::{Model, fetch_model};
 pub use sources::fetch_vocabularies;
+pub use tiny::{Tiny, TinySizes, TinyTensor};

@@ -8,6 +8,7 @@
 //! Shapes are in row-major order already. The header is read by the `safetensors` crate.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Component, Path};
@@ -16,7 +17,8 @@ use std::sync::Arc;
 use foveal::projection::Format;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata as Header;
-use serde::Deserialize;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::tensor::Tensors;
 use super::{ElementType, Error, Mapping, TensorInfo, Weight};
@@ -42,7 +44,34 @@ pub struct Safetensors {
 /// `model.safetensors.index.json`.
 #[derive(Deserialize)]
 struct Index {
+    #[serde(deserialize_with = "distinct")]
     weight_map: BTreeMap<String, String>,
+}
+
+/// A map whose keys differ; serde's own keeps the last of equal ones.
+fn distinct<'a, D: Deserializer<'a>>(from: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Distinct;
+
+    impl<'a> Visitor<'a> for Distinct {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of tensors to files")
+        }
+
+        fn visit_map<A: MapAccess<'a>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((name, file)) = entries.next_entry::<String, String>()? {
+                if map.contains_key(&name) {
+                    return Err(A::Error::custom(format!("the tensor {name:?} is listed twice")));
+                }
+                map.insert(name, file);
+            }
+            Ok(map)
+        }
+    }
+
+    from.deserialize_map(Distinct)
 }
 
 impl Safetensors {

@@ -1,123 +1,24 @@
-//! The same model as a Hugging Face folder and as a GGUF file.
+//! Every family, as a Hugging Face folder and as a GGUF file, against its definition in f64.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use foveal::Phase;
 use foveal::projection::Format;
-use foveal_lm::Model;
 use foveal_lm::model::{Logits, Scratch, Step};
+use foveal_lm::testing::{Tiny, TinySizes};
 use foveal_lm::weights::Weights;
-use foveal_lm::weights::gguf::{Gguf, OwnedValue, Writer};
-use safetensors::{Dtype, tensor::TensorView};
-use serde_json::{Value, json};
+use foveal_lm::weights::gguf::{Gguf, OwnedValue};
+use foveal_lm::{Error, Model};
+use serde_json::json;
 
 use crate::golden_case::difference;
-
-const WIDTH: usize = 24;
-const INNER: usize = 40;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 8;
-const VOCAB: usize = 50;
-const LAYERS: usize = 7;
-
-/// A tensor under both of its names.
-struct Tensor {
-    hugging_face: String,
-    gguf: String,
-    shape: Vec<usize>,
-    values: Vec<f32>,
-}
-
-/// Numbers around `mean`.
-fn noise(count: usize, seed: &str, mean: f32) -> Vec<f32> {
-    let mut state =
-        seed.bytes().fold(1u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1u32 << 24) as f32 - 0.5
-    };
-    (0..count).map(|_| mean + 0.6 * next()).collect()
-}
-
-fn tensor(hugging_face: String, gguf: String, shape: &[usize], mean: f32) -> Tensor {
-    let values = noise(shape.iter().product(), &hugging_face, mean);
-    Tensor { hugging_face, gguf, shape: shape.to_vec(), values }
-}
-
-/// What a family has beyond Llama's tensors.
-#[derive(Clone, Copy, Default)]
-struct Family {
-    qkv_bias: bool,
-    qk_norm: bool,
-    post_norms: bool,
-    untied: bool,
-}
-
-fn tensors(family: Family) -> Vec<Tensor> {
-    let global = |hf: &str, gguf: &str, shape: &[usize], mean| {
-        tensor(format!("{hf}.weight"), format!("{gguf}.weight"), shape, mean)
-    };
-    let mut all = vec![
-        global("model.embed_tokens", "token_embd", &[VOCAB, WIDTH], 0.0),
-        global("model.norm", "output_norm", &[WIDTH], 1.0),
-    ];
-    if family.untied {
-        all.push(global("lm_head", "output", &[VOCAB, WIDTH], 0.0));
-    }
-    for layer in 0..LAYERS {
-        all.extend(layer_tensors(layer, family));
-    }
-    all
-}
-
-fn layer_tensors(layer: usize, family: Family) -> Vec<Tensor> {
-    let (q_dim, kv_dim) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    let named = |hf: &str, gguf: &str, kind: &str, shape: &[usize], mean| {
-        let hf = format!("model.layers.{layer}.{hf}.{kind}");
-        tensor(hf, format!("blk.{layer}.{gguf}.{kind}"), shape, mean)
-    };
-    let matrix = |hf, gguf, shape: [usize; 2]| named(hf, gguf, "weight", &shape, 0.0);
-    let norm = |hf, gguf, dim: usize| named(hf, gguf, "weight", &[dim], 1.0);
-    let mut all = vec![
-        norm("input_layernorm", "attn_norm", WIDTH),
-        matrix("self_attn.q_proj", "attn_q", [q_dim, WIDTH]),
-        matrix("self_attn.k_proj", "attn_k", [kv_dim, WIDTH]),
-        matrix("self_attn.v_proj", "attn_v", [kv_dim, WIDTH]),
-        matrix("self_attn.o_proj", "attn_output", [WIDTH, q_dim]),
-        matrix("mlp.gate_proj", "ffn_gate", [INNER, WIDTH]),
-        matrix("mlp.up_proj", "ffn_up", [INNER, WIDTH]),
-        matrix("mlp.down_proj", "ffn_down", [WIDTH, INNER]),
-    ];
-    if family.post_norms {
-        all.push(norm("post_attention_layernorm", "post_attention_norm", WIDTH));
-        all.push(norm("pre_feedforward_layernorm", "ffn_norm", WIDTH));
-        all.push(norm("post_feedforward_layernorm", "post_ffw_norm", WIDTH));
-    } else {
-        all.push(norm("post_attention_layernorm", "ffn_norm", WIDTH));
-    }
-    if family.qk_norm {
-        all.push(norm("self_attn.q_norm", "attn_q_norm", HEAD_DIM));
-        all.push(norm("self_attn.k_norm", "attn_k_norm", HEAD_DIM));
-    }
-    if family.qkv_bias {
-        for (part, dim) in [("q", q_dim), ("k", kv_dim), ("v", kv_dim)] {
-            let hf = format!("self_attn.{part}_proj");
-            all.push(named(&hf, &format!("attn_{part}"), "bias", &[dim], 0.0));
-        }
-    }
-    all
-}
-
-fn bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
+use crate::reference;
 
 /// A folder that is removed when it is done with.
-struct Folder(std::path::PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Folder {
+    pub(crate) fn new(name: &str) -> Folder {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         std::fs::create_dir_all(&folder).unwrap();
         Folder(folder)
@@ -130,137 +31,136 @@ impl Drop for Folder {
     }
 }
 
-fn save_folder(folder: &Path, config: &Value, tensors: &[Tensor]) {
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let data: Vec<Vec<u8>> = tensors.iter().map(|tensor| bytes(&tensor.values)).collect();
-    let views = tensors.iter().zip(&data).map(|(tensor, data)| {
-        let view = TensorView::new(Dtype::F32, tensor.shape.clone(), data).unwrap();
-        (tensor.hugging_face.clone(), view)
-    });
-    let views: BTreeMap<_, _> = views.collect();
-    let path = folder.join("model.safetensors");
-    safetensors::serialize_to_file(views, None, &path).unwrap();
+fn tiny(family: &str) -> Tiny {
+    Tiny::new(family, TinySizes::default())
 }
 
-fn gguf(architecture: &str, tensors: &[Tensor]) -> Weights {
-    let mut writer = Writer::new();
-    for (key, value) in keys(architecture) {
-        writer.metadata(&key, value).unwrap();
-    }
-    let data: Vec<Vec<u8>> = tensors.iter().map(|tensor| bytes(&tensor.values)).collect();
-    for (tensor, data) in tensors.iter().zip(&data) {
-        writer.tensor(&tensor.gguf, &tensor.shape, Format::F32, data).unwrap();
-    }
-    Weights::from_gguf(Gguf::from_bytes(writer.to_bytes()).unwrap()).unwrap()
+pub(crate) fn from_gguf(model: &Tiny) -> Result<Model, Error> {
+    Model::new(&Weights::from_gguf(Gguf::from_bytes(model.to_gguf())?)?)
 }
 
-fn keys(architecture: &str) -> Vec<(String, OwnedValue)> {
-    let own = |key: &str, value: OwnedValue| (format!("{architecture}.{key}"), value);
-    let count = |n: usize| OwnedValue::from(n as u32);
-    vec![
-        ("general.architecture".to_owned(), architecture.into()),
-        own("block_count", count(LAYERS)),
-        own("context_length", count(64)),
-        own("embedding_length", count(WIDTH)),
-        own("feed_forward_length", count(INNER)),
-        own("attention.head_count", count(HEADS)),
-        own("attention.head_count_kv", count(KV_HEADS)),
-        own("attention.key_length", count(HEAD_DIM)),
-        own("attention.value_length", count(HEAD_DIM)),
-        own("attention.layer_norm_rms_epsilon", 1e-6f32.into()),
-        own("attention.sliding_window", count(5)),
-        own("rope.freq_base", 1e6f32.into()),
-    ]
+fn from_folder(model: &Tiny, name: &str, format: Format, shards: usize) -> Result<Model, Error> {
+    let folder = Folder::new(name);
+    model.save_folder(&folder.0, format, shards).unwrap();
+    Model::load(&folder.0)
 }
 
-fn config(class: &str, untied: bool) -> Value {
-    json!({
-        "architectures": [class], "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM, "max_position_embeddings": 64, "vocab_size": VOCAB,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 5, "sliding_window_pattern": 6,
-        "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": !untied,
-    })
+fn tokens() -> Vec<u32> {
+    (0..40).map(|i| i * 17 % TinySizes::default().vocab as u32).collect()
 }
 
-/// GGUF's Llama pairs neighbours where Hugging Face pairs halves: rows `i` and `i + dim/2` become `2i` and `2i + 1`.
-fn permute(tensor: &mut Tensor) {
-    let width = tensor.values.len() / tensor.shape[0];
-    let heads = tensor.values.chunks(HEAD_DIM * width);
-    let permuted = heads.flat_map(|head| {
-        let row = |i: usize| head[i * width..(i + 1) * width].to_vec();
-        (0..HEAD_DIM / 2).flat_map(move |i| [row(i), row(i + HEAD_DIM / 2)]).flatten()
-    });
-    tensor.values = permuted.collect();
-}
-
-fn logits(model: &Model) -> Vec<f32> {
-    let tokens: Vec<u32> = (0..30).map(|i| i * 17 % VOCAB as u32).collect();
+/// All logits of a text that is read in calls of `length` tokens.
+fn logits(model: &Model, phase: Phase, length: usize) -> Vec<f32> {
     let (mut state, mut scratch) = (model.state().unwrap(), Scratch::new());
-    let step = Step { logits: Logits::All, ..Step::PROMPT };
-    model.forward(&tokens, step, &mut state, &mut scratch).unwrap();
-    scratch.logits().to_vec()
+    let mut all = vec![];
+    for tokens in tokens().chunks(length) {
+        model
+            .forward(tokens, Step { phase, logits: Logits::All }, &mut state, &mut scratch)
+            .unwrap();
+        all.extend_from_slice(scratch.logits());
+    }
+    all
 }
 
-/// Compares a family in both forms; `adapt` turns its tensors from Hugging Face's into GGUF's.
-fn check(names: (&str, &str), family: Family, adapt: impl Fn(&mut Tensor)) {
-    let (class, architecture) = names;
-    let mut tensors = tensors(family);
-    let folder = Folder::new(architecture);
-    save_folder(&folder.0, &config(class, family.untied), &tensors);
-    let from_folder = logits(&Model::load(&folder.0).unwrap());
-    tensors.iter_mut().for_each(adapt);
-    let from_gguf = logits(&Model::new(&gguf(architecture, &tensors)).unwrap());
-    let off = difference(&from_folder, &from_gguf);
-    assert!(off < 1e-4, "{architecture}: off by {off}");
-    assert!(from_folder.iter().any(|x| x.abs() > 0.1));
+/// The largest difference from the definition.
+fn off(model: &Model, expected: &[f32]) -> f32 {
+    let ways = [(Phase::Prompt, 40), (Phase::Prompt, 7), (Phase::Generated, 1)];
+    let each = ways.map(|(phase, length)| difference(&logits(model, phase, length), expected));
+    each.into_iter().fold(0.0, f32::max)
 }
 
 #[test]
-fn llama_has_its_rows_permuted() {
-    check(("LlamaForCausalLM", "llama"), Family::default(), |tensor| {
-        if tensor.gguf.contains("attn_q.") || tensor.gguf.contains("attn_k.") {
-            permute(tensor);
-        }
+fn every_family_in_both_forms_is_its_definition() {
+    for family in Tiny::FAMILIES {
+        let model = tiny(family);
+        let rows = reference::logits(&model, &tokens());
+        let expected: Vec<f32> = rows.into_iter().flatten().map(|x| x as f32).collect();
+        assert!(expected.iter().any(|x| x.abs() > 0.5), "{family}");
+        let folder = from_folder(&model, family, Format::F32, 1).unwrap();
+        let both = [off(&folder, &expected), off(&from_gguf(&model).unwrap(), &expected)];
+        assert!(both.iter().all(|&off| off < 5e-5), "{family}: off by {both:?}");
+    }
+}
+
+#[test]
+fn what_makes_a_family_matters() {
+    let expected = |model: &Tiny| {
+        let rows = reference::logits(model, &tokens());
+        rows.into_iter().flatten().map(|x| x as f32).collect::<Vec<_>>()
+    };
+    let matters = |family: &str, change: &dyn Fn(&mut Tiny)| {
+        let mut model = tiny(family);
+        let before = expected(&model);
+        change(&mut model);
+        assert!(difference(&expected(&model), &before) > 1e-2, "{family}");
+    };
+    let without = |key: &'static str| move |model: &mut Tiny| model.config[key] = json!(null);
+    matters("llama3", &without("rope_scaling"));
+    matters("llama-linear", &without("rope_scaling"));
+    matters("qwen2-yarn", &without("rope_scaling"));
+    matters("gemma2", &without("attn_logit_softcapping"));
+    matters("gemma2", &without("final_logit_softcapping"));
+    matters("gpt-oss", &|model| model.config["rope_scaling"]["truncate"] = json!(true));
+    matters("gpt-oss", &|model| {
+        model.tensors.retain(|tensor| !tensor.hugging_face.ends_with("sinks"));
     });
+    for family in ["mistral", "gemma2", "gemma3", "gpt-oss"] {
+        matters(family, &|model| model.config["sliding_window"] = json!(64));
+    }
 }
 
 #[test]
-fn qwen3_has_norms_of_queries_and_keys_and_may_have_a_head_of_its_own() {
-    let family = Family { qk_norm: true, untied: true, ..Family::default() };
-    check(("Qwen3ForCausalLM", "qwen3"), family, |_| {});
-}
-
-#[test]
-fn qwen2_has_biases() {
-    let family = Family { qkv_bias: true, ..Family::default() };
-    check(("Qwen2ForCausalLM", "qwen2"), family, |_| {});
-}
-
-#[test]
-fn gemma3_has_one_added_to_its_norms() {
-    let family = Family { qk_norm: true, post_norms: true, ..Family::default() };
-    check(("Gemma3ForCausalLM", "gemma3"), family, |tensor| {
-        if tensor.gguf.contains("norm") {
-            tensor.values.iter_mut().for_each(|weight| *weight += 1.0);
+fn shards_and_formats_of_sixteen_bits_change_nothing() {
+    for (format, family) in
+        [(Format::F32, "llama"), (Format::F16, "qwen3"), (Format::BF16, "gemma2")]
+    {
+        let model = tiny(family).round_to(format);
+        let name = format!("shards-{family}");
+        let whole = from_folder(&model, &name, format, 1).unwrap();
+        let whole = logits(&whole, Phase::Prompt, 40);
+        for shards in [2, 5] {
+            let model = from_folder(&model, &name, format, shards).unwrap();
+            assert_eq!(logits(&model, Phase::Prompt, 40), whole, "{family} in {shards} shards");
         }
-    });
+        let rows = reference::logits(&model, &tokens());
+        let expected: Vec<f32> = rows.into_iter().flatten().map(|x| x as f32).collect();
+        assert!(difference(&whole, &expected) < 5e-5, "{family}");
+    }
 }
 
 #[test]
 fn a_tensor_of_another_shape_is_named() {
-    let mut tensors = tensors(Family::default());
-    let down = tensors.iter_mut().find(|tensor| tensor.gguf == "blk.3.ffn_down.weight").unwrap();
-    down.shape.swap(0, 1);
-    let error = Model::new(&gguf("llama", &tensors)).unwrap_err().to_string();
+    let mut model = tiny("llama");
+    let down = "blk.3.ffn_down.weight";
+    model.tensors.iter_mut().find(|tensor| tensor.gguf == down).unwrap().shape.swap(0, 1);
+    let error = from_gguf(&model).unwrap_err().to_string();
     let expected = "tensor \"blk.3.ffn_down.weight\" has the shape [40, 24], expected [24, 40]";
     assert_eq!(error, expected);
 }
 
 #[test]
-fn a_missing_tensor_is_named() {
-    let mut tensors = tensors(Family::default());
-    tensors.retain(|tensor| tensor.gguf != "blk.6.attn_v.weight");
-    let error = Model::new(&gguf("llama", &tensors)).unwrap_err().to_string();
-    assert_eq!(error, "the model has no tensor \"blk.6.attn_v.weight\"");
+fn missing_tensors_are_named() {
+    for (family, name) in [("llama", "blk.6.attn_v.weight"), ("gpt-oss", "blk.2.attn_sinks.weight")]
+    {
+        let mut model = tiny(family);
+        model.tensors.retain(|tensor| tensor.gguf != name);
+        let error = from_gguf(&model).unwrap_err().to_string();
+        assert_eq!(error, format!("the model has no tensor {name:?}"));
+    }
+    let mut model = tiny("gpt-oss");
+    let name = "model.layers.1.self_attn.sinks";
+    model.tensors.retain(|tensor| tensor.hugging_face != name);
+    let error = from_folder(&model, "no-sinks", Format::F32, 3).unwrap_err().to_string();
+    assert_eq!(error, format!("the model has no tensor {name:?}"));
+}
+
+#[test]
+fn experts_are_refused_by_name() {
+    let mut model = tiny("gpt-oss");
+    model.keys.push(("gpt-oss.expert_count".into(), OwnedValue::from(32u32)));
+    let error = from_gguf(&model).unwrap_err().to_string();
+    assert_eq!(error, "the model sets gpt-oss.expert_count to 32, which is not supported");
+    model.config["num_local_experts"] = json!(32);
+    let error = from_folder(&model, "experts", Format::F32, 1).unwrap_err().to_string();
+    assert_eq!(error, "the model sets num_local_experts to 32, which is not supported");
 }

@@ -8,4 +8,5 @@ mod golden_case;
 mod hostile;
 mod laws;
 mod real;
+mod reference;
 mod small;

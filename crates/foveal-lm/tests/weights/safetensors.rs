@@ -104,6 +104,10 @@ fn an_index_names_tensors_and_files_that_are_there() {
     let file = open(r#""a.matrix": "three.safetensors""#);
     assert!(matches!(file, Err(Error::Io { .. })));
     assert!(matches!(open(r#""a.matrix": 7"#), Err(Error::Json { .. })));
+    let twice = r#""a.matrix": "one.safetensors", "a.matrix": "two.safetensors""#;
+    let error = open(twice).unwrap_err();
+    assert!(matches!(error, Error::Json { .. }));
+    assert!(error.to_string().contains("index.json"), "{error}");
     assert_eq!(open("").unwrap().tensors(), []);
 }
 

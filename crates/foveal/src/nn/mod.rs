@@ -8,7 +8,7 @@ mod activation;
 mod norm;
 mod softmax;
 
-pub use activation::{add, gelu_gate, silu_gate};
+pub use activation::{add, gelu_gate, silu_gate, softcap};
 pub use norm::{
     LayerNorm, NormBackward, NormGradients, RmsNorm, layer_norm, layer_norm_backward, rms_norm,
     rms_norm_backward, rms_norm_in_place,

@@ -95,6 +95,20 @@ fn gelu_gate_kernel<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
 }
 
 dispatch! {
+    /// `x = cap * tanh(x / cap)`.
+    pub(crate) fn softcap(x: &mut [f32], cap: f32) = softcap_kernel
+}
+
+#[inline(always)]
+fn softcap_kernel<S: Simd>(s: S, x: &mut [f32], cap: f32) {
+    let cap = s.splat(cap);
+    for at in (0..x.len()).step_by(S::LANES) {
+        let ratio = s.div(load(s, x, at), cap);
+        store(s, x, at, s.mul(cap, math::tanh(s, ratio)));
+    }
+}
+
+dispatch! {
     /// `x = x + y`; both have the same length.
     pub(crate) fn add(x: &mut [f32], y: &[f32]) = add_kernel
 }

@@ -51,18 +51,18 @@ impl Activations {
 impl GroupedQueryAttention {
     pub(crate) fn new(
         parts: &Parts<'_>,
-        layer: usize,
+        index: usize,
         rope: usize,
     ) -> Result<GroupedQueryAttention, Error> {
         let model = parts.config();
         let config = model.attention;
         let (width, q_dim, kv_dim) = (model.width, config.q_dim(), config.kv_dim());
-        let reach = model.reach(&model.layers[layer]);
+        let reach = model.reach(&model.layers[index]);
         let norm = |part| {
-            let norm = config.qk_norm.then(|| parts.norm(layer, part, config.head_dim));
+            let norm = config.qk_norm.then(|| parts.norm(index, part, config.head_dim));
             norm.map(|norm| norm.map(Norm::into_weight)).transpose()
         };
-        let linear = |part, shape, biased| parts.linear(layer, part, shape, biased);
+        let linear = |part, shape, biased| parts.linear(index, part, shape, biased);
         let parameters = AttentionParameters {
             query: linear(Part::Query, [q_dim, width], config.qkv_bias)?,
             key: linear(Part::Key, [kv_dim, width], config.qkv_bias)?,
@@ -70,7 +70,7 @@ impl GroupedQueryAttention {
             output: linear(Part::AttentionOutput, [width, q_dim], config.output_bias)?,
             query_norm: norm(Part::QueryNorm)?,
             key_norm: norm(Part::KeyNorm)?,
-            sinks: None,
+            sinks: config.sinks.then(|| parts.sinks(index)).transpose()?,
         };
         let layer = MultiHeadAttention {
             width,
@@ -80,6 +80,7 @@ impl GroupedQueryAttention {
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             scale: Scale::Value(config.scale),
+            softcap: config.softcap,
             mask: Mask::window(reach),
             reach: Some(reach),
             norm_epsilon: model.norm_epsilon,

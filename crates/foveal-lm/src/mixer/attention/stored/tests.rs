@@ -1,8 +1,7 @@
 //! Layers against what transformers computes in f64: `crates/foveal/tests/golden`.
 
 use foveal::position::{RopeConfig, RopeLayout, RopeScaling, Yarn};
-use foveal::projection::Activations;
-use foveal::projection::Format;
+use foveal::projection::{self, Format};
 use foveal::{Cpu, Phase, Workspace};
 use safetensors::SafeTensors;
 
@@ -46,6 +45,8 @@ impl Layer {
                 qk_norm: false,
                 qkv_bias: false,
                 output_bias: false,
+                softcap: None,
+                sinks: false,
             },
             reach: 1000,
             rope: Rope::new(RopeConfig { theta, scaling, ..base }).unwrap(),
@@ -83,7 +84,7 @@ impl Layer {
             output: self.linear("o_proj"),
             query_norm: self.norm("q_norm"),
             key_norm: self.norm("k_norm"),
-            sinks: None,
+            sinks: self.tensor("sinks").map(|(_, sinks)| sinks),
         };
         let layer = MultiHeadAttention {
             width,
@@ -93,6 +94,7 @@ impl Layer {
             kv_heads: self.config.kv_heads,
             head_dim: self.config.head_dim,
             scale: Scale::Value(self.config.scale),
+            softcap: self.config.softcap,
             mask: Mask::window(self.reach),
             reach: Some(self.reach),
             norm_epsilon: 1e-6,
@@ -127,7 +129,7 @@ impl Layer {
                 let positions = first + at..first + end;
                 activations.set_positions(std::slice::from_ref(&self.rope), positions).unwrap();
                 let mut run =
-                    Run { cpu, phase, activations: Activations::F32, workspace: &mut workspace };
+                    Run { cpu, phase, activations: projection::Activations::F32, workspace: &mut workspace };
                 let mut part = vec![f32::NAN; (end - at) * width];
                 let x = &x[at * width..end * width];
                 mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
@@ -197,5 +199,15 @@ fn gemma3_windowed_and_full() {
     for (name, theta, reach) in [("gemma3_local", 1e4, 4), ("gemma3_global", 1e6, 1000)] {
         let layer = Layer::open(name, shapes, (theta, RopeScaling::None));
         Layer { reach, norm_offset: 1.0, ..layer }.check_all();
+    }
+}
+
+#[test]
+fn gpt_oss_windowed_and_full() {
+    let shapes = Shapes { heads: 4, kv_heads: 2, head_dim: 12 };
+    let yarn = Yarn { truncate: false, ..Yarn::new(32.0, 256.0) };
+    for (name, reach) in [("gptoss_window", 4), ("gptoss_full", 1000)] {
+        let layer = Layer::open(name, shapes, (1.5e5, RopeScaling::Yarn(yarn)));
+        Layer { reach, ..layer }.check_all();
     }
 }
