@@ -20,6 +20,10 @@
 //!
 //! with n = K / 32 + 16 for generated rows and n = min(K, 256) + K / 256 + 4 for prompts; for plain
 //! floats the bracket is |W\[n, k\]|. (Inputs below 2⁻¹¹⁰ may lose bits besides.)
+//!
+//! [`Activations`] other than f32 add to it: pairs of bf16 at most (2⁻⁷ + 2⁻¹⁶) Σ_k |W\[n, k\] · x_k|, both factors being
+//! rounded (and subnormal ones taken for zero); 8-bit integers Σ |W\[n, k\]| · max |x| / 254 over runs of 32, and eight times
+//! the rounding of sums, whose integers are not centred.
 
 mod backward;
 mod dequantize;
