@@ -128,8 +128,12 @@ impl Layer {
                 let first = self.first_position();
                 let positions = first + at..first + end;
                 activations.set_positions(std::slice::from_ref(&self.rope), positions).unwrap();
-                let mut run =
-                    Run { cpu, phase, activations: projection::Activations::F32, workspace: &mut workspace };
+                let mut run = Run {
+                    cpu,
+                    phase,
+                    activations: projection::Activations::F32,
+                    workspace: &mut workspace,
+                };
                 let mut part = vec![f32::NAN; (end - at) * width];
                 let x = &x[at * width..end * width];
                 mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
