@@ -188,6 +188,11 @@ impl<'a> Attention<'a> {
         &self.terms
     }
 
+    /// The same without learned sinks, which are counted once.
+    pub(crate) fn without_sinks(self) -> Attention<'a> {
+        Attention { terms: Terms { sinks: None, ..self.terms }, ..self }
+    }
+
     pub(crate) fn resolved_cpu(&self) -> Result<Cpu> {
         self.cpu.map_or_else(Cpu::detect, Ok)
     }

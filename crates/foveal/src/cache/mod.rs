@@ -10,11 +10,13 @@ pub mod eviction;
 mod latent;
 mod paged;
 mod quantized;
+mod rolling;
 
 pub use contiguous::ContiguousCache;
 pub use latent::{LatentCache, LatentRows};
 pub use paged::{PagePool, PagedStore, SequenceId};
 pub use quantized::QuantizedCache;
+pub use rolling::{Rolling, RollingCall, RollingScratch};
 
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};

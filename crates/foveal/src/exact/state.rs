@@ -10,6 +10,7 @@
 //! element: tiles, split key ranges, memory reads and sharded sequences are all joined by it (Milakov
 //! and Gimelshein 2018; Dao et al. 2022, §3.1). Maxima are kept in base 2, as kernels compute them.
 
+use crate::simd::{Level, row};
 use std::f32::consts::{LN_2, LOG2_E};
 
 /// Running maximum, sum and accumulator of one query row.
@@ -108,6 +109,19 @@ impl Join {
         let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
         Join { max, keep: (first - shift).exp2(), add: (second - shift).exp2() }
     }
+}
+
+/// Joins the finished result of other keys, output and log-sum-exp, to one of a row.
+pub(crate) fn join_rows(
+    level: Level,
+    (out, lse): (&mut [f32], &mut f32),
+    (other, other_lse): (&[f32], f32),
+) {
+    let join = Join::new(*lse * LOG2_E, other_lse * LOG2_E);
+    let sum = join.keep + join.add;
+    let share = reciprocal(sum);
+    row::blend(level, out, join.keep * share, other, join.add * share);
+    *lse = log_sum_exp(join.max, sum);
 }
 
 /// What accumulators are multiplied by in the end: 1 / sum, and 0 where nothing was seen.

@@ -88,6 +88,12 @@ impl Terms<'_> {
         biased || sinks.is_some() || dropout.is_some()
     }
 
+    /// Whether something depends on where queries and keys are.
+    pub(crate) fn by_position(&self) -> bool {
+        let Terms { bias, alibi, relative, dropout, .. } = self;
+        bias.is_some() || alibi.is_some() || relative.is_some() || dropout.is_some()
+    }
+
     /// Refuses numbers that do not fit queries `q` and `keys` keys.
     pub(crate) fn check(&self, q: Shape, keys: usize) -> Result<()> {
         let invalid = |what, expected, got: f32| {
