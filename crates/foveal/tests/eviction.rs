@@ -2,7 +2,7 @@
 
 mod support;
 
-use foveal::cache::eviction::{Pooling, Scores, SnapKv, snap_kv};
+use foveal::cache::eviction::{Pooling, RunningScores, Scores, SnapKv, snap_kv};
 use foveal::cache::{ContiguousCache, KvRows, KvStore};
 use foveal::inspect::{Forwarded, Per};
 use foveal::{Attention, Error, Mask, Scale, Shape, Tensor, TensorMut, TensorRef, Workspace};
@@ -167,6 +167,65 @@ fn heavy_hitters_along_a_generation() {
             assert_eq!(cache.end(), (t + 1).min(HEAVY + RECENT));
         }
     }
+}
+
+/// Scores that are kept row by row are those of all rows at once, and have the same bits however rows are cut into calls.
+#[test]
+fn running_scores_depend_on_no_cut() {
+    let mut random = Random::new(4);
+    let (seq, heads, kv_heads, dim) = (530, 6, 2, 8);
+    let mut tensor = |heads| random.tensor::<f32>(Shape { batch: 1, seq, heads, dim }, 2.0);
+    let (q, k, v) = (tensor(heads), tensor(kv_heads), tensor(kv_heads));
+    for cpu in cpus() {
+        let attention = Attention::new().mask(Mask::causal()).cpu(cpu);
+        let run = |lengths: &[usize]| {
+            let mut cache = ContiguousCache::<f32>::new(kv_heads, (dim, dim), seq).unwrap();
+            let mut scores = RunningScores::new(heads, kv_heads).unwrap();
+            let mut joined = Scores::new(kv_heads);
+            let (mut at, mut lengths) = (0, lengths.iter().cycle());
+            while at < seq {
+                let end = (at + lengths.next().unwrap()).min(seq);
+                cache.append(tokens(&k, at..end), tokens(&v, at..end)).unwrap();
+                let (part, kv) =
+                    (tokens(&q, at..end), Shape { seq: end, heads: kv_heads, ..k.shape() });
+                let plan = attention.plan(part.shape(), kv, kv).unwrap();
+                let mut out = vec![f32::NAN; part.shape().checked_len().unwrap()];
+                let rows = part.shape().per_row();
+                let mut lse = vec![f32::NAN; rows.checked_len().unwrap()];
+                let mut workspace = Workspace::for_plan(&plan);
+                let outputs = (
+                    TensorMut::new(&mut out, part.shape()).unwrap(),
+                    Some(TensorMut::new(&mut lse, rows).unwrap()),
+                );
+                plan.forward_cached(part, &[&cache], outputs, &mut workspace).unwrap();
+                let stores = [&cache as &dyn KvStore];
+                let of = Forwarded::cached(part, &stores, TensorRef::new(&lse, rows).unwrap());
+                scores.add(&plan, of, 0..end - at).unwrap();
+                joined.add(plan.column_sums(of, 0..end - at, Per::KvHead).unwrap().view()).unwrap();
+                at = end;
+            }
+            (scores, joined)
+        };
+        let (whole, joined) = run(&[seq]);
+        for head in 0..kv_heads {
+            let pairs = whole.scores();
+            let pairs = pairs.of(head).unwrap().iter().zip(joined.of(head).unwrap());
+            pairs.for_each(|(a, b)| assert!((a - b).abs() <= 1e-5 * (1.0 + b), "{a} {b}"));
+        }
+        for lengths in [&[1][..], &[7, 100], &[256], &[300, 13]] {
+            assert_eq!(run(lengths).0, whole, "{lengths:?}");
+        }
+        let mut short = whole.clone();
+        short.retain(&[vec![0, 5], vec![1, 9]]).unwrap();
+        let first = |head: usize| whole.of(head).unwrap();
+        assert_eq!(short.of(2).unwrap(), [first(2)[0], first(2)[5]]);
+        assert_eq!(short.of(3).unwrap(), [first(3)[1], first(3)[9]]);
+        assert!(short.retain(&[vec![0], vec![2]]).is_err());
+        short.clear();
+        assert_eq!(short, RunningScores::new(heads, kv_heads).unwrap());
+    }
+    assert!(matches!(RunningScores::new(3, 2), Err(Error::HeadGrouping { .. })));
+    assert!(matches!(RunningScores::new(3, 0), Err(Error::HeadGrouping { .. })));
 }
 
 #[test]

@@ -8,13 +8,17 @@
 //!
 //! Scores are those of a key/value head: the weights of all query heads that read it are summed, so that a group keeps
 //! sharing (the SnapKV code chooses for each query head, which takes that away). They come from
-//! [`Plan::column_sums`](crate::Plan::column_sums) with [`Per::KvHead`](crate::inspect::Per::KvHead). Choices are in ascending order; of equal scores
+//! [`Plan::column_sums`] with [`Per::KvHead`](crate::inspect::Per::KvHead), or call by call from [`RunningScores`]. Choices are in ascending order; of equal scores
 //! the older key stays. [`ContiguousCache::retain`](super::ContiguousCache::retain) gives up the rest; keys keep the rotation of their first position.
 //! StreamingLLM needs no scores: [`Mask::streaming`](crate::Mask::streaming). Approximate by nature: what is given up is not seen again.
 //! Zhang et al. 2023; Li et al. 2024.
 
+use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::inspect::Forwarded;
+use crate::plan::Plan;
 use crate::tensor::{Shape, TensorRef};
+use std::ops::Range;
 
 /// How [`snap_kv`] smooths scores over neighbours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +103,91 @@ impl Scores {
             *scores = kept.iter().map(|&j| scores[j]).collect();
         }
         Ok(())
+    }
+}
+
+/// The weight that the keys of one sequence have got, kept for each query head and row after row in f64: whatever calls
+/// the rows came in, scores have the same bits.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RunningScores {
+    kv_heads: usize,
+    /// A sum for each key held, for each query head.
+    heads: Vec<Vec<f64>>,
+}
+
+impl RunningScores {
+    /// Scores of `heads` query heads that read `kv_heads` key/value heads, and hold nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::HeadGrouping`] unless the query heads fall into groups of one size.
+    pub fn new(heads: usize, kv_heads: usize) -> Result<RunningScores> {
+        match heads.checked_rem(kv_heads) {
+            Some(0) => Ok(RunningScores { kv_heads, heads: vec![vec![]; heads] }),
+            _ => Err(Error::HeadGrouping { heads, kv_heads }),
+        }
+    }
+
+    /// Adds the weights of a range of the query rows that `plan` was run with; keys beyond those known are new.
+    ///
+    /// # Errors
+    /// Those of [`Plan::column_sums`]; [`Error::ShapeMismatch`] for another batch than one sequence, other heads or fewer
+    /// keys than are known. Nothing has changed then.
+    pub fn add<E: Element, K: Element>(
+        &mut self,
+        plan: &Plan<'_>,
+        of: Forwarded<'_, E, K>,
+        rows: Range<usize>,
+    ) -> Result<()> {
+        let known = self.known();
+        let got = Shape { seq: of.held(), ..of.q.shape() };
+        let expected = Shape { batch: 1, seq: got.seq.max(known), heads: self.heads.len(), ..got };
+        if got != expected {
+            let what = "keys held and heads of one sequence with running scores";
+            return Err(Error::ShapeMismatch { what, expected, got });
+        }
+        self.heads.iter_mut().for_each(|sums| sums.resize(got.seq, 0.0));
+        let result = plan.add_columns(of, rows, &mut self.heads);
+        if result.is_err() {
+            self.heads.iter_mut().for_each(|sums| sums.truncate(known));
+        }
+        result
+    }
+
+    /// The scores of each key/value head: the sums of its group.
+    pub fn scores(&self) -> Scores {
+        let group = self.heads.len() / self.kv_heads.max(1);
+        let joined = |heads: &[Vec<f64>]| {
+            let sum = |j| heads.iter().map(|sums| sums[j]).sum();
+            (0..self.known()).map(sum).collect()
+        };
+        Scores { heads: self.heads.chunks(group.max(1)).map(joined).collect() }
+    }
+
+    /// Gives up the scores of all keys but those chosen for each key/value head, as [`Scores::retain`].
+    ///
+    /// # Errors
+    /// Those of [`super::ContiguousCache::retain`]; nothing has changed then.
+    pub fn retain(&mut self, kept: &[Vec<usize>]) -> Result<()> {
+        check_kept(kept, self.kv_heads, self.known())?;
+        let group = self.heads.len() / self.kv_heads.max(1);
+        for (head, sums) in self.heads.iter_mut().enumerate() {
+            *sums = kept[head / group].iter().map(|&j| sums[j]).collect();
+        }
+        Ok(())
+    }
+
+    /// A sum for each key held, of a query head.
+    pub fn of(&self, head: usize) -> Option<&[f64]> {
+        self.heads.get(head).map(Vec::as_slice)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.heads.iter_mut().for_each(Vec::clear);
+    }
+
+    fn known(&self) -> usize {
+        self.heads.first().map_or(0, Vec::len)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::cache::{KvStore, Sequences};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::mask::{Mask, Pattern, Site};
-use crate::parallel::for_each_part;
+use crate::parallel::{for_each_item, for_each_part};
 use crate::plan::{Plan, Sizes};
 use crate::simd::Level;
 use crate::simd::product::Form;
@@ -43,6 +43,16 @@ impl<'a, E: Element, K: Element> Forwarded<'a, E, K> {
     /// `[B, T, H, 1]`.
     pub fn new(q: TensorRef<'a, E>, k: TensorRef<'a, K>, lse: TensorRef<'a, f32>) -> Self {
         Forwarded { q, keys: Sequences::Tensors(k, k), lse }
+    }
+}
+
+impl<E: Element, K: Element> Forwarded<'_, E, K> {
+    /// Keys that the first sequence holds, if there is one.
+    pub(crate) fn held(&self) -> usize {
+        match self.keys {
+            Sequences::Stores([]) => 0,
+            keys => keys.end(0) - keys.start(0),
+        }
     }
 }
 
@@ -147,6 +157,33 @@ impl Plan<'_> {
             }
         });
         Ok(result)
+    }
+
+    /// Adds the weights of a range of query rows of one sequence to a sum for each query head and key held, row after row in
+    /// f64: however rows are cut into calls, sums have the same bits.
+    pub(crate) fn add_columns<E: Element, K: Element>(
+        &self,
+        of: Forwarded<'_, E, K>,
+        rows: Range<usize>,
+        sums: &mut [Vec<f64>],
+    ) -> Result<()> {
+        let look = self.look(of)?;
+        look.check_rows(&rows)?;
+        let held = look.held(0);
+        let columns = sums.iter_mut().enumerate().flat_map(|(head, sums)| {
+            let places = tiles(&held).zip(sums.chunks_mut(KEY_TILE));
+            places.map(move |(positions, sums)| (head, positions, sums))
+        });
+        let scratches = look.scratches(look.sizes.q.heads * tiles(&held).count(), 0);
+        for_each_item(columns, scratches.into_iter(), |(head, positions, sums), scratch| {
+            let part = Part { batch: 0, heads: head..head + 1, rows: rows.clone() };
+            look.weigh(&part, positions, scratch, &mut |group| {
+                for weights in group.weights.chunks_exact(KEY_TILE) {
+                    sums.iter_mut().zip(weights).for_each(|(sum, w)| *sum += f64::from(*w));
+                }
+            });
+        });
+        Ok(())
     }
 
     /// The entropy of the weights of a range of query rows, `[B, rows, H, 1]`, in nats: 0 where one key or
@@ -297,18 +334,21 @@ impl<E: Element, K: Element> Look<'_, E, K> {
 
     /// Runs `work` for each part and a thread's scratch, which holds `cells` sums.
     fn for_parts(&self, parts: usize, cells: usize, work: impl Fn(usize, &mut Scratch) + Sync) {
+        for_each_part(parts, self.scratches(parts, cells).into_iter(), work);
+    }
+
+    /// One for each thread that has a part to work on.
+    fn scratches(&self, parts: usize, cells: usize) -> Vec<Scratch> {
         let dim = self.sizes.q.dim;
-        let mut scratches: Vec<_> = (0..self.sizes.cpu.threads.count().min(parts))
-            .map(|_| Scratch {
-                keys: vec![0.0; KEY_TILE * dim],
-                queries: vec![0.0; GROUP * dim],
-                weights: vec![0.0; GROUP * KEY_TILE],
-                logits: vec![0.0; GROUP * KEY_TILE],
-                columns: vec![0.0; KEY_TILE],
-                cells: vec![0.0; cells],
-            })
-            .collect();
-        for_each_part(parts, scratches.iter_mut(), |part, scratch| work(part, scratch));
+        let scratch = |_| Scratch {
+            keys: vec![0.0; KEY_TILE * dim],
+            queries: vec![0.0; GROUP * dim],
+            weights: vec![0.0; GROUP * KEY_TILE],
+            logits: vec![0.0; GROUP * KEY_TILE],
+            columns: vec![0.0; KEY_TILE],
+            cells: vec![0.0; cells],
+        };
+        (0..self.sizes.cpu.threads.count().min(parts)).map(scratch).collect()
     }
 
     /// Runs `work` for each head and up to [`ROWS`] of the rows.
