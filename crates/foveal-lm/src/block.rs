@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use foveal::cache::Rolling;
 use foveal::position::Rope;
 use foveal::{Cpu, nn};
 
@@ -112,12 +113,13 @@ fn add(x: &mut [f32], y: &mut [f32], norm: Option<&Norm>, cpu: Cpu) -> Result<()
 }
 
 impl Activations {
-    /// Prepares the rotations of the tokens at `positions`.
+    /// Prepares the rotations of the tokens at `positions`, for queries to a rolling state as well.
     pub(crate) fn set_positions(
         &mut self,
         ropes: &[Rope],
         positions: Range<usize>,
+        rolling: Option<Rolling>,
     ) -> Result<(), Error> {
-        self.attention.set_positions(ropes, positions)
+        self.attention.set_positions(ropes, positions, rolling)
     }
 }

@@ -50,7 +50,7 @@ pub enum Error {
     TrainingState { found: CacheStorage },
     /// A choice for keys and values that makes no sense.
     #[error("the {what} is {found}, expected {expected}")]
-    CacheOptions { what: &'static str, found: String, expected: &'static str },
+    CacheOptions { what: &'static str, found: String, expected: String },
     /// A key or value that its store can't hold.
     #[error("a key or value of {found} is beyond f16; store keys and values as bf16 or f32")]
     KeyValue { found: f32 },

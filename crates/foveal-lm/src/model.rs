@@ -21,7 +21,7 @@ use crate::Error;
 use crate::block::{self, Block};
 use crate::config::ModelConfig;
 use crate::linear::{Linear, Run};
-use crate::mixer::{CacheOptions, LayerState};
+use crate::mixer::{CacheOptions, Keep, LayerState};
 use crate::names::Parts;
 use crate::norm::Norm;
 use crate::ropes::Ropes;
@@ -48,6 +48,7 @@ pub struct Model {
 pub struct State {
     layers: Vec<LayerState>,
     position: usize,
+    keep: Keep,
 }
 
 /// Buffers of a call, kept for the next; any number of states may share them, one at a time.
@@ -146,11 +147,13 @@ impl Model {
     ///
     /// Those of [`Model::state`]; [`Error::CacheOptions`].
     pub fn state_with(&self, options: &CacheOptions) -> Result<State, Error> {
-        options.check()?;
+        options.check(self.config.context)?;
         let layers = self.blocks.iter().zip(&self.config.layers).map(|(block, layer)| {
-            block.mixer.state(options, self.config.reach_within(layer, options.context))
+            let reach = self.config.reach_within(layer, options.context);
+            block.mixer.state(options, (layer.reach, reach))
         });
-        Ok(State { layers: layers.collect::<Result<_, Error>>()?, position: 0 })
+        let layers = layers.collect::<Result<_, Error>>()?;
+        Ok(State { layers, position: 0, keep: options.keep })
     }
 
     /// Reads `tokens` on from where `state` is, and leaves the logits that `step` asks for in `scratch`.
@@ -173,7 +176,7 @@ impl Model {
         scratch.logits.clear();
         let mut rest = tokens;
         while !rest.is_empty() {
-            let room = CHUNK - state.position % CHUNK;
+            let room = state.room(step.phase);
             let (chunk, later) = rest.split_at(room.min(rest.len()));
             self.forward_chunk(chunk, step.phase, state, scratch)?;
             let asked = match step.logits {
@@ -211,7 +214,11 @@ impl Model {
     ) -> Result<(), Error> {
         self.embed(tokens, &mut scratch.x)?;
         let positions = state.position..state.position + tokens.len();
-        scratch.activations.set_positions(&self.ropes, positions)?;
+        let rolling = match state.keep {
+            Keep::Rolling(rolling) => Some(rolling),
+            _ => None,
+        };
+        scratch.activations.set_positions(&self.ropes, positions, rolling)?;
         let workspace = &mut scratch.workspace;
         let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
         for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
@@ -256,6 +263,15 @@ impl State {
     /// Tokens read so far: the position of the next.
     pub fn position(&self) -> usize {
         self.position
+    }
+
+    /// Tokens that may go through the layers together: those up to the next multiple of [`CHUNK`], and one where each has
+    /// its own choice of keys.
+    fn room(&self, phase: Phase) -> usize {
+        match (self.keep, phase) {
+            (Keep::HeavyHitters { .. }, Phase::Generated) => 1,
+            _ => CHUNK - self.position % CHUNK,
+        }
     }
 
     /// Forgets everything and keeps the memory; the next token has position 0.

@@ -157,7 +157,10 @@ impl<'a, E: Element> TensorRef<'a, E> {
     }
 
     /// A range of tokens of a tensor of one sequence.
-    pub(crate) fn tokens(&self, tokens: Range<usize>) -> TensorRef<'a, E> {
+    ///
+    /// # Panics
+    /// For another number of sequences, or tokens outside the shape.
+    pub fn tokens(&self, tokens: Range<usize>) -> TensorRef<'a, E> {
         assert!(self.shape.batch == 1 && tokens.end <= self.shape.seq);
         let shape = Shape { seq: tokens.len(), ..self.shape };
         let at = if shape.is_empty() { 0 } else { tokens.start * self.strides.seq };

@@ -18,12 +18,13 @@ mod parameters;
 mod saved;
 mod stored;
 
-use foveal::cache::KvStore;
+use foveal::cache::{KvStore, RollingCall};
 use foveal::nn::{RmsNorm, rms_norm_in_place};
 use foveal::position::RopeTable;
 use foveal::projection::Matrix;
 use foveal::{Attention, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
 
+use super::state::{Heads, Seen};
 use super::{CacheStorage, LayerState};
 use crate::Error;
 use crate::linear::{Run, forward_together};
@@ -142,6 +143,8 @@ pub(crate) type Views<'a> = AttentionParameters<Matrix<'a>, &'a [f32]>;
 struct Bound<'a> {
     layer: &'a MultiHeadAttention,
     parameters: Views<'a>,
+    /// The rotations of queries towards the first tokens, where a rolling state sees those.
+    capped: Option<&'a RopeTable>,
 }
 
 impl MultiHeadAttention {
@@ -150,15 +153,11 @@ impl MultiHeadAttention {
     /// # Errors
     /// [`Error::Kernel`] for sizes beyond the address space.
     pub fn state(&self) -> Result<LayerState, Error> {
-        self.state_in(CacheStorage::F32)
+        LayerState::new(CacheStorage::F32, self.sizes())
     }
 
-    /// A state that holds no tokens, and keeps them as `storage` says. Only f32 trains.
-    ///
-    /// # Errors
-    /// [`Error::Kernel`] for sizes beyond the address space.
-    pub(crate) fn state_in(&self, storage: CacheStorage) -> Result<LayerState, Error> {
-        LayerState::new(storage, self.kv_heads, self.head_dim)
+    fn sizes(&self) -> Heads {
+        Heads { heads: self.heads, kv_heads: self.kv_heads, dim: self.head_dim }
     }
 
     /// Mixes the tokens of `states.len()` sequences, whose keys and values it appends to the states. Returns a result
@@ -176,7 +175,7 @@ impl MultiHeadAttention {
     ) -> Result<(Vec<f32>, Saved), Error> {
         let mut saved = Saved::kept();
         let mut y = vec![0.0; inputs.x.len()];
-        let bound = Bound { layer: self, parameters: self.views(parameters)? };
+        let bound = Bound { layer: self, parameters: self.views(parameters)?, capped: None };
         bound.forward(inputs, &mut y, states, &mut saved, run)?;
         Ok((y, saved))
     }
@@ -221,12 +220,17 @@ impl Bound<'_> {
         saved.begin(self.layer, &inputs, states)?;
         self.project(inputs, saved, run)?;
         self.normalize(saved, run)?;
+        if let Some(capped) = self.capped.filter(|_| states.iter().any(|s| s.rolling().is_some())) {
+            saved.capped_q.clone_from(&saved.q);
+            let q = saved.query_shape(self.layer);
+            capped.rotate(run.cpu.level, TensorMut::new(&mut saved.capped_q, q)?)?;
+        }
         if let Some(rotation) = inputs.rotation {
             let (q, k) = (saved.query_shape(self.layer), saved.new_shape(self.layer));
             rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.q, q)?)?;
             rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.k, k)?)?;
         }
-        self.append(saved, states)?;
+        self.append(saved, states, run)?;
         self.attend(saved, states, run)?;
         forward_together(&saved.mixed, [(self.parameters.output, y)], run)
     }
@@ -265,15 +269,22 @@ impl Bound<'_> {
     }
 
     /// Moves the states on, and keeps what they hold.
-    fn append(&self, saved: &mut Saved, states: &mut [LayerState]) -> Result<(), Error> {
+    fn append(
+        &self,
+        saved: &mut Saved,
+        states: &mut [LayerState],
+        run: &Run<'_>,
+    ) -> Result<(), Error> {
         let tokens = saved.new;
+        let attention = self.layer.attention(self.parameters.sinks, run);
         let len = tokens * self.layer.kv_width();
         for (n, state) in states.iter_mut().enumerate() {
-            state.make_room(self.layer.reach, tokens)?;
+            state.before((&attention, run.phase), tokens)?;
             let shape = self.layer.shape([1, tokens], self.layer.kv_heads);
             let own = n * len..(n + 1) * len;
             let (k, v) = (&saved.k[own.clone()], &saved.v[own]);
-            state.append(TensorRef::new(k, shape)?, TensorRef::new(v, shape)?)?;
+            let (k, v) = (TensorRef::new(k, shape)?, TensorRef::new(v, shape)?);
+            state.append(self.layer.reach, k, v)?;
         }
         saved.keep_states(self.layer, states);
         Ok(())
@@ -282,9 +293,14 @@ impl Bound<'_> {
     fn attend(
         &self,
         saved: &mut Saved,
-        states: &[LayerState],
+        states: &mut [LayerState],
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
+        if let [state] = states
+            && state.rolling().is_some()
+        {
+            return self.roll(saved, state, run);
+        }
         let layer = self.layer;
         let shape = saved.query_shape(layer);
         let held = states.iter().map(|state| state.end() - state.start()).max().unwrap_or(0);
@@ -295,11 +311,42 @@ impl Bound<'_> {
             Phase::Generated => attention.plan_decode(shape, keys, keys)?,
         };
         run.workspace.reserve(plan.workspace_bytes());
+        let evicting = states.iter().any(LayerState::evicting);
+        if evicting {
+            saved.lse.resize(states.len() * saved.tokens * layer.heads, 0.0);
+        }
         let stores: Vec<&dyn KvStore> = states.iter().map(|state| state as &dyn KvStore).collect();
         let q = TensorRef::new(&saved.q, shape)?;
         let out = TensorMut::new(&mut saved.mixed, shape)?;
-        let lse = saved.kept.then(|| TensorMut::new(&mut saved.lse, shape.per_row()));
+        let wanted = saved.kept || evicting;
+        let lse = wanted.then(|| TensorMut::new(&mut saved.lse, shape.per_row()));
         plan.forward_cached(q, &stores, (out, lse.transpose()?), run.workspace)?;
+        if let ([state], true) = (states, evicting) {
+            let lse = TensorRef::new(&saved.lse, shape.per_row())?;
+            state.after(&plan, Seen { phase: run.phase, q, lse })?;
+        }
+        Ok(())
+    }
+
+    /// Attention to the first tokens and the newest.
+    fn roll(&self, saved: &mut Saved, state: &LayerState, run: &mut Run<'_>) -> Result<(), Error> {
+        let Some((rolling, first)) = state.rolling() else { return Ok(()) };
+        let shape = saved.query_shape(self.layer);
+        saved.lse.resize(saved.tokens * self.layer.heads, 0.0);
+        // Without rotations, queries are the same towards all keys.
+        let capped_q = if self.capped.is_some() { &saved.capped_q } else { &saved.q };
+        let call = RollingCall {
+            phase: run.phase,
+            q: TensorRef::new(&saved.q, shape)?,
+            capped_q: TensorRef::new(capped_q, shape)?,
+            first,
+            newest: state,
+        };
+        let out = TensorMut::new(&mut saved.mixed, shape)?;
+        let lse = TensorMut::new(&mut saved.lse, shape.per_row())?;
+        let attention = self.layer.attention(self.parameters.sinks, run);
+        let scratch = &mut saved.rolling;
+        rolling.forward(&attention, call, (out, lse), run.workspace, scratch)?;
         Ok(())
     }
 }

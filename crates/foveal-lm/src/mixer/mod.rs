@@ -24,4 +24,4 @@ pub use attention::{
     AttentionParameters, GroupedQueryAttention, InputGradients, Inputs, MultiHeadAttention, Saved,
     Source, StateGradient, Upstream,
 };
-pub use state::{CacheOptions, CacheStorage, LayerState};
+pub use state::{CacheOptions, CacheStorage, Keep, LayerState};

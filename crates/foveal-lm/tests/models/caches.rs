@@ -13,7 +13,8 @@ use crate::small;
 const CONTEXT: usize = 1100;
 
 fn every_storage() -> impl Iterator<Item = CacheOptions> {
-    let options = |storage| CacheOptions { storage, context: Some(CONTEXT) };
+    let options =
+        |storage| CacheOptions { storage, context: Some(CONTEXT), ..CacheOptions::default() };
     CacheStorage::ALL.into_iter().map(options)
 }
 
@@ -107,7 +108,11 @@ fn generated_tokens_are_close_to_prompt_tokens_in_any_storage() {
 #[test]
 fn what_is_stored_moves_results_as_far_as_it_is_rounded() {
     let (model, tokens) = (small::model(), tokens(4 * CHUNK, 5));
-    let exact = CacheOptions { storage: CacheStorage::F32, context: Some(CONTEXT) };
+    let exact = CacheOptions {
+        storage: CacheStorage::F32,
+        context: Some(CONTEXT),
+        ..CacheOptions::default()
+    };
     let exact = prefill(&model, &exact, &tokens, &[]);
     let far = 3 * CHUNK * model.config().vocab;
     let mut last = 0.0;
@@ -117,7 +122,7 @@ fn what_is_stored_moves_results_as_far_as_it_is_rounded() {
         (CacheStorage::Bf16, 0.1),
         (CacheStorage::Q4, 1.0),
     ] {
-        let options = CacheOptions { storage, context: Some(CONTEXT) };
+        let options = CacheOptions { storage, context: Some(CONTEXT), ..CacheOptions::default() };
         let found = prefill(&model, &options, &tokens, &[]);
         let off = difference(&found[far..], &exact[far..]);
         assert!(last < off && off < limit, "{}: off by {off}", storage.name());
@@ -129,7 +134,8 @@ fn what_is_stored_moves_results_as_far_as_it_is_rounded() {
 fn bytes_are_those_of_the_storage() {
     let (model, tokens) = (small::model(), tokens(5 * CHUNK + 7, 6));
     let bytes = |storage, count: usize| {
-        let options = CacheOptions { storage, context: Some(4 * CONTEXT) };
+        let options =
+            CacheOptions { storage, context: Some(4 * CONTEXT), ..CacheOptions::default() };
         let mut state = model.state_with(&options).unwrap();
         run(&model, &mut state, &tokens[..count], Step { logits: Logits::None, ..Step::PROMPT });
         state.kv_bytes()
@@ -153,7 +159,7 @@ fn bytes_are_those_of_the_storage() {
 fn a_shorter_context_bounds_what_is_held_in_any_storage() {
     let (model, tokens) = (small::model(), tokens(6 * CHUNK, 7));
     for storage in CacheStorage::ALL {
-        let options = CacheOptions { storage, context: Some(70) };
+        let options = CacheOptions { storage, context: Some(70), ..CacheOptions::default() };
         let mut state = model.state_with(&options).unwrap();
         let mut most = 0;
         for call in tokens.chunks(50) {
@@ -162,8 +168,12 @@ fn a_shorter_context_bounds_what_is_held_in_any_storage() {
         }
         assert!(most <= (70 + 2 * CHUNK) * model.config().kv_bytes_per_token(), "{most}");
         // A context that is the model's is no other option.
-        let own = CacheOptions { storage, context: Some(model.config().context) };
-        let none = CacheOptions { storage, context: None };
+        let own = CacheOptions {
+            storage,
+            context: Some(model.config().context),
+            ..CacheOptions::default()
+        };
+        let none = CacheOptions { storage, context: None, ..CacheOptions::default() };
         let short = &tokens[..400];
         let expected = prefill(&model, &none, short, &[]);
         assert_same(&prefill(&model, &own, short, &[]), &expected);

@@ -6,6 +6,7 @@ mod formats;
 mod generation;
 mod golden_case;
 mod hostile;
+mod keeping;
 mod laws;
 mod real;
 mod reference;

@@ -48,7 +48,7 @@ impl MultiHeadAttention {
         gradients: &mut AttentionParameters<&mut [f32]>,
         run: &mut Run<'_>,
     ) -> Result<InputGradients, Error> {
-        let layer = Bound { layer: self, parameters: self.views(parameters)? };
+        let layer = Bound { layer: self, parameters: self.views(parameters)?, capped: None };
         layer.check(saved, &upstream)?;
         layer.check_places(gradients)?;
         run.workspace.reserve(backward_workspace_bytes(run.cpu));

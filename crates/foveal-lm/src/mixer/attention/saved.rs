@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use foveal::Shape;
-use foveal::cache::{KvRows, KvStore, TILE};
+use foveal::cache::{KvRows, KvStore, RollingScratch, TILE};
 use foveal::position::RopeTable;
 
 use super::{Inputs, MultiHeadAttention, Source};
@@ -35,6 +35,9 @@ pub struct Saved {
     /// `[sequences, new, kv_heads, head_dim]`; once kept, those of all positions held.
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
+    /// Queries as a rolling state's first tokens see them.
+    pub(super) capped_q: Vec<f32>,
+    pub(super) rolling: RollingScratch,
     /// What attention gave: `[sequences, tokens, heads, head_dim]`.
     pub(super) mixed: Vec<f32>,
     /// Of each row's scores: `[sequences, tokens, heads]`.

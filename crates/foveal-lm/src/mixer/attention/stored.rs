@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use foveal::cache::Rolling;
 use foveal::position::{Rope, RopeTable};
 use foveal::{Mask, Scale};
 
 use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Source, Views};
 use crate::Error;
+use crate::config::Reach;
 use crate::linear::Run;
 use crate::mixer::{CacheOptions, LayerState};
 use crate::names::{Part, Parts};
@@ -27,25 +29,47 @@ pub struct GroupedQueryAttention {
 pub(crate) struct Activations {
     /// The rotations of the call's positions, for each of the model's rotary embeddings.
     rotations: Vec<RopeTable>,
+    /// The same for queries towards the first tokens of a rolling state; empty for other states.
+    capped: Vec<RopeTable>,
     scratch: Saved,
 }
 
 impl Activations {
+    /// Prepares the rotations of the tokens at `positions`, for queries to a rolling state as well.
     pub(crate) fn set_positions(
         &mut self,
         ropes: &[Rope],
         positions: Range<usize>,
+        rolling: Option<Rolling>,
     ) -> Result<(), Error> {
-        if self.rotations.iter().map(RopeTable::rope).ne(ropes) {
-            let tables = ropes.iter().map(|rope| rope.table(positions.clone()));
-            self.rotations = tables.collect::<Result<_, _>>()?;
-            return Ok(());
+        set_positions(&mut self.rotations, ropes, positions.clone())?;
+        match rolling {
+            Some(rolling) => {
+                let places = positions.map(|position| rolling.query_position(position));
+                set_positions(&mut self.capped, ropes, places)
+            }
+            None => {
+                self.capped.clear();
+                Ok(())
+            }
         }
-        for table in &mut self.rotations {
-            table.set_positions(positions.clone())?;
-        }
-        Ok(())
     }
+}
+
+fn set_positions(
+    tables: &mut Vec<RopeTable>,
+    ropes: &[Rope],
+    positions: impl ExactSizeIterator<Item = usize> + Clone,
+) -> Result<(), Error> {
+    if tables.iter().map(RopeTable::rope).ne(ropes) {
+        let made = ropes.iter().map(|rope| rope.table(positions.clone()));
+        *tables = made.collect::<Result<_, _>>()?;
+        return Ok(());
+    }
+    for table in tables {
+        table.set_positions(positions.clone())?;
+    }
+    Ok(())
 }
 
 impl GroupedQueryAttention {
@@ -89,9 +113,23 @@ impl GroupedQueryAttention {
     }
 
     /// A state that holds no tokens; it grows as they come.
-    pub(crate) fn state(&self, options: &CacheOptions, reach: usize) -> Result<LayerState, Error> {
-        let state = self.layer.state_in(options.storage)?;
-        Ok(if self.layer.reach == Some(reach) { state } else { state.with_reach(reach) })
+    ///
+    /// Of `reach` tokens at most the newest is seen. What `options` say about the keys to keep is for layers without a
+    /// window of their own that is as short.
+    pub(crate) fn state(
+        &self,
+        options: &CacheOptions,
+        (own, reach): (Reach, usize),
+    ) -> Result<LayerState, Error> {
+        let (storage, sizes) = (options.storage, self.layer.sizes());
+        let kept = options.keep.budget();
+        if kept.is_some_and(|kept| own == Reach::Full || reach > kept) {
+            return LayerState::keeping(options, sizes);
+        }
+        match self.layer.reach == Some(reach) {
+            true => LayerState::new(storage, sizes),
+            false => LayerState::within(storage, sizes, reach),
+        }
     }
 
     /// Mixes the tokens `x`, `[tokens, width]`, into `y` of the same shape, and appends them to `state`.
@@ -103,16 +141,15 @@ impl GroupedQueryAttention {
         activations: &mut Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let Activations { rotations, scratch } = activations;
+        let Activations { rotations, capped, scratch } = activations;
         let rotation = Some(&rotations[self.rope]);
         let inputs = Inputs { x, source: Source::Own, rotation };
-        let seen = state.reach().map(|reach| MultiHeadAttention {
-            mask: Mask::window(reach),
-            reach: Some(reach),
-            ..self.layer.clone()
-        });
+        let seen = state.sight();
+        let seen =
+            seen.map(|(mask, reach)| MultiHeadAttention { mask, reach, ..self.layer.clone() });
         let layer = seen.as_ref().unwrap_or(&self.layer);
-        let bound = Bound { layer, parameters: self.views()? };
+        let capped = capped.get(self.rope);
+        let bound = Bound { layer, parameters: self.views()?, capped };
         bound.forward(inputs, y, std::slice::from_mut(state), scratch, run)
     }
 

@@ -120,14 +120,17 @@ impl Layer {
         let mut workspace = Workspace::new();
         let mut y = Vec::new();
         for x in x.chunks(tokens * width) {
-            let mut state = mixer.state(&CacheOptions::default(), self.reach).unwrap();
+            let mut state =
+                mixer.state(&CacheOptions::default(), (Reach::Full, self.reach)).unwrap();
             let mut lengths = lengths.iter().cycle();
             let mut at = 0;
             while at < tokens {
                 let end = tokens.min(at + lengths.next().unwrap());
                 let first = self.first_position();
                 let positions = first + at..first + end;
-                activations.set_positions(std::slice::from_ref(&self.rope), positions).unwrap();
+                activations
+                    .set_positions(std::slice::from_ref(&self.rope), positions, None)
+                    .unwrap();
                 let mut run = Run {
                     cpu,
                     phase,

@@ -1,0 +1,206 @@
+//! What a layer of attention carries from call to call: keys and values, stored in one of several ways.
+//!
+//! ```text
+//! f32  4 bytes a number, as they were computed      q8  8.5 bits, the newest 256 to 512 tokens bf16
+//! f16  2 bytes, 11 significant bits                 q4  4.5 bits, likewise
+//! bf16 2 bytes, 8 significant bits
+//! ```
+//!
+//! Queries stay f32 whatever the store, so that nothing but what is stored is rounded, once. Scores and sums are f32.
+
+mod evicting;
+mod options;
+mod store;
+
+use std::ops::Range;
+
+use foveal::cache::{KvStore, KvTile, Rolling};
+use foveal::{Attention, DType, Mask, Phase, Plan, TensorRef};
+
+use crate::Error;
+
+use evicting::Evicting;
+pub(crate) use evicting::Seen;
+pub use options::{CacheOptions, CacheStorage, Keep};
+use store::Store;
+
+/// What a layer keeps of the tokens seen so far.
+#[derive(Debug, Clone)]
+pub struct LayerState {
+    store: Store,
+    policy: Policy,
+}
+
+/// What is seen, and given up, where that is not what the layer itself says.
+#[derive(Debug, Clone)]
+enum Policy {
+    Layer,
+    /// So many of the newest tokens.
+    Reach(usize),
+    /// The first tokens as well, which lie in a store of their own.
+    Rolling(Rolling, Box<Store>),
+    Evicting(Box<Evicting>),
+}
+
+/// Sizes of a layer of attention.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
+}
+
+impl LayerState {
+    /// A state that holds no tokens and gives up what the layer says.
+    pub(crate) fn new(storage: CacheStorage, heads: Heads) -> Result<LayerState, Error> {
+        let store = Store::new(storage, heads.kv_heads, heads.dim)?;
+        Ok(LayerState { store, policy: Policy::Layer })
+    }
+
+    /// A state that holds no tokens, of which queries see no more than the `reach` newest ones.
+    pub(crate) fn within(
+        storage: CacheStorage,
+        heads: Heads,
+        reach: usize,
+    ) -> Result<LayerState, Error> {
+        Ok(LayerState { policy: Policy::Reach(reach), ..LayerState::new(storage, heads)? })
+    }
+
+    /// A state that holds no tokens, and keeps what `options` say.
+    pub(crate) fn keeping(options: &CacheOptions, heads: Heads) -> Result<LayerState, Error> {
+        let policy = match options.keep {
+            Keep::All => Policy::Layer,
+            Keep::Rolling(rolling) => {
+                // Few tokens, and seen by all: codes would save nothing.
+                let coded = options.storage.coded();
+                let storage = if coded { CacheStorage::Bf16 } else { options.storage };
+                let first = Store::new(storage, heads.kv_heads, heads.dim)?;
+                Policy::Rolling(rolling, Box::new(first))
+            }
+            Keep::HeavyHitters { budget } => {
+                let heads = [heads.heads, heads.kv_heads];
+                Policy::Evicting(Box::new(Evicting::heavy_hitters(budget, heads)?))
+            }
+            Keep::SnapKv { budget } => {
+                Policy::Evicting(Box::new(Evicting::snap_kv(budget, heads.heads)))
+            }
+        };
+        Ok(LayerState { policy, ..LayerState::new(options.storage, heads)? })
+    }
+
+    /// What queries see of the store, and how many of the newest tokens at most, where that is not what the layer says.
+    pub(crate) fn sight(&self) -> Option<(Mask, Option<usize>)> {
+        match &self.policy {
+            Policy::Layer => None,
+            Policy::Reach(reach) => Some((Mask::window(*reach), Some(*reach))),
+            Policy::Rolling(rolling, _) => Some((Mask::causal(), Some(rolling.window()))),
+            Policy::Evicting(_) => Some((Mask::causal(), None)),
+        }
+    }
+
+    /// The first tokens and how many there are to be, if they are seen as well as the newest.
+    pub(crate) fn rolling(&self) -> Option<(Rolling, &dyn KvStore)> {
+        match &self.policy {
+            Policy::Rolling(rolling, first) => Some((*rolling, &**first)),
+            _ => None,
+        }
+    }
+
+    /// How keys and values are stored.
+    pub fn storage(&self) -> CacheStorage {
+        self.store.storage()
+    }
+
+    /// Bytes of the keys and values that are held.
+    pub fn bytes(&self) -> usize {
+        let first = match &self.policy {
+            Policy::Rolling(_, first) => first.bytes(),
+            _ => 0,
+        };
+        first + self.store.bytes()
+    }
+
+    /// Forgets everything and keeps the memory; the next token has position 0.
+    pub fn clear(&mut self) {
+        self.store.clear();
+        match &mut self.policy {
+            Policy::Layer | Policy::Reach(_) => {}
+            Policy::Rolling(_, first) => first.clear(),
+            Policy::Evicting(evicting) => evicting.clear(),
+        }
+    }
+
+    /// Gives up keys that got little weight, if it is time to, before a call of `tokens` tokens.
+    pub(crate) fn before(
+        &mut self,
+        call: (&Attention<'_>, Phase),
+        tokens: usize,
+    ) -> Result<(), Error> {
+        match &mut self.policy {
+            Policy::Evicting(evicting) => evicting.before(&mut self.store, call, tokens),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether weights are to be looked at after each call: [`LayerState::after`].
+    pub(crate) fn evicting(&self) -> bool {
+        matches!(self.policy, Policy::Evicting(_))
+    }
+
+    /// Remembers what a call gave weight to.
+    pub(crate) fn after(&mut self, plan: &Plan<'_>, seen: Seen<'_>) -> Result<(), Error> {
+        match &mut self.policy {
+            Policy::Evicting(evicting) => evicting.after(&self.store, plan, seen),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives up what no later query can see, of which the newest `reach` tokens are seen, and appends the tokens of one
+    /// sequence, `[1, tokens, kv_heads, dim]`.
+    pub(crate) fn append(
+        &mut self,
+        reach: Option<usize>,
+        k: TensorRef<'_, f32>,
+        v: TensorRef<'_, f32>,
+    ) -> Result<(), Error> {
+        let tokens = k.shape().seq;
+        if let Policy::Rolling(rolling, first) = &mut self.policy {
+            let end = self.store.end();
+            let count = rolling.sinks_among(end..end + tokens).len();
+            first.make_room(None, count)?;
+            first.append(k.tokens(0..count), v.tokens(0..count))?;
+        }
+        self.store.make_room(reach, tokens)?;
+        self.store.append(k, v)
+    }
+}
+
+impl KvStore for LayerState {
+    fn end(&self) -> usize {
+        self.store.end()
+    }
+
+    fn start(&self) -> usize {
+        self.store.start()
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.store.kv_heads()
+    }
+
+    fn dims(&self) -> (usize, usize) {
+        self.store.dims()
+    }
+
+    fn dtype(&self) -> DType {
+        self.store.dtype()
+    }
+
+    fn coded(&self) -> bool {
+        self.store.coded()
+    }
+
+    fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
+        self.store.tile(head, positions)
+    }
+}

@@ -1,0 +1,139 @@
+//! How a text's keys and values are kept.
+
+use foveal::cache::Rolling;
+
+use crate::Error;
+
+/// The most tokens that a token may be made to see.
+const MAX_CONTEXT: usize = 1 << 30;
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CacheStorage {
+    /// As they were computed. Training takes no other.
+    #[default]
+    F32,
+    /// Rounded to f16. Numbers beyond 65504 are refused.
+    F16,
+    /// Rounded to bf16.
+    Bf16,
+    /// Codes of 8 bits, see [`QuantizedCache`](foveal::cache::QuantizedCache).
+    Q8,
+    /// Codes of 4 bits.
+    Q4,
+}
+
+impl CacheStorage {
+    /// All of them.
+    pub const ALL: [CacheStorage; 5] = [
+        CacheStorage::F32,
+        CacheStorage::F16,
+        CacheStorage::Bf16,
+        CacheStorage::Q8,
+        CacheStorage::Q4,
+    ];
+
+    /// `f32`, `f16`, `bf16`, `q8` or `q4`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CacheStorage::F32 => "f32",
+            CacheStorage::F16 => "f16",
+            CacheStorage::Bf16 => "bf16",
+            CacheStorage::Q8 => "q8",
+            CacheStorage::Q4 => "q4",
+        }
+    }
+
+    /// The storage of that name.
+    pub fn named(name: &str) -> Option<CacheStorage> {
+        CacheStorage::ALL.into_iter().find(|storage| storage.name() == name)
+    }
+
+    /// Whether keys and values are codes.
+    pub const fn coded(self) -> bool {
+        matches!(self, CacheStorage::Q8 | CacheStorage::Q4)
+    }
+}
+
+/// Which keys are given up when a text grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Keep {
+    /// Those that the layer's window, or the context, leaves behind. Exact.
+    #[default]
+    All,
+    /// All but the first and the newest, at places that stay small (StreamingLLM, see [`Rolling`]). Layers whose own window
+    /// is no longer keep that one, with the positions of the text.
+    Rolling(Rolling),
+    /// For each key/value head those that got least weight so far: half of the budget goes to the newest, half to the keys
+    /// with the largest sums (H2O, Zhang et al. 2023). Chosen at every generated token, and between chunks of a prompt, so
+    /// that memory stays within the budget and one chunk.
+    HeavyHitters {
+        /// Keys that are kept.
+        budget: usize,
+    },
+    /// When a prompt ends, for each key/value head those of it to which its last 32 tokens (or half of the budget, if that is
+    /// less) gave least weight (SnapKV, Li et al. 2024). Generated tokens are added to what is kept.
+    SnapKv {
+        /// Keys of a prompt that are kept.
+        budget: usize,
+    },
+}
+
+impl Keep {
+    /// How many keys are kept, if there is a choice among them.
+    pub(crate) fn budget(self) -> Option<usize> {
+        match self {
+            Keep::All => None,
+            Keep::Rolling(rolling) => Some(rolling.tokens()),
+            Keep::HeavyHitters { budget } | Keep::SnapKv { budget } => Some(budget),
+        }
+    }
+}
+
+/// What a text's keys and values are kept as, and which of them.
+///
+/// ```
+/// use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep};
+/// let options = CacheOptions { storage: CacheStorage::Q8, ..CacheOptions::default() };
+/// assert_eq!((options.context, options.keep), (None, Keep::All));
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// How keys and values are stored.
+    pub storage: CacheStorage,
+    /// How many of the newest tokens a token sees at most, its own included, in place of the context that the model was
+    /// trained with. Layers with a shorter window keep it.
+    pub context: Option<usize>,
+    /// Which keys are given up.
+    pub keep: Keep,
+}
+
+impl CacheOptions {
+    /// Refuses numbers that make no sense for a model trained with so many tokens of context.
+    ///
+    /// # Errors
+    /// [`Error::CacheOptions`].
+    pub(crate) fn check(&self, trained: usize) -> Result<(), Error> {
+        let refuse = |what, found: String, expected: String| {
+            Err(Error::CacheOptions { what, found, expected })
+        };
+        let context = self.context.unwrap_or(trained);
+        if !(1..=MAX_CONTEXT).contains(&context) {
+            let expected = format!("1 to {MAX_CONTEXT} tokens");
+            return refuse("context of a text", context.to_string(), expected);
+        }
+        let Some(budget) = self.keep.budget() else { return Ok(()) };
+        if !(1..=context).contains(&budget) {
+            let expected = format!("1 to the context of {context}");
+            return refuse("number of keys to keep", budget.to_string(), expected);
+        }
+        let evicting = matches!(self.keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. });
+        if evicting && self.storage.coded() {
+            let expected = "f32, f16 or bf16: codes can't be picked out".to_owned();
+            return refuse("storage of an eviction", self.storage.name().to_owned(), expected);
+        }
+        Ok(())
+    }
+}

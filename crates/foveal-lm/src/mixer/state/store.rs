@@ -1,0 +1,170 @@
+//! Keys and values in any of their forms, as one type.
+
+use std::ops::Range;
+
+use foveal::cache::codes::Bits;
+use foveal::cache::{ContiguousCache, KvStore, KvTile, QuantizedCache, TILE};
+use foveal::{DType, TensorRef};
+use half::{bf16, f16};
+
+use super::CacheStorage;
+use crate::Error;
+
+/// Keys and values of one sequence of one layer.
+#[derive(Debug, Clone)]
+pub(super) enum Store {
+    F32(ContiguousCache<f32>),
+    F16(ContiguousCache<f16>),
+    Bf16(ContiguousCache<bf16>),
+    Coded(QuantizedCache),
+}
+
+/// Runs the same expression on the store of whichever kind it is.
+macro_rules! with_store {
+    ($store:expr, $name:ident => $body:expr) => {
+        match $store {
+            Store::F32($name) => $body,
+            Store::F16($name) => $body,
+            Store::Bf16($name) => $body,
+            Store::Coded($name) => $body,
+        }
+    };
+}
+
+impl Store {
+    /// A store without tokens, for keys and values of `dim` numbers for each of `kv_heads` heads.
+    pub(super) fn new(storage: CacheStorage, kv_heads: usize, dim: usize) -> Result<Store, Error> {
+        let dims = (dim, dim);
+        let coded = |bits| QuantizedCache::new(bits, kv_heads, dims, 0);
+        Ok(match storage {
+            CacheStorage::F32 => Store::F32(ContiguousCache::new(kv_heads, dims, 0)?),
+            CacheStorage::F16 => Store::F16(ContiguousCache::new(kv_heads, dims, 0)?),
+            CacheStorage::Bf16 => Store::Bf16(ContiguousCache::new(kv_heads, dims, 0)?),
+            CacheStorage::Q8 => Store::Coded(coded(Bits::Eight)?),
+            CacheStorage::Q4 => Store::Coded(coded(Bits::Four)?),
+        })
+    }
+
+    pub(super) fn storage(&self) -> CacheStorage {
+        match self {
+            Store::F32(_) => CacheStorage::F32,
+            Store::F16(_) => CacheStorage::F16,
+            Store::Bf16(_) => CacheStorage::Bf16,
+            Store::Coded(cache) => match cache.bits() {
+                Bits::Four => CacheStorage::Q4,
+                _ => CacheStorage::Q8,
+            },
+        }
+    }
+
+    /// Tokens held.
+    pub(super) fn held(&self) -> usize {
+        self.end() - self.start()
+    }
+
+    /// Bytes of what is held.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Store::F32(cache) => self.held() * cache.bytes_per_token(),
+            Store::F16(cache) => self.held() * cache.bytes_per_token(),
+            Store::Bf16(cache) => self.held() * cache.bytes_per_token(),
+            Store::Coded(cache) => cache.bytes(),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        with_store!(self, cache => cache.clear());
+    }
+
+    /// Appends tokens for which there is room.
+    pub(super) fn append(
+        &mut self,
+        k: TensorRef<'_, f32>,
+        v: TensorRef<'_, f32>,
+    ) -> Result<(), Error> {
+        if let Store::F16(_) = self {
+            check_f16(k)?;
+            check_f16(v)?;
+        }
+        Ok(with_store!(self, cache => cache.append(k, v))?)
+    }
+
+    /// Gives up what no query from `end()` on can see, and makes room for `tokens` more.
+    ///
+    /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
+    pub(super) fn make_room(&mut self, reach: Option<usize>, tokens: usize) -> Result<(), Error> {
+        let (position, reach) = (self.end(), reach.unwrap_or(usize::MAX));
+        let forgotten = (position + 1).saturating_sub(reach);
+        with_store!(self, cache => {
+            cache.forget(forgotten);
+            if cache.room() < tokens {
+                let needed = position - cache.start() + tokens;
+                let most = reach.saturating_add(2 * TILE);
+                let doubled = needed.next_power_of_two().max(TILE);
+                cache.grow(doubled.min(most).max(needed))?;
+            }
+        });
+        Ok(())
+    }
+
+    /// Gives up all keys of each head but the chosen ones. Stores of codes have been refused before.
+    pub(super) fn retain(&mut self, kept: &[Vec<usize>]) -> Result<(), Error> {
+        match self {
+            Store::F32(cache) => Ok(cache.retain(kept)?),
+            Store::F16(cache) => Ok(cache.retain(kept)?),
+            Store::Bf16(cache) => Ok(cache.retain(kept)?),
+            Store::Coded(_) => Err(Error::CacheOptions {
+                what: "storage of an eviction",
+                found: self.storage().name().to_owned(),
+                expected: "f32, f16 or bf16".to_owned(),
+            }),
+        }
+    }
+}
+
+/// Refuses numbers that an f16 would turn into infinity. What is no number, or infinite already, stays what it is.
+fn check_f16(x: TensorRef<'_, f32>) -> Result<(), Error> {
+    /// From here on f16 rounds to infinity.
+    const LIMIT: f32 = 65520.0;
+    let beyond = |x: &f32| (LIMIT..f32::INFINITY).contains(&x.abs());
+    let shape = x.shape();
+    for (token, head) in (0..shape.seq).flat_map(|t| (0..shape.heads).map(move |head| (t, head))) {
+        let row = x.row(0, token, head);
+        // A sum of flags has no early exit and is computed many numbers at a time.
+        if row.iter().map(|x| u32::from(beyond(x))).sum::<u32>() > 0 {
+            let found = row.iter().copied().find(beyond).unwrap_or(f32::NAN);
+            return Err(Error::KeyValue { found });
+        }
+    }
+    Ok(())
+}
+
+impl KvStore for Store {
+    fn end(&self) -> usize {
+        with_store!(self, cache => cache.end())
+    }
+
+    fn start(&self) -> usize {
+        with_store!(self, cache => cache.start())
+    }
+
+    fn kv_heads(&self) -> usize {
+        with_store!(self, cache => cache.kv_heads())
+    }
+
+    fn dims(&self) -> (usize, usize) {
+        with_store!(self, cache => cache.dims())
+    }
+
+    fn dtype(&self) -> DType {
+        with_store!(self, cache => cache.dtype())
+    }
+
+    fn coded(&self) -> bool {
+        with_store!(self, cache => cache.coded())
+    }
+
+    fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
+        with_store!(self, cache => cache.tile(head, positions))
+    }
+}
