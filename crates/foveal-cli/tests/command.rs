@@ -145,6 +145,37 @@ fn a_context_is_obeyed_or_refused() {
 }
 
 #[test]
+fn keys_may_be_given_up() {
+    let bytes = |more: &[&str]| {
+        let arguments = ["--json", "--max-tokens", "60", &PROMPT.repeat(150)];
+        let output = run(&[&["generate"], more, &arguments].concat());
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        json["kv_bytes"].as_u64().unwrap()
+    };
+    let all = bytes(&["--context", "2000"]);
+    for way in [
+        &["--window", "60"][..],
+        &["--window", "60", "--sinks", "0", "--kv-cache", "q4"],
+        &["--evict", "h2o:64"],
+        &["--evict", "snapkv:64"],
+    ] {
+        let left = bytes(way);
+        assert!(0 < left && left < all, "{way:?}: {left} of {all}");
+    }
+    let output = run(&["generate", "--window", "20", "-n", "30", PROMPT]);
+    assert!(stderr(&output).contains("the first 4 and the newest 20"), "{}", stderr(&output));
+    for (wrong, code, words) in [
+        (&["--window", "125"][..], 1, &["129", "128"]),
+        (&["--evict", "h2o:129"], 1, &["129", "128"]),
+        (&["--evict", "h2o:12", "--kv-cache", "q8"], 1, &["q8", "f16"]),
+        (&["--evict", "h2o:12", "--window", "12"], 2, &["--evict", "--window"]),
+    ] {
+        let output = run(&[&["generate", "-n", "3"], wrong, &[PROMPT]].concat());
+        assert_fails(&output, code, words);
+    }
+}
+
+#[test]
 fn stop_strings_end_the_text() {
     let output = greedy(&["--stop", "nowhere", "--stop", "Queen,", "--json", PROMPT]);
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -193,6 +224,11 @@ fn usage_errors_are_refused_by_name() {
         ("--kv-cache", "q2"),
         ("--context", "many"),
         ("--context", "0"),
+        ("--window", "0"),
+        ("--sinks", "-1"),
+        ("--evict", "h2o"),
+        ("--evict", "snapkv:0"),
+        ("--evict", "lru:100"),
         ("--max-tokens", "many"),
         ("--seed", "x"),
     ] {

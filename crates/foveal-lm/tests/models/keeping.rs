@@ -197,7 +197,7 @@ fn options_that_make_no_sense_are_refused() {
     }
 }
 
-/// Mean loss of the second half of SmolLM2's longest golden prompt, read as generated tokens after the first half.
+/// Mean loss of tokens in the second half of SmolLM2's longest golden prompt, read as generated ones after the first half.
 #[test]
 fn smollm2_loses_little_with_half_of_its_keys() {
     let Some(path) = fetch_model(testing::Model::SmolLm2) else { return };
@@ -205,6 +205,7 @@ fn smollm2_loses_little_with_half_of_its_keys() {
     let case = Case::all("smollm2").into_iter().max_by_key(|case| case.tokens("ids").len());
     let ids = case.unwrap().tokens("ids");
     let (prompt, rest) = ids.split_at(ids.len() / 2);
+    let rest = &rest[..150];
     let mean = |options: &CacheOptions| {
         let mut state = model.state_with(options).unwrap();
         let mut scratch = Scratch::new();
@@ -226,7 +227,6 @@ fn smollm2_loses_little_with_half_of_its_keys() {
         (keeping(Keep::SnapKv { budget }), 1.05),
     ] {
         let found = mean(&options);
-        println!("{:?}: {found} of {whole}, {newest}", options.keep);
         assert!(found < whole * limit && found < newest, "{:?}: {found} {whole}", options.keep);
     }
 }

@@ -42,11 +42,11 @@ impl Activations {
         positions: Range<usize>,
         rolling: Option<Rolling>,
     ) -> Result<(), Error> {
-        set_positions(&mut self.rotations, ropes, positions.clone())?;
+        set_positions(&mut self.rotations, ropes, &positions)?;
         match rolling {
             Some(rolling) => {
                 let places = positions.map(|position| rolling.query_position(position));
-                set_positions(&mut self.capped, ropes, places)
+                set_positions(&mut self.capped, ropes, &places)
             }
             None => {
                 self.capped.clear();
@@ -59,7 +59,7 @@ impl Activations {
 fn set_positions(
     tables: &mut Vec<RopeTable>,
     ropes: &[Rope],
-    positions: impl ExactSizeIterator<Item = usize> + Clone,
+    positions: &(impl ExactSizeIterator<Item = usize> + Clone),
 ) -> Result<(), Error> {
     if tables.iter().map(RopeTable::rope).ne(ropes) {
         let made = ropes.iter().map(|rope| rope.table(positions.clone()));

@@ -8,6 +8,7 @@ use safetensors::SafeTensors;
 use super::*;
 use crate::config::AttentionConfig;
 use crate::linear::Linear;
+use crate::mixer::{CacheStorage, Keep};
 
 /// A golden layer: its file, and what the file doesn't say about it.
 struct Layer {
@@ -156,6 +157,63 @@ impl Layer {
         for phase in [Phase::Prompt, Phase::Generated] {
             for lengths in [&[64][..], &[1], &[3, 1, 2]] {
                 self.check(phase, lengths);
+            }
+        }
+    }
+}
+
+/// A rolling state gives each token what it would get alone with what it sees, at the places that this has.
+#[test]
+fn rolling_states_are_what_a_short_text_is() {
+    let shapes = Shapes { heads: 4, kv_heads: 2, head_dim: 10 };
+    let layer = Layer::open("llama_gqa", shapes, (1e4, RopeScaling::None));
+    let mixer = layer.mixer();
+    let (shape, x) = layer.tensor("x").unwrap();
+    let (width, tokens) = (shape[2], 12.min(shape[1]));
+    let x = &x[..tokens * width];
+    let mut workspace = Workspace::new();
+    let mut run = |text: &[f32], options: &CacheOptions, (phase, call): (Phase, usize)| {
+        let mut activations = Activations::default();
+        let mut state = mixer.state(options, (Reach::Full, layer.reach)).unwrap();
+        let mut y = vec![];
+        for (n, x) in text.chunks(call * width).enumerate() {
+            let positions = n * call..n * call + x.len() / width;
+            let rolling = match options.keep {
+                Keep::Rolling(rolling) => Some(rolling),
+                _ => None,
+            };
+            let ropes = std::slice::from_ref(&layer.rope);
+            activations.set_positions(ropes, positions, rolling).unwrap();
+            let cpu = Cpu::detect().unwrap();
+            let mut run = Run { cpu, phase, workspace: &mut workspace };
+            let mut part = vec![f32::NAN; x.len()];
+            mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
+            y.extend(part);
+        }
+        y
+    };
+    for (sinks, window) in (0..=3).flat_map(|sinks| (1..=5).map(move |window| (sinks, window))) {
+        let keep = Keep::Rolling(Rolling::new(sinks, window).unwrap());
+        let expected: Vec<f32> = (0..tokens)
+            .flat_map(|t| {
+                let newest = (t + 1).saturating_sub(window).max(sinks);
+                let seen = (0..=t).filter(|&j| j < sinks || j >= newest);
+                let text: Vec<f32> =
+                    seen.flat_map(|j| &x[j * width..(j + 1) * width]).copied().collect();
+                let y = run(&text, &CacheOptions::default(), (Phase::Prompt, tokens));
+                y[y.len() - width..].to_vec()
+            })
+            .collect();
+        let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for storage in [CacheStorage::F32, CacheStorage::F16] {
+            let options = CacheOptions { storage, keep, ..CacheOptions::default() };
+            let tolerance = if storage == CacheStorage::F32 { 2e-6 } else { 2e-3 };
+            for call in [(Phase::Prompt, tokens), (Phase::Prompt, 3), (Phase::Generated, 1)] {
+                let found = run(x, &options, call);
+                for (found, expected) in found.iter().zip(&expected) {
+                    let off = (found - expected).abs();
+                    assert!(off <= tolerance * (1.0 + largest), "{sinks} {window} {call:?}: {off}");
+                }
             }
         }
     }
