@@ -185,7 +185,12 @@ fn rolling_states_are_what_a_short_text_is() {
             let ropes = std::slice::from_ref(&layer.rope);
             activations.set_positions(ropes, positions, rolling).unwrap();
             let cpu = Cpu::detect().unwrap();
-            let mut run = Run { cpu, phase, workspace: &mut workspace };
+            let mut run = Run {
+                cpu,
+                phase,
+                activations: projection::Activations::F32,
+                workspace: &mut workspace,
+            };
             let mut part = vec![f32::NAN; x.len()];
             mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
             y.extend(part);
