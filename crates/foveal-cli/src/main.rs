@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod batch;
 mod compute;
 mod generate;
 mod inspect;
@@ -25,6 +26,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Batch(batch::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
     List(list::Arguments),
@@ -33,6 +35,7 @@ enum Command {
 impl Command {
     fn run(&self) -> anyhow::Result<()> {
         match self {
+            Command::Batch(arguments) => batch::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
             Command::List(arguments) => list::run(arguments),

@@ -7,8 +7,6 @@
 //!
 //! The post-norms are Gemma's; other models have none.
 
-use std::ops::Range;
-
 use foveal::cache::Rolling;
 use foveal::position::Rope;
 use foveal::{Cpu, nn};
@@ -65,11 +63,11 @@ impl Block {
         })
     }
 
-    /// Runs the layer on the tokens `x`, `[tokens, width]`, in place.
+    /// Runs the layer on the tokens `x`, `[sequences, tokens, width]`, in place.
     pub(crate) fn forward(
         &self,
         x: &mut [f32],
-        state: &mut LayerState,
+        states: &mut [LayerState],
         activations: &mut Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
@@ -77,7 +75,7 @@ impl Block {
         normed.resize(x.len(), 0.0);
         added.resize(x.len(), 0.0);
         self.attention_norm.forward(x, normed, run.cpu)?;
-        self.mixer.forward(normed, added, state, attention, run)?;
+        self.mixer.forward(normed, added, states, attention, run)?;
         add(x, added, self.post_attention_norm.as_ref(), run.cpu)?;
         self.feed_forward(x, activations, run)
     }
@@ -113,11 +111,12 @@ fn add(x: &mut [f32], y: &mut [f32], norm: Option<&Norm>, cpu: Cpu) -> Result<()
 }
 
 impl Activations {
-    /// Prepares the rotations of the tokens at `positions`, for queries to a rolling state as well.
+    /// Prepares the rotations of the tokens at `positions`, of one sequence, or one token of each; for queries to rolling
+    /// states as well.
     pub(crate) fn set_positions(
         &mut self,
         ropes: &[Rope],
-        positions: Range<usize>,
+        positions: &[usize],
         rolling: Option<Rolling>,
     ) -> Result<(), Error> {
         self.attention.set_positions(ropes, positions, rolling)

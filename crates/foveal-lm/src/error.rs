@@ -39,6 +39,19 @@ pub enum Error {
     /// Too many tokens in one call for the generated phase.
     #[error("{found} generated tokens in one call, at most {limit} expected")]
     TooManyTokens { found: usize, limit: usize },
+    /// Another number of tokens than a batch has texts.
+    #[error("{found} tokens for a batch of {expected} texts, expected one for each")]
+    BatchTokens { found: usize, expected: usize },
+    /// A state that reaches another number of tokens than those of a batch; `None` is what the model has.
+    #[error(
+        "the state was made for a context of {found:?} tokens, the batch has {expected:?}; give all the same"
+    )]
+    BatchReach { found: Option<usize>, expected: Option<usize> },
+    /// A state that gives up keys of its own choice, in a batch.
+    #[error(
+        "the state keeps some keys only, but a batch takes states that keep all; leave out --sinks and --evict"
+    )]
+    BatchKeep,
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,

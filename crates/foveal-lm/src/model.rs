@@ -11,6 +11,8 @@
 //! **Beyond the context** that a model was trained with, positions go on to grow and every token sees the newest
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
+mod batch;
+
 use std::path::Path;
 
 use foveal::position::Rope;
@@ -26,6 +28,8 @@ use crate::names::Parts;
 use crate::norm::Norm;
 use crate::ropes::Ropes;
 use crate::weights::Weights;
+
+pub use batch::{Batch, MAX_TEXTS};
 
 /// Prompt tokens that go through the layers together, at most.
 pub const CHUNK: usize = cache::TILE;
@@ -172,7 +176,7 @@ impl Model {
         state: &mut State,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
-        self.check(tokens, step, state)?;
+        self.check(tokens, step, state.layers.len())?;
         scratch.logits.clear();
         let mut rest = tokens;
         while !rest.is_empty() {
@@ -190,7 +194,7 @@ impl Model {
         Ok(())
     }
 
-    fn check(&self, tokens: &[u32], step: Step, state: &State) -> Result<(), Error> {
+    fn check(&self, tokens: &[u32], step: Step, layers: usize) -> Result<(), Error> {
         let vocab = self.config.vocab;
         if let Some(&found) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(Error::Token { found, vocab });
@@ -198,9 +202,9 @@ impl Model {
         if step.phase == Phase::Generated && tokens.len() > MAX_GENERATED_ROWS {
             return Err(Error::TooManyTokens { found: tokens.len(), limit: MAX_GENERATED_ROWS });
         }
-        if state.layers.len() != self.blocks.len() {
-            let (expected, found) = (self.blocks.len(), state.layers.len());
-            return Err(Error::State { expected, found });
+        let expected = self.blocks.len();
+        if layers != expected && !(layers == 0 && tokens.is_empty()) {
+            return Err(Error::State { expected, found: layers });
         }
         Ok(())
     }
@@ -213,16 +217,21 @@ impl Model {
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
         self.embed(tokens, &mut scratch.x)?;
-        let positions = state.position..state.position + tokens.len();
+        let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.keep {
             Keep::Rolling(rolling) => Some(rolling),
             _ => None,
         };
-        scratch.activations.set_positions(&self.ropes, positions, rolling)?;
+        scratch.activations.set_positions(&self.ropes, &positions, rolling)?;
         let workspace = &mut scratch.workspace;
         let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
         for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
-            block.forward(&mut scratch.x, layer, &mut scratch.activations, &mut run)?;
+            block.forward(
+                &mut scratch.x,
+                std::slice::from_mut(layer),
+                &mut scratch.activations,
+                &mut run,
+            )?;
         }
         state.position += tokens.len();
         Ok(())

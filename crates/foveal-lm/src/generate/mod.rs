@@ -1,12 +1,16 @@
 //! Text that goes on where a prompt ended, token by token.
 
+mod batch;
 mod stop;
+mod writing;
 
 use crate::Error;
 use crate::model::{Model, Scratch, State, Step};
-use crate::sample::{Sampler, Sampling};
-use crate::tokenizer::{Encode, StreamDecoder, Tokenizer};
-use stop::Stops;
+use crate::sample::Sampling;
+use crate::tokenizer::{Encode, Tokenizer};
+use writing::Writing;
+
+pub use batch::{Batcher, Finished, Request, Text};
 
 /// When to stop, and how to choose.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -88,16 +92,11 @@ pub fn prompt_tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Erro
 #[derive(Debug)]
 pub struct Generator<'a> {
     model: &'a Model,
-    tokenizer: &'a Tokenizer,
     state: &'a mut State,
     scratch: Scratch,
-    sampler: Sampler,
-    decoder: StreamDecoder<'a>,
-    stops: Stops,
-    left: usize,
+    writing: Writing<'a>,
     /// Chosen, but not yet seen by the model.
     pending: Option<u32>,
-    stopped: Option<StopReason>,
     failed: bool,
 }
 
@@ -115,31 +114,15 @@ impl<'a> Generator<'a> {
         prompt: &[u32],
         options: &Options,
     ) -> Result<Generator<'a>, Error> {
-        if prompt.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let mut sampler = Sampler::new(options.sampling)?;
-        prompt.iter().for_each(|&token| sampler.accept(token));
+        let writing = Writing::new(tokenizer, prompt, options)?;
         let mut scratch = Scratch::new();
         model.forward(prompt, Step::PROMPT, state, &mut scratch)?;
-        Ok(Generator {
-            model,
-            tokenizer,
-            state,
-            scratch,
-            sampler,
-            decoder: StreamDecoder::after_prompt(tokenizer),
-            stops: Stops::new(&options.stop),
-            left: options.max_tokens,
-            pending: None,
-            stopped: (options.max_tokens == 0).then_some(StopReason::MaxTokens),
-            failed: false,
-        })
+        Ok(Generator { model, state, scratch, writing, pending: None, failed: false })
     }
 
     /// Why the text ended; `None` while it goes on, and after an error.
     pub fn stopped(&self) -> Option<StopReason> {
-        self.stopped
+        self.writing.stopped()
     }
 
     /// What the model holds of the text.
@@ -151,31 +134,9 @@ impl<'a> Generator<'a> {
         if let Some(token) = self.pending.take() {
             self.model.forward(&[token], Step::GENERATED, self.state, &mut self.scratch)?;
         }
-        let token = self.sampler.sample(self.scratch.logits())?;
-        self.sampler.accept(token);
-        self.left -= 1;
-        if self.tokenizer.is_end(token) {
-            return Ok(self.finish(token, StopReason::EndToken, String::new()));
-        }
-        let (text, stop) = self.stops.push(&self.decoder.push(token)?);
-        if stop {
-            self.stopped = Some(StopReason::StopString);
-        } else if self.left == 0 {
-            return Ok(self.finish(token, StopReason::MaxTokens, text));
-        }
-        self.pending = Some(token);
-        Ok(Piece { token, text })
-    }
-
-    /// The last piece, with all that was held back.
-    fn finish(&mut self, token: u32, reason: StopReason, mut text: String) -> Piece {
-        let rest =
-            std::mem::replace(&mut self.decoder, StreamDecoder::after_prompt(self.tokenizer));
-        let (certain, stop) = self.stops.push(&rest.finish());
-        text.push_str(&certain);
-        text.push_str(&self.stops.finish());
-        self.stopped = Some(if stop { StopReason::StopString } else { reason });
-        Piece { token, text }
+        let piece = self.writing.next(self.scratch.logits())?;
+        self.pending = Some(piece.token);
+        Ok(piece)
     }
 }
 
@@ -183,7 +144,7 @@ impl Iterator for Generator<'_> {
     type Item = Result<Piece, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.failed || self.stopped.is_some() {
+        if self.failed || self.stopped().is_some() {
             return None;
         }
         let piece = self.step();

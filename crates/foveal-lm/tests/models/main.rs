@@ -1,6 +1,7 @@
 //! Whole models: against golden outputs, against each other, and against the laws that they should keep.
 
 mod activations;
+mod batch;
 mod caches;
 mod formats;
 mod generation;

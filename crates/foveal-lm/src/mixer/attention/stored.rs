@@ -1,7 +1,5 @@
 //! Causal attention with the weights of a model's file.
 
-use std::ops::Range;
-
 use foveal::cache::Rolling;
 use foveal::position::{Rope, RopeTable};
 use foveal::{Mask, Scale};
@@ -39,13 +37,13 @@ impl Activations {
     pub(crate) fn set_positions(
         &mut self,
         ropes: &[Rope],
-        positions: Range<usize>,
+        positions: &[usize],
         rolling: Option<Rolling>,
     ) -> Result<(), Error> {
-        set_positions(&mut self.rotations, ropes, &positions)?;
+        set_positions(&mut self.rotations, ropes, &positions.iter().copied())?;
         match rolling {
             Some(rolling) => {
-                let places = positions.map(|position| rolling.query_position(position));
+                let places = positions.iter().map(|&position| rolling.query_position(position));
                 set_positions(&mut self.capped, ropes, &places)
             }
             None => {
@@ -132,25 +130,26 @@ impl GroupedQueryAttention {
         }
     }
 
-    /// Mixes the tokens `x`, `[tokens, width]`, into `y` of the same shape, and appends them to `state`.
+    /// Mixes the tokens `x`, `[sequences, tokens, width]`, into `y` of the same shape, and appends them to the sequences'
+    /// states.
     pub(crate) fn forward(
         &self,
         x: &[f32],
         y: &mut [f32],
-        state: &mut LayerState,
+        states: &mut [LayerState],
         activations: &mut Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
         let Activations { rotations, capped, scratch } = activations;
         let rotation = Some(&rotations[self.rope]);
         let inputs = Inputs { x, source: Source::Own, rotation };
-        let seen = state.sight();
+        let seen = states.first().and_then(LayerState::sight);
         let seen =
             seen.map(|(mask, reach)| MultiHeadAttention { mask, reach, ..self.layer.clone() });
         let layer = seen.as_ref().unwrap_or(&self.layer);
         let capped = capped.get(self.rope);
         let bound = Bound { layer, parameters: self.views()?, capped };
-        bound.forward(inputs, y, std::slice::from_mut(state), scratch, run)
+        bound.forward(inputs, y, states, scratch, run)
     }
 
     fn views(&self) -> Result<Views<'_>, Error> {

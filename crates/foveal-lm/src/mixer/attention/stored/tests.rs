@@ -128,9 +128,9 @@ impl Layer {
             while at < tokens {
                 let end = tokens.min(at + lengths.next().unwrap());
                 let first = self.first_position();
-                let positions = first + at..first + end;
+                let positions: Vec<usize> = (first + at..first + end).collect();
                 activations
-                    .set_positions(std::slice::from_ref(&self.rope), positions, None)
+                    .set_positions(std::slice::from_ref(&self.rope), &positions, None)
                     .unwrap();
                 let mut run = Run {
                     cpu,
@@ -140,7 +140,15 @@ impl Layer {
                 };
                 let mut part = vec![f32::NAN; (end - at) * width];
                 let x = &x[at * width..end * width];
-                mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
+                mixer
+                    .forward(
+                        x,
+                        &mut part,
+                        std::slice::from_mut(&mut state),
+                        &mut activations,
+                        &mut run,
+                    )
+                    .unwrap();
                 y.extend(part);
                 at = end;
             }
@@ -177,13 +185,13 @@ fn rolling_states_are_what_a_short_text_is() {
         let mut state = mixer.state(options, (Reach::Full, layer.reach)).unwrap();
         let mut y = vec![];
         for (n, x) in text.chunks(call * width).enumerate() {
-            let positions = n * call..n * call + x.len() / width;
+            let positions: Vec<_> = (n * call..n * call + x.len() / width).collect();
             let rolling = match options.keep {
                 Keep::Rolling(rolling) => Some(rolling),
                 _ => None,
             };
             let ropes = std::slice::from_ref(&layer.rope);
-            activations.set_positions(ropes, positions, rolling).unwrap();
+            activations.set_positions(ropes, &positions, rolling).unwrap();
             let cpu = Cpu::detect().unwrap();
             let mut run = Run {
                 cpu,
@@ -192,7 +200,8 @@ fn rolling_states_are_what_a_short_text_is() {
                 workspace: &mut workspace,
             };
             let mut part = vec![f32::NAN; x.len()];
-            mixer.forward(x, &mut part, &mut state, &mut activations, &mut run).unwrap();
+            let states = std::slice::from_mut(&mut state);
+            mixer.forward(x, &mut part, states, &mut activations, &mut run).unwrap();
             y.extend(part);
         }
         y

@@ -1,0 +1,266 @@
+//! Many texts at once: texts join and leave a batch between any two tokens (Yu et al. 2022, "Orca", OSDI).
+//!
+//! ```text
+//! step:  read at most CHUNK tokens of prompts, one after the other      then one token of every text that has its prompt
+//! ```
+//!
+//! So a long prompt holds the others up for one chunk at a time. A text's tokens are those that it has alone: they depend
+//! on its prompt, options and seed, and not on when it came or what ran beside it.
+
+use std::collections::VecDeque;
+
+use super::writing::Writing;
+use super::{Options, StopReason};
+use crate::Error;
+use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
+use crate::tokenizer::Tokenizer;
+
+/// A text to be made.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The tokens to continue.
+    pub prompt: Vec<u32>,
+    /// When to stop, and how to choose.
+    pub options: Options,
+}
+
+/// A text that is done.
+#[derive(Debug)]
+pub struct Finished {
+    /// The number that [`Batcher::push`] gave it.
+    pub id: usize,
+    /// Its tokens, and the text that they make.
+    pub text: Result<Text, Error>,
+}
+
+/// What a request gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// The tokens that were made.
+    pub tokens: Vec<u32>,
+    /// Their text, as far as it belongs to the result.
+    pub text: String,
+    /// Why it ended.
+    pub stopped: StopReason,
+}
+
+/// Makes many texts, a step at a time.
+///
+/// ```no_run
+/// use foveal_lm::generate::{Batcher, Options, Request, prompt_tokens};
+/// use foveal_lm::{Model, tokenizer::Tokenizer};
+///
+/// # fn make(model: &Model, tokenizer: &Tokenizer) -> Result<(), foveal_lm::Error> {
+/// let mut batcher = Batcher::new(model, tokenizer, 16);
+/// for text in ["Once upon a time", "The capital of France is"] {
+///     let options = Options { max_tokens: 100, ..Options::default() };
+///     batcher.push(Request { prompt: prompt_tokens(tokenizer, text)?, options });
+/// }
+/// while !batcher.is_idle() {
+///     for finished in batcher.step()? {
+///         println!("{}: {}", finished.id, finished.text?.text);
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Batcher<'a> {
+    model: &'a Model,
+    tokenizer: &'a Tokenizer,
+    limit: usize,
+    pushed: usize,
+    waiting: VecDeque<(usize, Request)>,
+    reading: Option<Reading<'a>>,
+    /// The texts of `batch`, in its order.
+    running: Vec<Running<'a>>,
+    batch: Batch,
+    /// States of texts that are done, to be used again.
+    spare: Vec<State>,
+    scratch: Scratch,
+}
+
+/// A text whose prompt is being read.
+#[derive(Debug)]
+struct Reading<'a> {
+    running: Running<'a>,
+    prompt: Vec<u32>,
+    state: State,
+}
+
+/// A text that goes on.
+#[derive(Debug)]
+struct Running<'a> {
+    id: usize,
+    writing: Writing<'a>,
+    tokens: Vec<u32>,
+    text: String,
+}
+
+impl Running<'_> {
+    /// Chooses a token; whether the text goes on.
+    fn next(&mut self, logits: &[f32]) -> Result<bool, Error> {
+        let piece = self.writing.next(logits)?;
+        self.tokens.push(piece.token);
+        self.text.push_str(&piece.text);
+        Ok(self.writing.stopped().is_none())
+    }
+
+    fn finish(self) -> Finished {
+        let stopped = self.writing.stopped().unwrap_or(StopReason::MaxTokens);
+        let text = Text { tokens: self.tokens, text: self.text, stopped };
+        Finished { id: self.id, text: Ok(text) }
+    }
+}
+
+impl<'a> Batcher<'a> {
+    /// No texts yet; at most `limit` (1 to [`MAX_TEXTS`]) will go on together.
+    pub fn new(model: &'a Model, tokenizer: &'a Tokenizer, limit: usize) -> Batcher<'a> {
+        Batcher {
+            model,
+            tokenizer,
+            limit: limit.clamp(1, MAX_TEXTS),
+            pushed: 0,
+            waiting: VecDeque::new(),
+            reading: None,
+            running: vec![],
+            batch: Batch::new(),
+            spare: vec![],
+            scratch: Scratch::new(),
+        }
+    }
+
+    /// Queues a request and returns its number, from 0.
+    pub fn push(&mut self, request: Request) -> usize {
+        self.waiting.push_back((self.pushed, request));
+        self.pushed += 1;
+        self.pushed - 1
+    }
+
+    /// Requests of which nothing has been read yet.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Texts that go on, with their prompts read.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.reading.is_none() && self.running.is_empty()
+    }
+
+    /// Bytes of the keys and values that are held.
+    pub fn kv_bytes(&self) -> usize {
+        let reading = self.reading.as_ref().map_or(0, |reading| reading.state.kv_bytes());
+        reading + self.batch.kv_bytes()
+    }
+
+    /// Reads a piece of what waits, and makes one token of every text that goes on. What went wrong with one text is
+    /// that text's result.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kernel`] when the whole batch cannot go on.
+    pub fn step(&mut self) -> Result<Vec<Finished>, Error> {
+        let mut finished = vec![];
+        self.write(&mut finished)?;
+        let mut left = CHUNK;
+        while left > 0 && self.take_next(&mut finished)? {
+            left -= self.read(left, &mut finished)?;
+        }
+        Ok(finished)
+    }
+
+    /// Makes sure that a prompt is being read, if there is one and a place for its text.
+    fn take_next(&mut self, finished: &mut Vec<Finished>) -> Result<bool, Error> {
+        while self.reading.is_none() && self.running.len() < self.limit {
+            let Some((id, request)) = self.waiting.pop_front() else { break };
+            match self.begin(id, request)? {
+                Ok(reading) if reading.running.writing.stopped().is_some() => {
+                    self.spare.push(reading.state);
+                    finished.push(reading.running.finish());
+                }
+                Ok(reading) => self.reading = Some(reading),
+                Err(error) => finished.push(Finished { id, text: Err(error) }),
+            }
+        }
+        Ok(self.reading.is_some())
+    }
+
+    /// The inner error is the request's.
+    fn begin(&mut self, id: usize, request: Request) -> Result<Result<Reading<'a>, Error>, Error> {
+        let Request { prompt, options } = request;
+        let vocab = self.model.config().vocab;
+        if let Some(&found) = prompt.iter().find(|&&token| token as usize >= vocab) {
+            return Ok(Err(Error::Token { found, vocab }));
+        }
+        let writing = match Writing::new(self.tokenizer, &prompt, &options) {
+            Ok(writing) => writing,
+            Err(error) => return Ok(Err(error)),
+        };
+        let state = match self.spare.pop() {
+            Some(mut state) => {
+                state.reset();
+                state
+            }
+            None => self.model.state()?,
+        };
+        let running = Running { id, writing, tokens: vec![], text: String::new() };
+        Ok(Ok(Reading { running, prompt, state }))
+    }
+
+    /// Reads at most `left` tokens of the prompt in hand, and says how many; with its last one, the text goes on.
+    fn read(&mut self, left: usize, finished: &mut Vec<Finished>) -> Result<usize, Error> {
+        let Some(mut reading) = self.reading.take() else { return Ok(0) };
+        let Reading { prompt, state, .. } = &mut reading;
+        let done = state.position();
+        let end = prompt.len().min(done + left);
+        let last = end == prompt.len();
+        let logits = if last { Logits::Last } else { Logits::None };
+        let step = Step { logits, ..Step::PROMPT };
+        self.model.forward(&prompt[done..end], step, state, &mut self.scratch)?;
+        if !last {
+            self.reading = Some(reading);
+            return Ok(end - done);
+        }
+        let Reading { mut running, state, .. } = reading;
+        match running.next(self.scratch.logits()) {
+            Ok(true) => {
+                self.batch.join(state)?;
+                self.running.push(running);
+            }
+            Ok(false) => {
+                self.spare.push(state);
+                finished.push(running.finish());
+            }
+            Err(error) => finished.push(Finished { id: running.id, text: Err(error) }),
+        }
+        Ok(end - done)
+    }
+
+    /// One token of every text that goes on.
+    fn write(&mut self, finished: &mut Vec<Finished>) -> Result<(), Error> {
+        let last = |running: &Running<'_>| running.tokens.last().copied().unwrap_or(0);
+        let tokens: Vec<u32> = self.running.iter().map(last).collect();
+        self.model.forward_batch(&tokens, &mut self.batch, &mut self.scratch)?;
+        let vocab = self.model.config().vocab;
+        // From the last: a text that leaves has the last one take its place.
+        for text in (0..self.running.len()).rev() {
+            let logits = &self.scratch.logits()[text * vocab..][..vocab];
+            let goes_on = self.running[text].next(logits);
+            if matches!(goes_on, Ok(true)) {
+                continue;
+            }
+            let running = self.running.swap_remove(text);
+            self.spare.extend(self.batch.leave(text));
+            finished.push(match goes_on {
+                Ok(_) => running.finish(),
+                Err(error) => Finished { id: running.id, text: Err(error) },
+            });
+        }
+        Ok(())
+    }
+}

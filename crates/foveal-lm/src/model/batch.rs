@@ -1,0 +1,131 @@
+//! The next token of many texts in one call.
+//!
+//! ```text
+//! x = scale · embedding[tokens], one row a text      x ← blockᵢ(x)      logits = cap(head(norm(x)))
+//! ```
+//!
+//! Weights are read once for all texts, and attention of a layer gets the states of all texts. A text's row has the same
+//! bits as it has alone: row kernels add in one order, whatever the number of rows. (Continuous batching: Yu et al. 2022,
+//! "Orca", OSDI.)
+
+use foveal::{MAX_GENERATED_ROWS, Phase};
+
+use super::{Model, Scratch, State, Step};
+use crate::Error;
+use crate::linear::Run;
+use crate::mixer::{Keep, LayerState};
+
+/// The states of texts that go on together. A text joins and leaves between any two calls.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// For each layer, the states of all texts.
+    layers: Vec<Vec<LayerState>>,
+    positions: Vec<usize>,
+}
+
+impl Batch {
+    /// No texts.
+    pub fn new() -> Batch {
+        Batch::default()
+    }
+
+    /// How many texts there are.
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether there are no texts.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// Tokens that the model has read of a text: `None` if there are not so many texts.
+    pub fn position(&self, text: usize) -> Option<usize> {
+        self.positions.get(text).copied()
+    }
+
+    /// Takes in a text, as the last.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] for a state of another model than the others', [`Error::BatchReach`] for one whose tokens see
+    /// another number of tokens, [`Error::BatchKeep`] for one that gives up keys by itself.
+    pub fn join(&mut self, state: State) -> Result<(), Error> {
+        let found = state.layers.len();
+        if self.layers.is_empty() {
+            self.layers.resize_with(found, Vec::new);
+        }
+        if self.layers.len() != found {
+            return Err(Error::State { expected: self.layers.len(), found });
+        }
+        if state.keep != Keep::All {
+            return Err(Error::BatchKeep);
+        }
+        let reach = |layer: &LayerState| layer.sight().and_then(|(_, reach)| reach);
+        for (texts, layer) in self.layers.iter().zip(&state.layers) {
+            let (found, expected) = (reach(layer), reach(texts.first().unwrap_or(layer)));
+            if found != expected {
+                return Err(Error::BatchReach { found, expected });
+            }
+        }
+        for (texts, layer) in self.layers.iter_mut().zip(state.layers) {
+            texts.push(layer);
+        }
+        self.positions.push(state.position);
+        Ok(())
+    }
+
+    /// Gives a text's state back; the last text takes its place. `None` if there are not so many texts.
+    pub fn leave(&mut self, text: usize) -> Option<State> {
+        if text >= self.len() {
+            return None;
+        }
+        let position = self.positions.swap_remove(text);
+        let layers = self.layers.iter_mut().map(|texts| texts.swap_remove(text)).collect();
+        Some(State { layers, position, keep: Keep::All })
+    }
+
+    /// Bytes of the keys and values that are held.
+    pub fn kv_bytes(&self) -> usize {
+        self.layers.iter().flatten().map(LayerState::bytes).sum()
+    }
+}
+
+impl Model {
+    /// Reads a generated token of each text of a batch, and leaves the logits of all texts in `scratch`, in their order.
+    ///
+    /// Every text gets the bits that [`Model::forward`] gives with [`Step::GENERATED`], whatever the other texts are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManyTokens`] for more than 64 texts, [`Error::BatchTokens`] unless there is one token for each,
+    /// [`Error::Token`] and [`Error::State`]; nothing has changed then.
+    pub fn forward_batch(
+        &self,
+        tokens: &[u32],
+        batch: &mut Batch,
+        scratch: &mut Scratch,
+    ) -> Result<(), Error> {
+        let (expected, found) = (batch.len(), tokens.len());
+        if found != expected {
+            return Err(Error::BatchTokens { found, expected });
+        }
+        self.check(tokens, Step::GENERATED, batch.layers.len())?;
+        scratch.logits.clear();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.embed(tokens, &mut scratch.x)?;
+        scratch.activations.set_positions(&self.ropes, &batch.positions, None)?;
+        let (phase, workspace) = (Phase::Generated, &mut scratch.workspace);
+        let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
+        for (block, states) in self.blocks.iter().zip(&mut batch.layers) {
+            block.forward(&mut scratch.x, states, &mut scratch.activations, &mut run)?;
+        }
+        batch.positions.iter_mut().for_each(|position| *position += 1);
+        self.append_logits(tokens.len(), scratch)
+    }
+}
+
+/// The most texts of a batch.
+pub const MAX_TEXTS: usize = MAX_GENERATED_ROWS;

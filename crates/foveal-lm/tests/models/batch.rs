@@ -1,0 +1,235 @@
+//! Many texts in one call: each as if it were alone, to the last bit.
+
+use foveal_lm::generate::{Batcher, Generator, Options, Request, StopReason, Text};
+use foveal_lm::model::{Batch, CHUNK, MAX_TEXTS, Scratch, State, Step};
+use foveal_lm::sample::Sampling;
+use foveal_lm::testing::{Tiny, TinySizes};
+use foveal_lm::{Error, Model};
+
+use crate::{formats, small};
+
+fn tokens(count: usize, seed: u32, vocab: u32) -> Vec<u32> {
+    let next = |state: &u32| Some(state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    let states = std::iter::successors(next(&seed), next);
+    states.map(|state| (state >> 16) % vocab).take(count).collect()
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|x| x.to_bits()).collect()
+}
+
+/// A text's state after its prompt.
+fn read(model: &Model, prompt: &[u32]) -> State {
+    let mut state = model.state().unwrap();
+    model.forward(prompt, Step::PROMPT, &mut state, &mut Scratch::new()).unwrap();
+    state
+}
+
+/// The logits of each token that is generated after a prompt.
+fn alone(model: &Model, prompt: &[u32], rest: &[u32]) -> Vec<Vec<u32>> {
+    let (mut state, mut scratch) = (read(model, prompt), Scratch::new());
+    let step = |&token: &u32| {
+        model.forward(&[token], Step::GENERATED, &mut state, &mut scratch).unwrap();
+        bits(scratch.logits())
+    };
+    rest.iter().map(step).collect()
+}
+
+/// Texts of several lengths join one after the other and leave in another order.
+fn check_joining_and_leaving(model: &Model, lengths: &[usize]) {
+    let vocab = model.config().vocab as u32;
+    let text = |(n, &length): (usize, &usize)| {
+        (tokens(length, n as u32, vocab), tokens(12 + 5 * (n % 3), 90 + n as u32, vocab))
+    };
+    let texts: Vec<_> = lengths.iter().enumerate().map(text).collect();
+    let expected: Vec<_> = texts.iter().map(|(prompt, rest)| alone(model, prompt, rest)).collect();
+    let (mut batch, mut scratch) = (Batch::new(), Scratch::new());
+    // Which text, and how many of its tokens were read.
+    let mut places: Vec<(usize, usize)> = vec![];
+    let (mut joined, mut compared) = (0, 0);
+    while joined < texts.len() || !batch.is_empty() {
+        for _ in 0..2 {
+            if joined < texts.len() {
+                batch.join(read(model, &texts[joined].0)).unwrap();
+                places.push((joined, 0));
+                joined += 1;
+            }
+        }
+        let next: Vec<u32> = places.iter().map(|&(text, at)| texts[text].1[at]).collect();
+        model.forward_batch(&next, &mut batch, &mut scratch).unwrap();
+        let rows = scratch.logits().chunks(vocab as usize);
+        for (&(text, at), logits) in places.iter().zip(rows) {
+            assert!(bits(logits) == expected[text][at], "text {text}, token {at}");
+            compared += 1;
+        }
+        places.iter_mut().for_each(|(_, at)| *at += 1);
+        for n in (0..places.len()).rev() {
+            let (text, at) = places[n];
+            if at == texts[text].1.len() {
+                let state = batch.leave(n).unwrap();
+                assert_eq!(state.position(), texts[text].0.len() + at);
+                places.swap_remove(n);
+            }
+        }
+    }
+    assert_eq!(compared, texts.iter().map(|(_, rest)| rest.len()).sum::<usize>());
+    assert_eq!(batch.kv_bytes(), 0);
+}
+
+#[test]
+fn a_text_has_the_same_bits_in_any_company() {
+    check_joining_and_leaving(&small::model(), &[5, 130, 1, 60, 300, 7, 20, 90, 2]);
+}
+
+#[test]
+fn every_family_goes_in_batches() {
+    for family in Tiny::FAMILIES {
+        let model = formats::from_gguf(&Tiny::new(family, TinySizes::default())).unwrap();
+        check_joining_and_leaving(&model, &[3, 40, 9, 1]);
+    }
+}
+
+#[test]
+fn the_largest_batch_is_like_the_smallest() {
+    let model = small::model();
+    let prompts: Vec<_> = (0..MAX_TEXTS as u32 + 1).map(|n| tokens(8, n, 1020)).collect();
+    let mut batch = Batch::new();
+    for prompt in &prompts[..MAX_TEXTS] {
+        batch.join(read(&model, prompt)).unwrap();
+    }
+    let mut scratch = Scratch::new();
+    let next = tokens(MAX_TEXTS + 1, 7, 1020);
+    model.forward_batch(&next[..MAX_TEXTS], &mut batch, &mut scratch).unwrap();
+    let rows = scratch.logits().chunks(model.config().vocab);
+    for ((prompt, &token), row) in prompts.iter().zip(&next).zip(rows) {
+        assert_eq!(alone(&model, prompt, &[token]), [bits(row)]);
+    }
+    batch.join(read(&model, &prompts[MAX_TEXTS])).unwrap();
+    let error = model.forward_batch(&next, &mut batch, &mut scratch).unwrap_err();
+    assert!(matches!(error, Error::TooManyTokens { found: 65, limit: 64 }), "{error}");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_changes_nothing() {
+    let model = small::model();
+    let (mut batch, mut scratch) = (Batch::new(), Scratch::new());
+    model.forward_batch(&[], &mut batch, &mut scratch).unwrap();
+    assert!(scratch.logits().is_empty());
+    batch.join(read(&model, &[1, 2, 3])).unwrap();
+    let error = model.forward_batch(&[1, 2], &mut batch, &mut scratch).unwrap_err();
+    assert!(matches!(error, Error::BatchTokens { found: 2, expected: 1 }), "{error}");
+    let error = model.forward_batch(&[5000], &mut batch, &mut scratch).unwrap_err();
+    assert!(matches!(error, Error::Token { found: 5000, .. }), "{error}");
+    let sizes = TinySizes { layers: 2, ..TinySizes::default() };
+    let other = formats::from_gguf(&Tiny::new("llama", sizes)).unwrap();
+    let error = batch.join(other.state().unwrap()).unwrap_err();
+    assert!(matches!(error, Error::State { expected: 4, found: 2 }), "{error}");
+    assert_eq!((batch.len(), batch.position(0), batch.position(1)), (1, Some(3), None));
+    assert!(batch.leave(1).is_none());
+    let mut strange = Batch::new();
+    strange.join(other.state().unwrap()).unwrap();
+    let error = model.forward_batch(&[1], &mut strange, &mut scratch).unwrap_err();
+    assert!(matches!(error, Error::State { expected: 4, found: 2 }), "{error}");
+}
+
+fn request(n: usize, max_tokens: usize) -> Request {
+    let seed = n as u64 / 2;
+    let sampling = Sampling { seed, temperature: 0.4 * (n % 3) as f32, ..Sampling::default() };
+    let stop = if n % 4 == 1 { vec!["e".to_owned()] } else { vec![] };
+    let prompt = tokens(1 + 37 * n % 290, n as u32, 1020);
+    Request { prompt, options: Options { max_tokens, stop, sampling } }
+}
+
+fn by_itself(model: &Model, request: &Request) -> Text {
+    let tokenizer = small::tokenizer();
+    let mut state = model.state().unwrap();
+    let Request { prompt, options } = request;
+    let mut generator = Generator::new(model, &tokenizer, &mut state, prompt, options).unwrap();
+    let pieces = generator.by_ref().collect::<Result<Vec<_>, _>>().unwrap();
+    Text {
+        tokens: pieces.iter().map(|piece| piece.token).collect(),
+        text: pieces.iter().map(|piece| &*piece.text).collect(),
+        stopped: generator.stopped().unwrap(),
+    }
+}
+
+#[test]
+fn texts_are_those_that_they_are_alone() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let requests: Vec<_> = (0..14).map(|n| request(n, 10 * (n % 5))).collect();
+    let expected: Vec<_> = requests.iter().map(|request| by_itself(&model, request)).collect();
+    let reasons = |reason| expected.iter().filter(|text| text.stopped == reason).count();
+    assert!(reasons(StopReason::MaxTokens) > 3 && reasons(StopReason::StopString) > 0);
+    for limit in [1, 3, 64] {
+        let mut batcher = Batcher::new(&model, &tokenizer, limit);
+        let mut results: Vec<Option<Text>> = vec![None; requests.len()];
+        for (n, request) in requests.iter().enumerate() {
+            assert_eq!(batcher.push(request.clone()), n);
+        }
+        let mut most = 0;
+        while !batcher.is_idle() {
+            for finished in batcher.step().unwrap() {
+                let place = &mut results[finished.id];
+                assert!(place.replace(finished.text.unwrap()).is_none());
+            }
+            most = most.max(batcher.running());
+        }
+        assert!(most <= limit && (limit == 1 || most > 1), "{most} of {limit}");
+        for (n, (found, expected)) in results.iter().zip(&expected).enumerate() {
+            assert_eq!(found.as_ref(), Some(expected), "text {n}, {limit} at once");
+        }
+        assert_eq!(batcher.kv_bytes(), 0);
+    }
+}
+
+#[test]
+fn a_long_prompt_does_not_hold_the_others_up() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = Batcher::new(&model, &tokenizer, 4);
+    batcher.push(request(0, 4));
+    batcher.step().unwrap();
+    assert_eq!(batcher.running(), 1);
+    let prompt = tokens(20 * CHUNK, 3, 1020);
+    let long = batcher.push(Request { prompt, options: request(0, 1).options });
+    let mut order = vec![];
+    while !batcher.is_idle() {
+        order.extend(batcher.step().unwrap().into_iter().map(|finished| finished.id));
+    }
+    assert_eq!(order, [0, long]);
+    // One chunk a step, after the first step.
+    let prompt = tokens(3 * CHUNK, 3, 1020);
+    batcher.push(Request { prompt, options: request(0, 1).options });
+    let steps = (0..).take_while(|_| batcher.step().unwrap().is_empty()).count();
+    assert_eq!(steps, 2);
+}
+
+#[test]
+fn a_bad_request_is_its_own_failure() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let good = request(2, 5);
+    let sampling = Sampling { top_p: 7.0, ..Sampling::default() };
+    let bad = [
+        Request { prompt: vec![], ..good.clone() },
+        Request { prompt: vec![70_000], ..good.clone() },
+        Request { options: Options { sampling, ..good.options.clone() }, ..good.clone() },
+    ];
+    let mut batcher = Batcher::new(&model, &tokenizer, 2);
+    let expected = by_itself(&model, &good);
+    for request in &bad {
+        batcher.push(good.clone());
+        batcher.push(request.clone());
+    }
+    let mut results = vec![];
+    while !batcher.is_idle() {
+        results.extend(batcher.step().unwrap());
+    }
+    results.sort_by_key(|finished| finished.id);
+    assert_eq!(results.len(), 6);
+    for pair in results.chunks(2) {
+        assert_eq!(pair[0].text.as_ref().unwrap(), &expected);
+        assert!(pair[1].text.is_err());
+    }
+    assert!(matches!(results[1].text, Err(Error::EmptyPrompt)));
+    assert!(matches!(results[3].text, Err(Error::Token { found: 70_000, .. })));
+    assert!(matches!(results[5].text, Err(Error::Sampling { name: "top-p", .. })));
+}
