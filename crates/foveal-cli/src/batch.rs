@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -16,7 +15,9 @@ use foveal_lm::{Model, atomic_file};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{numbers, output, source};
+use crate::compute::ComputeArguments;
+use crate::kv::KvArguments;
+use crate::{output, source};
 
 /// The longest line that is read.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -47,9 +48,11 @@ pub(crate) struct Arguments {
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
     max_tokens: usize,
 
-    /// Threads to use; all processors if left out. The texts do not depend on it.
-    #[arg(long, value_name = "N", value_parser = numbers::threads)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    compute: ComputeArguments,
+
+    #[command(flatten)]
+    kv: KvArguments,
 }
 
 fn parallel(text: &str) -> Result<usize, String> {
@@ -109,10 +112,7 @@ impl Line {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let threads = arguments.threads.map_or(0, NonZeroUsize::get);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.context("cannot start the threads; ask for fewer with --threads")?;
-    pool.install(|| batch(arguments))
+    arguments.compute.install(|| batch(arguments))
 }
 
 fn batch(arguments: &Arguments) -> anyhow::Result<()> {
@@ -121,8 +121,10 @@ fn batch(arguments: &Arguments) -> anyhow::Result<()> {
     let weights = source::open(path)?;
     let model =
         Model::new(&weights).with_context(|| format!("cannot run {}", source::name(path)))?;
+    let model = arguments.compute.apply(model);
     let tokenizer = source::tokenizer(path, &weights)?;
     let batcher = Batcher::new(&model, &tokenizer, arguments.parallel);
+    let batcher = batcher.with_cache(arguments.kv.options()?);
     let mut job = Job {
         batcher,
         tokenizer: &tokenizer,

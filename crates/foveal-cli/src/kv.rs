@@ -52,6 +52,7 @@ fn eviction(text: &str) -> Result<Keep, String> {
 }
 
 impl KvArguments {
+    /// What they ask for.
     pub(crate) fn options(&self) -> anyhow::Result<CacheOptions> {
         let &KvArguments { kv_cache: storage, context, window, sinks, evict } = self;
         let keep = match window {

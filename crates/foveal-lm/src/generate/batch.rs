@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use super::writing::Writing;
 use super::{Options, StopReason};
 use crate::Error;
+use crate::mixer::CacheOptions;
 use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
 use crate::tokenizer::Tokenizer;
 
@@ -69,6 +70,7 @@ pub struct Batcher<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
     limit: usize,
+    cache: CacheOptions,
     pushed: usize,
     waiting: VecDeque<(usize, Request)>,
     reading: Option<Reading<'a>>,
@@ -120,6 +122,7 @@ impl<'a> Batcher<'a> {
             model,
             tokenizer,
             limit: limit.clamp(1, MAX_TEXTS),
+            cache: CacheOptions::default(),
             pushed: 0,
             waiting: VecDeque::new(),
             reading: None,
@@ -128,6 +131,12 @@ impl<'a> Batcher<'a> {
             spare: vec![],
             scratch: Scratch::new(),
         }
+    }
+
+    /// The same, with keys and values kept as `cache` says; to be called before there are texts.
+    #[must_use]
+    pub fn with_cache(self, cache: CacheOptions) -> Batcher<'a> {
+        Batcher { cache, ..self }
     }
 
     /// Queues a request and returns its number, from 0.
@@ -163,7 +172,7 @@ impl<'a> Batcher<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`] when the whole batch cannot go on.
+    /// [`Error::CacheOptions`]; [`Error::Kernel`] and [`Error::KeyValue`] when the whole batch cannot go on.
     pub fn step(&mut self) -> Result<Vec<Finished>, Error> {
         let mut finished = vec![];
         self.write(&mut finished)?;
@@ -206,7 +215,7 @@ impl<'a> Batcher<'a> {
                 state.reset();
                 state
             }
-            None => self.model.state()?,
+            None => self.model.state_with(&self.cache)?,
         };
         let running = Running { id, writing, tokens: vec![], text: String::new() };
         Ok(Ok(Reading { running, prompt, state }))
@@ -221,7 +230,11 @@ impl<'a> Batcher<'a> {
         let last = end == prompt.len();
         let logits = if last { Logits::Last } else { Logits::None };
         let step = Step { logits, ..Step::PROMPT };
-        self.model.forward(&prompt[done..end], step, state, &mut self.scratch)?;
+        let forward = self.model.forward(&prompt[done..end], step, state, &mut self.scratch);
+        if let Err(error) = forward {
+            finished.push(Finished { id: reading.running.id, text: Err(error) });
+            return Ok(end - done);
+        }
         if !last {
             self.reading = Some(reading);
             return Ok(end - done);
