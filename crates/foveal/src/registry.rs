@@ -6,6 +6,8 @@
 pub enum Group {
     /// Softmax attention, computed exactly.
     Exact,
+    /// Exact attention to keys that are chosen: cost follows the pairs that are seen.
+    Sparse,
     /// Linear attention: a matrix state of constant size.
     Linear,
 }
@@ -15,6 +17,7 @@ impl Group {
     pub const fn name(self) -> &'static str {
         match self {
             Group::Exact => "exact",
+            Group::Sparse => "sparse",
             Group::Linear => "linear",
         }
     }
@@ -77,6 +80,33 @@ pub const MECHANISMS: &[Mechanism] = &[
         forward: true,
         backward: false,
         decode: true,
+    },
+    Mechanism {
+        name: "sparse_transformer",
+        group: Group::Sparse,
+        summary: "near tokens and every l-th one, or the own block and the ends of earlier ones",
+        paper: "arXiv:1904.10509",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "longformer",
+        group: Group::Sparse,
+        summary: "a window, perhaps with gaps, and global tokens with projections of their own; causal or not",
+        paper: "arXiv:2004.05150",
+        forward: true,
+        backward: true,
+        decode: false,
+    },
+    Mechanism {
+        name: "bigbird",
+        group: Group::Sparse,
+        summary: "neighbouring blocks, the first and the last, and blocks drawn at random",
+        paper: "arXiv:2007.14062",
+        forward: true,
+        backward: true,
+        decode: false,
     },
     Mechanism {
         name: "linear",

@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
 
+mod part;
+
 /// The extents of a tensor, by name, so that axes can't be swapped in silence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {

@@ -36,7 +36,8 @@ pub use keys::Keys;
 pub use prefix::Prefix;
 pub use tree::{MAX_TREE, Tree};
 
-use runs::{fill_range, live_between, set_bits};
+use runs::set_bits;
+pub(crate) use runs::{fill_range, live_between};
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -90,7 +90,7 @@ pub(super) fn set_bits(bits: &mut [u64], first: usize, end: usize) {
 }
 
 /// Sets the bits of the keys that lie in `row`, and clears all others.
-pub(super) fn fill_range(row: Range<usize>, keys: Range<usize>, bits: &mut [u64]) {
+pub(crate) fn fill_range(row: Range<usize>, keys: Range<usize>, bits: &mut [u64]) {
     bits.fill(0);
     let (start, end) = (row.start.max(keys.start), row.end.min(keys.end));
     if start < end {
@@ -100,7 +100,7 @@ pub(super) fn fill_range(row: Range<usize>, keys: Range<usize>, bits: &mut [u64]
 
 /// Visits the keys between two rows' ranges, whose bounds rise from row to row: what both see is
 /// full, what only some may see is partial.
-pub(super) fn live_between(
+pub(crate) fn live_between(
     first: Range<usize>,
     last: Range<usize>,
     keys: Range<usize>,

@@ -8,6 +8,7 @@ pub mod layer;
 pub mod linear;
 pub mod rope;
 pub mod sizes;
+pub mod sparse;
 
 use foveal::reference::{Input, Partial};
 use foveal::{Cpu, Element, Level, Mask, Shape, Tensor, TensorRef, Threads};

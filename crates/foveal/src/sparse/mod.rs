@@ -1,0 +1,33 @@
+//! Sparse attention: a row sees few keys, and time and memory follow the pairs that are seen.
+//!
+//! ```text
+//! seen(i) = part₁(i) ∪ part₂(i) ∪ …, disjoint        (O_n, L_n) = exact attention of part n, its keys gathered
+//! L = log Σ_n e^(L_n)                                O = Σ_n e^(L_n − L) O_n
+//! backward of part n, run with O and L, is exact:    dQ = Σ_n dQ_n;   dK_n, dV_n scattered back and added
+//! ```
+//!
+//! A mechanism chooses tokens and masks; [`crate::Attention`]'s kernels do the rest. There is no other softmax
+//! here. Cost: that of exact attention on the pairs seen, and a copy of what is gathered.
+//!
+//! | mechanism | what a row sees | source |
+//! |---|---|---|
+//! | [`SparseTransformer`] | strided: near tokens and each l-th one; fixed: its block and the ends of blocks | Child et al. 2019 |
+//! | [`Longformer`] | a window, and a few global tokens that see and are seen by all | Beltagy et al. 2020 |
+//! | [`BigBird`] | neighbouring, global and random blocks | Zaheer et al. 2020 |
+//!
+//! Any other layout of blocks is a [`crate::mask::Blocks`], whose live blocks alone are computed.
+//!
+//! Results of parts are rounded to the storage type before they are joined.
+
+mod bigbird;
+mod longformer;
+mod parts;
+mod pattern;
+mod rows;
+mod sparse_transformer;
+mod state;
+
+pub use bigbird::{BigBird, BlockPlan};
+pub use longformer::Longformer;
+pub use sparse_transformer::{Combine, Factors, SparseTransformer, SubBlocks, Window};
+pub use state::{SparseState, StateHeads};

@@ -1,0 +1,361 @@
+//! Token by token: what later queries can see, and no more.
+//!
+//! ```text
+//! fixed      c·⌊t/l⌋ summaries of finished blocks, and the t mod l + 1 tokens of the own one      ≤ l + c·⌊t/l⌋
+//! strided    all t + 1 tokens; a query reads the near ones and one in l of the others
+//! A¹ alone   of strided: the l + 1 (or l) newest tokens
+//! ```
+//!
+//! for a query at position t, and each sub-block of columns that some head has. Keys that lie as they are read need
+//! no mask; where heads differ, the fixed pattern masks what its heads share. Child et al. 2019.
+
+use super::parts::{Runner, merge};
+use super::sparse_transformer::{Factors, Sees, SparseTransformer, near};
+use crate::element::Element;
+use crate::error::Result;
+use crate::mask::{Mask, Pattern, Site};
+use crate::plan::{Inputs, expect};
+use crate::problem::{Attention, Forward, Scale};
+use crate::tensor::{Shape, Strides, Tensor, TensorRef};
+use crate::workspace::Workspace;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Heads and dims of a layer whose tokens are made one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateHeads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Numbers of a key.
+    pub key_dim: usize,
+    /// Numbers of a value.
+    pub value_dim: usize,
+}
+
+/// Keys and values of one sequence, as far as later queries can see them.
+///
+/// ```
+/// use foveal::sparse::{SparseTransformer, StateHeads};
+/// use foveal::{Shape, Tensor};
+/// # fn main() -> foveal::Result<()> {
+/// let heads = StateHeads { heads: 4, kv_heads: 2, key_dim: 16, value_dim: 16 };
+/// let mut state = SparseTransformer::fixed(10, 2)?.state(heads)?;
+/// let q = Tensor::<f32>::zeros(Shape { batch: 1, seq: 1, heads: 4, dim: 16 })?;
+/// let prompt = Tensor::<f32>::zeros(Shape { batch: 1, seq: 95, heads: 2, dim: 16 })?;
+/// state.append(prompt.view(), prompt.view())?;
+/// assert_eq!(state.attend(q.view())?.out.shape(), q.shape());
+/// assert_eq!((state.tokens(), state.entries()), (95, 9 * 2 + 5));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct SparseState<E> {
+    runner: Runner,
+    shape: StateHeads,
+    keep: Keep,
+    /// What each query head sees; one for all if they agree.
+    sees: Vec<Sees>,
+    /// Tokens appended.
+    tokens: usize,
+    /// Rows `[entry][head]`.
+    keys: Vec<E>,
+    values: Vec<E>,
+    workspace: Workspace,
+}
+
+/// Which tokens are held, and where.
+#[derive(Debug, Clone)]
+enum Keep {
+    /// The newest ones, token t at t mod `width`.
+    Newest { width: usize },
+    /// All, in order.
+    All { stride: usize, width: usize },
+    /// Columns of finished blocks in order, then the own block.
+    Summaries { columns: Columns, block: bool },
+}
+
+impl SparseTransformer {
+    /// A state that has seen nothing.
+    ///
+    /// # Errors
+    /// Those of [`Attention::plan_decode`].
+    pub fn state<E: Element>(&self, shape: StateHeads) -> Result<SparseState<E>> {
+        let StateHeads { heads, kv_heads, key_dim, value_dim } = shape;
+        let runner = self.runner(key_dim)?;
+        let q = Shape { batch: 1, seq: 1, heads, dim: key_dim };
+        let k = Shape { heads: kv_heads, ..q };
+        Attention::new().cpu(runner.cpu).plan_decode(q, k, Shape { dim: value_dim, ..k })?;
+        let mut sees: Vec<Sees> = (0..heads).map(|head| self.sees(head)).collect();
+        let keep = keep(self.factors, &sees);
+        if sees.windows(2).all(|pair| pair[0] == pair[1]) {
+            sees.truncate(1);
+        }
+        let (keys, values, workspace) = (vec![], vec![], Workspace::new());
+        Ok(SparseState { runner, shape, keep, sees, tokens: 0, keys, values, workspace })
+    }
+}
+
+/// What has to be held for heads that see this.
+fn keep(factors: Factors, sees: &[Sees]) -> Keep {
+    match factors {
+        Factors::Strided { stride, window } => {
+            let width = near(stride, window);
+            match sees.iter().any(|sees| sees.second) {
+                true => Keep::All { stride, width },
+                false => Keep::Newest { width },
+            }
+        }
+        Factors::Fixed { stride, summary, .. } => {
+            let mut starts: Vec<usize> =
+                sees.iter().filter(|sees| sees.second).map(|sees| sees.column).collect();
+            starts.sort_unstable();
+            starts.dedup();
+            let columns = Columns { stride, summary, starts: starts.into() };
+            Keep::Summaries { columns, block: sees.iter().any(|sees| sees.first) }
+        }
+    }
+}
+
+/// The columns of a block that are in some head's summary: `summary` neighbouring ones from each start.
+#[derive(Debug, Clone)]
+struct Columns {
+    stride: usize,
+    summary: usize,
+    starts: Arc<[usize]>,
+}
+
+impl Columns {
+    /// Columns of a block.
+    fn count(&self) -> usize {
+        self.starts.len() * self.summary
+    }
+
+    fn holds(&self, start: usize, place: usize) -> bool {
+        (start..start + self.summary).contains(&place)
+    }
+
+    fn any_holds(&self, place: usize) -> bool {
+        self.starts.iter().any(|&start| self.holds(start, place))
+    }
+}
+
+impl<E: Element> SparseState<E> {
+    /// Tokens appended.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Tokens held.
+    pub fn entries(&self) -> usize {
+        self.keys.len() / self.key_width().max(1)
+    }
+
+    /// Forgets everything and keeps the memory.
+    pub fn clear(&mut self) {
+        self.tokens = 0;
+        self.keys.clear();
+        self.values.clear();
+    }
+
+    /// Appends tokens: keys `[1, n, KV, Dk]` and values `[1, n, KV, Dv]`. Allocates as it grows.
+    ///
+    /// # Errors
+    /// [`crate::Error::ShapeMismatch`]; the state is unchanged then.
+    pub fn append(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>) -> Result<()> {
+        let StateHeads { kv_heads, key_dim, value_dim, .. } = self.shape;
+        let shape = Shape { batch: 1, seq: k.shape().seq, heads: kv_heads, dim: key_dim };
+        expect("keys to append", shape, k.shape())?;
+        expect("values to append", Shape { dim: value_dim, ..shape }, v.shape())?;
+        (0..shape.seq).for_each(|t| self.push(k, v, t));
+        Ok(())
+    }
+
+    /// Attention of the newest token's queries, `[1, 1, H, Dk]`. Allocates the result, and the workspace once.
+    ///
+    /// # Errors
+    /// [`crate::Error::ShapeMismatch`].
+    pub fn attend(&mut self, q: TensorRef<'_, E>) -> Result<Forward<E>> {
+        let StateHeads { heads, kv_heads, key_dim, value_dim } = self.shape;
+        let shape = Shape { batch: 1, seq: 1, heads, dim: key_dim };
+        expect("queries of the newest token", shape, q.shape())?;
+        let shape = Shape { dim: value_dim, ..shape };
+        let mut out = Tensor::zeros(shape)?;
+        let mut lse = Tensor::from_vec(vec![f32::NEG_INFINITY; heads], shape.per_row())?;
+        if self.tokens == 0 {
+            return Ok(Forward { out, lse });
+        }
+        let apart = self.sees.len() > 1 && matches!(self.keep, Keep::All { .. });
+        let step = if apart { 1 } else { heads };
+        for first in (0..heads).step_by(step.max(1)) {
+            let own = first..first + step;
+            let kv = own.start * kv_heads / heads..(own.end * kv_heads).div_ceil(heads);
+            for (keys, mask) in self.reads(self.sees[if apart { first } else { 0 }]) {
+                let part = self.read(q.part(0..1, own.clone()), (keys, kv.clone()), mask)?;
+                for head in own.clone() {
+                    let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                    let to = (out.row_mut(0, 0, head), &mut lse.row_mut(0, 0, head)[0]);
+                    let n = head - first;
+                    merge(to, part.out.view().row(0, 0, n), part.lse.view().row(0, 0, n)[0]);
+                }
+            }
+        }
+        Ok(Forward { out, lse })
+    }
+
+    /// Numbers of all keys of an entry.
+    fn key_width(&self) -> usize {
+        self.shape.kv_heads * self.shape.key_dim
+    }
+
+    /// Takes one token in, and lets go of what it ends.
+    fn push(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>, t: usize) {
+        let token = self.tokens;
+        self.tokens += 1;
+        let mut place = self.entries();
+        match &self.keep {
+            Keep::All { .. } => {}
+            Keep::Newest { width } => place = token % width,
+            Keep::Summaries { columns, block: true } => {
+                if token > 0 && token.is_multiple_of(columns.stride) {
+                    let columns = columns.clone();
+                    self.summarise(&columns);
+                    place = self.entries();
+                }
+            }
+            Keep::Summaries { columns, block: false } => {
+                if !columns.any_holds(token % columns.stride) {
+                    return;
+                }
+            }
+        }
+        for (x, to) in [(k, &mut self.keys), (v, &mut self.values)] {
+            let Shape { heads, dim, .. } = x.shape();
+            let start = place * heads * dim;
+            if to.len() == start {
+                (0..heads).for_each(|head| to.extend_from_slice(x.row(0, t, head)));
+            } else {
+                let rows = to[start..start + heads * dim].chunks_exact_mut(dim);
+                rows.enumerate().for_each(|(head, row)| row.copy_from_slice(x.row(0, t, head)));
+            }
+        }
+    }
+
+    /// Keeps the columns of the block that has just ended.
+    fn summarise(&mut self, columns: &Columns) {
+        let widths = [self.key_width(), self.shape.kv_heads * self.shape.value_dim];
+        let start = self.entries() - columns.stride;
+        for (data, width) in [&mut self.keys, &mut self.values].into_iter().zip(widths) {
+            let mut end = start;
+            for first in columns.starts.iter().map(|column| start + column) {
+                data.copy_within(first * width..(first + columns.summary) * width, end * width);
+                end += columns.summary;
+            }
+            data.truncate(end * width);
+        }
+    }
+
+    /// The entries that a head (or all) reads now, each as first, end and step.
+    fn reads(&self, sees: Sees) -> Vec<(Stepped, Mask)> {
+        let newest = self.tokens - 1;
+        match &self.keep {
+            Keep::Newest { .. } => vec![(Stepped::new(0..self.entries(), 1), Mask::Full)],
+            &Keep::All { stride, width } => {
+                let near = self.tokens.saturating_sub(width)..self.tokens;
+                // The column's newest member that is not near.
+                let skip = if sees.first { (width - 1) / stride + 1 } else { 0 };
+                let far = newest % stride..(newest + 1).saturating_sub(skip.saturating_mul(stride));
+                let reads = [(sees.first, near, 1), (sees.second, far, stride)];
+                let reads = reads.into_iter().filter(|(seen, keys, _)| *seen && !keys.is_empty());
+                reads.map(|(_, keys, step)| (Stepped::new(keys, step), Mask::Full)).collect()
+            }
+            Keep::Summaries { columns, block } => {
+                let all = 0..self.entries();
+                let mask = match self.sees.len() {
+                    1 => Mask::Full,
+                    _ => Mask::pattern(Own {
+                        sees: self.sees.clone(),
+                        columns: columns.clone(),
+                        strip: match block {
+                            true => newest / columns.stride * columns.count(),
+                            false => all.end,
+                        },
+                    }),
+                };
+                let read = (!all.is_empty()).then(|| (Stepped::new(all, 1), mask));
+                read.into_iter().collect()
+            }
+        }
+    }
+
+    /// One call of the exact engine.
+    fn read(
+        &mut self,
+        q: TensorRef<'_, E>,
+        (keys, heads): (Stepped, Range<usize>),
+        mask: Mask,
+    ) -> Result<Forward<E>> {
+        let StateHeads { kv_heads, key_dim, value_dim, .. } = self.shape;
+        let k = keys.view(&self.keys, [kv_heads, key_dim], heads.clone())?;
+        let v = keys.view(&self.values, [kv_heads, value_dim], heads)?;
+        let scale = Scale::Value(self.runner.scale);
+        let attention = Attention::new().mask(mask).scale(scale).cpu(self.runner.cpu);
+        let plan = attention.plan_decode(q.shape(), k.shape(), v.shape())?;
+        self.workspace.reserve(plan.workspace_bytes());
+        let mut out = Tensor::zeros(plan.out_shape())?;
+        let mut lse = Tensor::zeros(plan.out_shape().per_row())?;
+        let outputs = (out.view_mut(), Some(lse.view_mut()));
+        plan.forward(Inputs { q, k, v }, outputs.0, outputs.1, &mut self.workspace)?;
+        Ok(Forward { out, lse })
+    }
+}
+
+/// Each `step`-th entry of a range.
+#[derive(Debug, Clone)]
+struct Stepped {
+    entries: Range<usize>,
+    step: usize,
+}
+
+impl Stepped {
+    fn new(entries: Range<usize>, step: usize) -> Stepped {
+        Stepped { entries, step }
+    }
+
+    fn view<'a, E: Element>(
+        &self,
+        data: &'a [E],
+        [heads, dim]: [usize; 2],
+        own: Range<usize>,
+    ) -> Result<TensorRef<'a, E>> {
+        let width = heads * dim;
+        let seq = self.entries.len().div_ceil(self.step);
+        let shape = Shape { batch: 1, seq, heads, dim };
+        let strides = Strides { batch: 0, seq: self.step.saturating_mul(width), heads: dim };
+        let from = (self.entries.start * width).min(data.len());
+        Ok(TensorRef::from_strides(&data[from..], shape, strides)?.part(0..1, own))
+    }
+}
+
+/// The entries of [`Keep::Summaries`] that each head sees, where heads differ.
+#[derive(Debug)]
+struct Own {
+    sees: Vec<Sees>,
+    columns: Columns,
+    /// Entries before the own block.
+    strip: usize,
+}
+
+impl Pattern for Own {
+    fn allows(&self, at: Site, _: isize, j: usize) -> bool {
+        let Sees { first, second, column } = self.sees[at.q_head];
+        match j.checked_sub(self.strip) {
+            Some(place) => first || second && self.columns.holds(column, place),
+            None => {
+                let n = j % self.columns.count() / self.columns.summary;
+                second && self.columns.starts[n] == column
+            }
+        }
+    }
+}
