@@ -14,6 +14,7 @@
 //! | [`SparseTransformer`] | strided: near tokens and each l-th one; fixed: its block and the ends of blocks | Child et al. 2019 |
 //! | [`Longformer`] | a window, and a few global tokens that see and are seen by all | Beltagy et al. 2020 |
 //! | [`BigBird`] | neighbouring, global and random blocks | Zaheer et al. 2020 |
+//! | [`Reformer`] | tokens that hash alike ([`AngularHash`]), sorted and cut into chunks | Kitaev et al. 2020 |
 //!
 //! Any other layout of blocks is a [`crate::mask::Blocks`], whose live blocks alone are computed.
 //!
@@ -21,13 +22,17 @@
 
 mod bigbird;
 mod longformer;
+mod lsh;
 mod parts;
 mod pattern;
+mod reformer;
 mod rows;
 mod sparse_transformer;
 mod state;
 
 pub use bigbird::{BigBird, BlockPlan};
 pub use longformer::Longformer;
+pub use lsh::{AngularHash, Buckets};
+pub use reformer::{Reformer, ReformerForward, SelfLogit};
 pub use sparse_transformer::{Combine, Factors, SparseTransformer, SubBlocks, Window};
 pub use state::{SparseState, StateHeads};

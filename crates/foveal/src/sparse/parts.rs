@@ -122,7 +122,7 @@ pub(super) struct Runner {
 }
 
 /// Tensors and a workspace that units use one after the other.
-struct Memory<E> {
+pub(super) struct Memory<E> {
     threads: usize,
     workspace: Workspace,
     free: Vec<Vec<E>>,
@@ -130,7 +130,7 @@ struct Memory<E> {
 }
 
 impl<E: Element> Memory<E> {
-    fn new(cpu: Cpu) -> Memory<E> {
+    pub(super) fn new(cpu: Cpu) -> Memory<E> {
         let (workspace, free, logs) = (Workspace::new(), vec![], vec![]);
         Memory { threads: cpu.threads.count(), workspace, free, logs }
     }
@@ -251,7 +251,7 @@ impl Runner {
     }
 
     /// [`Runner::forward_into`] of a result that is not empty.
-    fn forward_in<E: Element>(
+    pub(super) fn forward_in<E: Element>(
         &self,
         memory: &mut Memory<E>,
         inputs: Inputs<'_, E, E>,
@@ -343,29 +343,28 @@ impl Runner {
         let (d_q, d_k) = (Tensor::zeros(q.shape())?, Tensor::zeros(k.shape())?);
         let mut d = Backward { d_q, d_k, d_v: Tensor::zeros(v.shape())? };
         if shape.checked_len() != Some(0) {
-            let (out, lse) = (forward.out.view(), forward.lse.view());
-            let call = Call { inputs, out, lse, d_out };
+            let call = (inputs, forward, d_out);
             self.backward_in(&mut Memory::new(self.cpu), call, heads, &mut d)?;
         }
         Ok(d)
     }
 
-    /// Adds the gradients of all parts to zeros. The output is not empty.
-    fn backward_in<E: Element>(
+    /// Adds the gradients of all parts, to zeros where a unit is the first of its heads. The output is not empty.
+    pub(super) fn backward_in<E: Element>(
         &self,
         memory: &mut Memory<E>,
-        call: Call<'_, E>,
+        (inputs, forward, d_out): (Inputs<'_, E, E>, &Forward<E>, TensorRef<'_, E>),
         heads: &[Heads],
         d: &mut Backward<E>,
     ) -> Result<()> {
-        let [q, k] = [call.inputs.q.shape(), call.inputs.k.shape()];
-        for unit in units(heads, call.out.shape(), q.heads / k.heads) {
+        let [q, k] = [inputs.q.shape(), inputs.k.shape()];
+        for unit in units(heads, d_out.shape(), q.heads / k.heads) {
             for (n, part) in unit.parts.iter().enumerate() {
                 let call = Call {
-                    inputs: unit.inputs(call.inputs),
-                    out: unit.rows(call.out),
-                    lse: unit.rows(call.lse),
-                    d_out: unit.rows(call.d_out),
+                    inputs: unit.inputs(inputs),
+                    out: unit.rows(forward.out.view()),
+                    lse: unit.rows(forward.lse.view()),
+                    d_out: unit.rows(d_out),
                 };
                 let d = Derivatives {
                     q: unit.rows_mut(&mut d.d_q),
@@ -469,15 +468,19 @@ struct Derivatives<'a, E> {
     v: TensorMut<'a, E>,
 }
 
-/// Joins a row's finished result with that of keys which it has not seen yet.
-pub(super) fn merge<E: Element>((out, lse): (&mut [E], &mut f32), more: &[E], more_lse: f32) {
+/// Joins a row's finished result with that of keys which it has not seen yet; returns their weight.
+pub(super) fn merge<E: Element>(
+    (out, lse): (&mut [E], &mut f32),
+    more: &[E],
+    more_lse: f32,
+) -> f32 {
     if more_lse == f32::NEG_INFINITY {
-        return;
+        return 0.0;
     }
     if *lse == f32::NEG_INFINITY {
         out.copy_from_slice(more);
         *lse = more_lse;
-        return;
+        return 1.0;
     }
     let join = Join::new(*lse * LOG2_E, more_lse * LOG2_E);
     let sum = join.keep + join.add;
@@ -486,6 +489,7 @@ pub(super) fn merge<E: Element>((out, lse): (&mut [E], &mut f32), more: &[E], mo
         *out = E::from_f32(out.to_f32() * keep + more.to_f32() * add);
     }
     *lse = log_sum_exp(join.max, sum);
+    add
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::ops::Range;
 /// Tokens of a piece of one sequence.
 const PIECE: usize = 512;
 
-/// Tokens in the order in which they are gathered, without repetition.
+/// Tokens in the order in which they are gathered. Rows that are written over (not added to) occur once.
 #[derive(Debug)]
 pub(super) struct Listed {
     tokens: Vec<usize>,
@@ -23,8 +23,10 @@ impl Listed {
         Listed { tokens, order: None }
     }
 
-    /// A list whose `order` is known.
-    pub(super) fn ordered(tokens: Vec<usize>, order: Vec<usize>) -> Listed {
+    /// A list in any order.
+    pub(super) fn sorted(tokens: Vec<usize>) -> Listed {
+        let mut order: Vec<usize> = (0..tokens.len()).collect();
+        order.sort_unstable_by_key(|&place| tokens[place]);
         Listed { tokens, order: Some(order) }
     }
 
@@ -86,10 +88,7 @@ pub(super) fn by_residue(
         tokens.extend((first(residue)..positions.end).step_by(stride));
         starts.push(tokens.len());
     }
-    // The classes' members by turns: the n-th of each, then the next of each.
-    let mut order: Vec<usize> = (0..tokens.len()).collect();
-    order.sort_unstable_by_key(|&place| tokens[place]);
-    (Listed::ordered(tokens, order), starts)
+    (Listed::sorted(tokens), starts)
 }
 
 /// The pieces that a tensor of so many sequences and tokens falls into: sequences, or stretches of the only one.
