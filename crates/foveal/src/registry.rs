@@ -109,6 +109,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: false,
     },
     Mechanism {
+        name: "reformer",
+        group: Group::Sparse,
+        summary: "tokens that hash alike, sorted and cut into chunks; several rounds; queries are keys",
+        paper: "arXiv:2001.04451",
+        forward: true,
+        backward: true,
+        decode: false,
+    },
+    Mechanism {
         name: "linear",
         group: Group::Linear,
         summary: "queries and keys mapped to positive numbers, their products normalised; causal or not",
