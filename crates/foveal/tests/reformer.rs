@@ -110,10 +110,8 @@ impl Case {
         ];
         let partial = attention_with(inputs, &options).unwrap();
         let zeros = vec![0.0; batch * seq * heads];
-        let upstream = [
-            Input { data: &d_out, shape: value },
-            Input { data: &zeros, shape: shape.per_row() },
-        ];
+        let upstream =
+            [Input { data: &d_out, shape: value }, Input { data: &zeros, shape: shape.per_row() }];
         let mut d = attention_backward(inputs, &options, upstream).unwrap();
         for (n, norm) in norms.iter().enumerate() {
             let own = n * dim..(n + 1) * dim;

@@ -11,7 +11,9 @@
 use crate::cpu::{Cpu, Phase};
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::projection::{Call, Input, Matrix, MatrixShape, Output, project, workspace_bytes};
+use crate::projection::{
+    Activations, Call, Input, Matrix, MatrixShape, Output, project, workspace_bytes,
+};
 use crate::tensor::{Shape, TensorRef};
 use crate::workspace::Workspace;
 
@@ -143,7 +145,8 @@ impl AngularHash {
         let Shape { batch, seq, heads, dim } = shape;
         let mut data = vec![0; batch * heads * self.rounds * seq];
         let mut rows = vec![0.0; ROWS.min(seq) * dim];
-        let mut products = vec![0.0; ROWS.min(seq) * self.factors.iter().max().map_or(0, |n| n / 2)];
+        let mut products =
+            vec![0.0; ROWS.min(seq) * self.factors.iter().max().map_or(0, |n| n / 2)];
         let mut workspace = Workspace::new();
         for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
             for start in (0..seq).step_by(ROWS) {
@@ -159,7 +162,7 @@ impl AngularHash {
                     }
                     let shape = MatrixShape { out_features: half, in_features: dim };
                     let matrix = Matrix::from_floats(shape, directions)?;
-                    let call = Call { phase: Phase::Prompt, cpu };
+                    let call = Call { phase: Phase::Prompt, cpu, activations: Activations::F32 };
                     workspace.reserve(workspace_bytes(&[matrix], tokens.len(), call));
                     let input = Input { data: &rows, rows: tokens.len(), stride: dim };
                     let output = Output { data: &mut products, stride: half };

@@ -134,7 +134,8 @@ impl Reformer {
             }
             let counts = sorted.self_counts(self.strict);
             for (t, count) in counts.into_iter().enumerate() {
-                let logit = self.self_score(runner.scale, qk.row(b, t, head), k.view().row(b, t, head));
+                let logit =
+                    self.self_score(runner.scale, qk.row(b, t, head), k.view().row(b, t, head));
                 let (mut out, mut lse) = (result.out.view_mut(), result.lse.view_mut());
                 let row = (out.row_mut(b, t, head), &mut lse.row_mut(b, t, head)[0]);
                 let weight = merge(row, v.row(b, t, head), logit + (count as f32).ln());
@@ -209,7 +210,8 @@ impl Reformer {
         };
         let entries: Vec<Entry> = before.iter().chain(&own[rows.clone()]).copied().collect();
         let tokens = |entries: &[Entry]| entries.iter().map(|entry| entry.token as usize).collect();
-        let (queries, keys) = (Listed::sorted(tokens(&own[rows])), Listed::sorted(tokens(&entries)));
+        let (queries, keys) =
+            (Listed::sorted(tokens(&own[rows])), Listed::sorted(tokens(&entries)));
         let mask = Mask::pattern(Chunks {
             before: before.len(),
             entries,
@@ -281,12 +283,7 @@ fn normalised<E: Element>(q: TensorRef<'_, E>) -> Result<(Tensor<E>, Tensor<f32>
 }
 
 /// dQ += (dK − k (k · dK)) / ‖q‖.
-fn through_norm<E: Element>(
-    k: &[E],
-    inverse: f32,
-    [b, t, head]: [usize; 3],
-    d: &mut Backward<E>,
-) {
+fn through_norm<E: Element>(k: &[E], inverse: f32, [b, t, head]: [usize; 3], d: &mut Backward<E>) {
     let d_k = d.d_k.view();
     let d_k = d_k.row(b, t, head);
     let along: f32 = k.iter().zip(d_k).map(|(k, d)| k.to_f32() * d.to_f32()).sum();
