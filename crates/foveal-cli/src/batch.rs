@@ -124,7 +124,7 @@ fn batch(arguments: &Arguments) -> anyhow::Result<()> {
     let model = arguments.compute.apply(model);
     let tokenizer = source::tokenizer(path, &weights)?;
     let batcher = Batcher::new(&model, &tokenizer, arguments.parallel);
-    let batcher = batcher.with_cache(arguments.kv.options()?);
+    let batcher = batcher.with_cache(arguments.kv.options()?)?;
     let mut job = Job {
         batcher,
         tokenizer: &tokenizer,

@@ -136,3 +136,13 @@ fn files_appear_whole_or_not_at_all() {
     assert!(String::from_utf8_lossy(&usage.stderr).contains("expected 1 to 64"));
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn keys_that_are_given_up_by_choice_are_refused_before_anything_is_read() {
+    for keep in [&["--window", "20"][..], &["--evict", "h2o:20"], &["--evict", "snapkv:20"]] {
+        let output = batch(keep, b"{\"prompt\": \"Alice\"}\n");
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(1), &b""[..]));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(message.contains("leave out --window, --sinks and --evict"), "{message}");
+    }
+}

@@ -49,7 +49,7 @@ pub enum Error {
     BatchReach { found: Option<usize>, expected: Option<usize> },
     /// A state that gives up keys of its own choice, in a batch.
     #[error(
-        "the state keeps some keys only, but a batch takes states that keep all; leave out --sinks and --evict"
+        "the state keeps some keys only, but a batch takes states that keep all; leave out --window, --sinks and --evict"
     )]
     BatchKeep,
     /// Nothing to continue.

@@ -71,6 +71,7 @@ pub mod plan;
 pub mod position;
 mod problem;
 pub mod projection;
+mod random;
 pub mod registry;
 mod simd;
 pub mod sparse;

@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use support::backward::Call;
 use support::cpus;
 use support::sizes::Sizes;
-use support::sparse::{dense, inputs, run, sees, worst_error};
+use support::sparse::{assert_like, dense, inputs, run, sees, worst_error};
 
 const COMBINES: [Combine; 4] = [
     Combine::Merged,
@@ -158,20 +158,7 @@ fn many_thousand_tokens_gathered_by_and_by_agree_with_the_mask() {
         }
         let call = Call { d_lse: None, ..Call::<f32>::random(sizes(9000, 9100, 1, 1), 12) };
         let exact = foveal::Attention::new().mask(sparse.mask()).cpu(one());
-        let expected = exact.forward(call.q.view(), call.k.view(), call.v.view()).unwrap();
-        let gradients = exact.backward(inputs(&call), &expected, call.d_out.view()).unwrap();
-        let (forward, backward) = run(&sparse, &call);
-        for (what, got, expected) in [
-            ("out", &forward.out, &expected.out),
-            ("lse", &forward.lse, &expected.lse),
-            ("dQ", &backward.d_q, &gradients.d_q),
-            ("dK", &backward.d_k, &gradients.d_k),
-            ("dV", &backward.d_v, &gradients.d_v),
-        ] {
-            let expected: Vec<f64> = expected.as_slice().iter().map(|&x| x.into()).collect();
-            let worst = support::error(got.as_slice(), &expected);
-            assert!(worst < 1e-5, "{factors:?} {layer} {what}: {worst:e}");
-        }
+        assert_like(&run(&sparse, &call), &call, &exact, &format!("{factors:?} {layer}"));
     }
 }
 

@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use support::backward::Call;
 use support::cpus;
 use support::sizes::Sizes;
-use support::sparse::{dense_of, inputs, worst_error};
+use support::sparse::{assert_like, dense_of, inputs, worst_error};
 
 fn one() -> Cpu {
     Cpu { level: Level::detect().unwrap(), threads: Threads::ONE }
@@ -128,20 +128,7 @@ fn many_thousand_tokens_agree_with_the_mask() {
         let layer = if causal { layer.causal() } else { layer }.cpu(one());
         let call = Call { d_lse: None, ..Call::<f32>::random(square(1, 9000, 1, 1), 3) };
         let exact = Attention::new().mask(layer.mask()).cpu(one());
-        let expected = exact.forward(call.q.view(), call.k.view(), call.v.view()).unwrap();
-        let gradients = exact.backward(inputs(&call), &expected, call.d_out.view()).unwrap();
-        let (forward, backward) = run(&layer, &call);
-        for (what, got, expected) in [
-            ("out", &forward.out, &expected.out),
-            ("lse", &forward.lse, &expected.lse),
-            ("dQ", &backward.d_q, &gradients.d_q),
-            ("dK", &backward.d_k, &gradients.d_k),
-            ("dV", &backward.d_v, &gradients.d_v),
-        ] {
-            let expected: Vec<f64> = expected.as_slice().iter().map(|&x| x.into()).collect();
-            let worst = support::error(got.as_slice(), &expected);
-            assert!(worst < 1e-5, "{gap} {causal} {what}: {worst:e}");
-        }
+        assert_like(&run(&layer, &call), &call, &exact, &format!("{gap} {causal}"));
     }
 }
 

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use super::writing::Writing;
 use super::{Options, StopReason};
 use crate::Error;
-use crate::mixer::CacheOptions;
+use crate::mixer::{CacheOptions, Keep};
 use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
 use crate::tokenizer::Tokenizer;
 
@@ -134,9 +134,15 @@ impl<'a> Batcher<'a> {
     }
 
     /// The same, with keys and values kept as `cache` says; to be called before there are texts.
-    #[must_use]
-    pub fn with_cache(self, cache: CacheOptions) -> Batcher<'a> {
-        Batcher { cache, ..self }
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BatchKeep`] for states that give up keys of their own choice, which a batch does not take.
+    pub fn with_cache(self, cache: CacheOptions) -> Result<Batcher<'a>, Error> {
+        match cache.keep {
+            Keep::All => Ok(Batcher { cache, ..self }),
+            _ => Err(Error::BatchKeep),
+        }
     }
 
     /// Queues a request and returns its number, from 0.

@@ -1,6 +1,8 @@
 //! Many texts in one call: each as if it were alone, to the last bit.
 
+use foveal::cache::Rolling;
 use foveal_lm::generate::{Batcher, Generator, Options, Request, StopReason, Text};
+use foveal_lm::mixer::{CacheOptions, Keep};
 use foveal_lm::model::{Batch, CHUNK, MAX_TEXTS, Scratch, State, Step};
 use foveal_lm::sample::Sampling;
 use foveal_lm::testing::{Tiny, TinySizes};
@@ -130,6 +132,23 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     strange.join(other.state().unwrap()).unwrap();
     let error = model.forward_batch(&[1], &mut strange, &mut scratch).unwrap_err();
     assert!(matches!(error, Error::State { expected: 4, found: 2 }), "{error}");
+}
+
+#[test]
+fn states_that_see_otherwise_are_refused() {
+    let model = small::model();
+    let mut batch = Batch::new();
+    batch.join(model.state().unwrap()).unwrap();
+    let options = CacheOptions { context: Some(7), ..CacheOptions::default() };
+    let error = batch.join(model.state_with(&options).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::BatchReach { found: Some(7), expected: None }), "{error}");
+    let rolling = Keep::Rolling(Rolling::new(2, 20).unwrap());
+    for keep in [rolling, Keep::HeavyHitters { budget: 9 }, Keep::SnapKv { budget: 9 }] {
+        let options = CacheOptions { keep, ..CacheOptions::default() };
+        let error = batch.join(model.state_with(&options).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::BatchKeep), "{error}");
+    }
+    assert_eq!(batch.len(), 1);
 }
 
 fn request(n: usize, max_tokens: usize) -> Request {

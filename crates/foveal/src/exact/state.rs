@@ -10,6 +10,7 @@
 //! element: tiles, split key ranges, memory reads and sharded sequences are all joined by it (Milakov
 //! and Gimelshein 2018; Dao et al. 2022, §3.1). Maxima are kept in base 2, as kernels compute them.
 
+use crate::element::Element;
 use crate::simd::{Level, row};
 use std::f32::consts::{LN_2, LOG2_E};
 
@@ -111,17 +112,26 @@ impl Join {
     }
 }
 
-/// Joins the finished result of other keys, output and log-sum-exp, to one of a row.
-pub(crate) fn join_rows(
+/// Joins the finished result of other keys, output and log-sum-exp, to one of a row. Returns the others' weight.
+pub(crate) fn join_rows<E: Element>(
     level: Level,
-    (out, lse): (&mut [f32], &mut f32),
-    (other, other_lse): (&[f32], f32),
-) {
+    (out, lse): (&mut [E], &mut f32),
+    (other, other_lse): (&[E], f32),
+) -> f32 {
+    if other_lse == f32::NEG_INFINITY {
+        return 0.0;
+    }
+    if *lse == f32::NEG_INFINITY {
+        out.copy_from_slice(other);
+        *lse = other_lse;
+        return 1.0;
+    }
     let join = Join::new(*lse * LOG2_E, other_lse * LOG2_E);
     let sum = join.keep + join.add;
     let share = reciprocal(sum);
     row::blend(level, out, join.keep * share, other, join.add * share);
     *lse = log_sum_exp(join.max, sum);
+    join.add * share
 }
 
 /// What accumulators are multiplied by in the end: 1 / sum, and 0 where nothing was seen.

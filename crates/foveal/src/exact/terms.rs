@@ -13,6 +13,7 @@
 use super::Factor;
 use crate::error::{Error, Result};
 use crate::position::{RelativeBias, Slopes};
+use crate::random::mix;
 use crate::simd::Level;
 use crate::simd::terms::{GroupTerms, RowDropout, RowTerms, drop_row, finish_group};
 use crate::simd::tile::{GROUP, KEY_TILE, Visible};
@@ -47,14 +48,6 @@ impl Dropout {
             factor: (1.0 / keep) as f32,
         }
     }
-}
-
-/// splitmix64 (Steele et al. 2014).
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 /// The terms of a call.

@@ -7,7 +7,7 @@
 //! Causal attention (Vaswani et al. 2017, §3.2.3) is `ahead` = 0 without a lower end; a sliding window
 //! (Beltagy et al. 2020) of w keys is `behind` = w − 1, `ahead` = 0.
 
-use super::{Coverage, Pattern, Site, fill_range, live_between, set_bits};
+use super::{Coverage, Pattern, Rising, Site, set_bits};
 use std::ops::Range;
 
 /// Keys from `behind` before to `ahead` after the query's position, both included.
@@ -20,16 +20,6 @@ pub struct Band {
 }
 
 impl Band {
-    /// The visible positions of one row, before they are cut to the keys that exist.
-    fn keys(&self, i: isize) -> Range<usize> {
-        let position = |x: isize| x.max(0) as usize;
-        let start = self.behind.map_or(0, |behind| position(i.saturating_sub_unsigned(behind)));
-        let end = self.ahead.map_or(usize::MAX, |ahead| {
-            position(i.saturating_add_unsigned(ahead).saturating_add(1))
-        });
-        start..end
-    }
-
     /// What lies in both bands.
     pub(super) fn and(self, other: Band) -> Band {
         let tighter = |a: Option<usize>, b: Option<usize>| match (a, b) {
@@ -40,31 +30,18 @@ impl Band {
     }
 }
 
-impl Pattern for Band {
-    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
-        self.keys(i).contains(&j)
+impl Rising for Band {
+    fn visible(&self, _: Site, i: isize) -> Range<usize> {
+        let position = |x: isize| x.max(0) as usize;
+        let start = self.behind.map_or(0, |behind| position(i.saturating_sub_unsigned(behind)));
+        let end = self.ahead.map_or(usize::MAX, |ahead| {
+            position(i.saturating_add_unsigned(ahead).saturating_add(1))
+        });
+        start..end
     }
 
-    fn live(
-        &self,
-        _: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        if rows.is_empty() {
-            return;
-        }
-        let (first, last) = (self.keys(rows.start), self.keys(rows.end - 1));
-        live_between(first, last, keys, visit);
-    }
-
-    fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        fill_range(self.keys(i), keys, bits);
-    }
-
-    fn same_for_all_heads(&self) -> bool {
-        true
+    fn words(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
     }
 }
 

@@ -24,6 +24,7 @@ mod dense;
 mod documents;
 mod keys;
 mod prefix;
+mod rising;
 mod runs;
 mod streaming;
 mod tree;
@@ -36,8 +37,10 @@ pub use keys::Keys;
 pub use prefix::Prefix;
 pub use tree::{MAX_TREE, Tree};
 
+pub(crate) use rising::Rising;
+pub(crate) use runs::fill_range;
+use runs::live_between;
 use runs::set_bits;
-pub(crate) use runs::{fill_range, live_between};
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -50,11 +50,11 @@ fn scale_into_kernel<S: Simd, E: Element>(s: S, from: &[f32], factor: f32, to: &
 
 dispatch! {
     /// `to = to * keep + from * add`.
-    pub(crate) fn blend(to: &mut [f32], keep: f32, from: &[f32], add: f32) = blend_kernel
+    pub(crate) fn blend<E: Element>(to: &mut [E], keep: f32, from: &[E], add: f32) = blend_kernel
 }
 
 #[inline(always)]
-fn blend_kernel<S: Simd>(s: S, to: &mut [f32], keep: f32, from: &[f32], add: f32) {
+fn blend_kernel<S: Simd, E: Element>(s: S, to: &mut [E], keep: f32, from: &[E], add: f32) {
     assert_eq!(from.len(), to.len());
     let (keep, add) = (s.splat(keep), s.splat(add));
     let mut i = 0;
@@ -63,12 +63,11 @@ fn blend_kernel<S: Simd>(s: S, to: &mut [f32], keep: f32, from: &[f32], add: f32
         // SAFETY: n elements are left in both.
         unsafe {
             let (p, q) = (to.as_mut_ptr().add(i), from.as_ptr().add(i));
-            if n == S::LANES {
-                s.store(p, s.fma(s.load(q), add, s.mul(s.load(p), keep)));
-            } else {
-                let x = s.fma(s.load_part(q, n), add, s.mul(s.load_part(p, n), keep));
-                s.store_part(p, x, n);
-            }
+            let (x, y) = match n == S::LANES {
+                true => (E::load(s, p), E::load(s, q)),
+                false => (E::load_part(s, p, n), E::load_part(s, q, n)),
+            };
+            E::store_part(s, p, s.fma(y, add, s.mul(x, keep)), n);
         }
         i += n;
     }

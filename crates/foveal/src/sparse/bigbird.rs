@@ -10,6 +10,7 @@
 
 use crate::error::{Error, Result};
 use crate::mask::{BlockSize, Blocks, Extent, Mask};
+use crate::random::Random;
 
 /// Which random blocks each head's block rows see, `[heads][blocks][random]`. A trained model's plan is part of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,7 +64,7 @@ impl BlockPlan {
         } else {
             [(blocks, random), (blocks, 0)]
         };
-        let mut draw = Draw(seed);
+        let mut random_numbers = Random::new(seed);
         let mut choices = vec![None; heads * blocks * random];
         for head in 0..heads {
             for row in 1..blocks.saturating_sub(1) {
@@ -73,7 +74,7 @@ impl BlockPlan {
                     let mut left = legal(row, start, end);
                     for slot in &mut own[place..place + count] {
                         if !left.is_empty() {
-                            *slot = Some(left.swap_remove(draw.below(left.len())));
+                            *slot = Some(left.swap_remove(random_numbers.below(left.len())));
                         }
                     }
                     place += count;
@@ -120,18 +121,6 @@ fn legal(row: usize, start: usize, end: usize) -> Vec<usize> {
         !near && block != 0 && block + 1 != end && !across
     };
     (start..end).filter(allowed).collect()
-}
-
-/// splitmix64.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((u128::from(z ^ (z >> 31)) * n as u128) >> 64) as usize
-    }
 }
 
 /// BigBird's pattern.

@@ -15,7 +15,7 @@ use super::rows::{Listed, by_residue};
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::mask::{Band, Coverage, Documents, Mask, Pattern, Site, fill_range, live_between};
+use crate::mask::{Band, Coverage, Documents, Mask, Pattern, Rising, Site, fill_range};
 use crate::plan::{Backward, Inputs, expect};
 use crate::problem::{Attention, Forward, Scale};
 use crate::tensor::{Shape, TensorRef};
@@ -372,41 +372,14 @@ struct UpTo {
     keys: usize,
 }
 
-impl UpTo {
-    fn visible(&self, i: isize) -> Range<usize> {
+impl Rising for UpTo {
+    fn visible(&self, _: Site, i: isize) -> Range<usize> {
         let row = i.saturating_add_unsigned(self.rows.len()).saturating_sub_unsigned(self.keys);
         let row = usize::try_from(row).ok().and_then(|row| self.rows.get(row));
         0..row.map_or(0, |&row| row + 1)
     }
-}
 
-impl Pattern for UpTo {
-    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
-        self.visible(i).contains(&j)
-    }
-
-    fn live(
-        &self,
-        _: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        if !rows.is_empty() {
-            let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
-            live_between(first, last, keys, visit);
-        }
-    }
-
-    fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        fill_range(self.visible(i), keys, bits);
-    }
-
-    fn same_for_all_heads(&self) -> bool {
-        true
-    }
-
-    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn words(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} gathered rows, causal", self.rows.len())
     }
 }

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::projection::{
     Activations, Call, Input, Matrix, MatrixShape, Output, project, workspace_bytes,
 };
+use crate::random::Random;
 use crate::tensor::{Shape, TensorRef};
 use crate::workspace::Workspace;
 
@@ -120,10 +121,10 @@ impl AngularHash {
             let first = 1usize << (buckets.ilog2() / 2);
             [first, buckets.div_ceil(first).next_multiple_of(2)]
         };
-        let mut normal = Normal(seed);
+        let mut random = Random::new(seed);
         let numbers = |factor: usize| if factor == 1 { 0 } else { factor / 2 * dim };
         let directions = (0..2 * rounds)
-            .map(|n| (0..numbers(factors[n % 2])).map(|_| normal.next()).collect())
+            .map(|n| (0..numbers(factors[n % 2])).map(|_| random.normal()).collect())
             .collect();
         Ok(AngularHash { dim, factors, rounds, directions })
     }
@@ -191,22 +192,4 @@ fn argmax(x: &[f32]) -> usize {
         }
     }
     best.1
-}
-
-/// Standard normal numbers: splitmix64 and the transformation of Box and Muller.
-struct Normal(u64);
-
-impl Normal {
-    /// Above 0 and at most 1.
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (((z ^ (z >> 31)) >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    fn next(&mut self) -> f32 {
-        let radius = (-2.0 * self.uniform().ln()).sqrt();
-        (radius * (std::f64::consts::TAU * self.uniform()).cos()) as f32
-    }
 }

@@ -7,13 +7,12 @@ use super::rows::{Listed, each_listed_row, each_listed_row_of, each_row, each_ro
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::Result;
-use crate::exact::state::{Join, log_sum_exp, reciprocal};
+use crate::exact::state::join_rows;
 use crate::mask::Mask;
 use crate::plan::{Backward, Gradients, Inputs, Saved, TermGradients, Upstream, expect};
 use crate::problem::{Attention, Forward, Scale};
 use crate::tensor::{Shape, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Tokens that mechanisms gather at a time.
@@ -32,19 +31,19 @@ pub(super) enum Tokens {
 }
 
 impl Tokens {
-    /// The tokens of a tensor, gathered if they have to be.
+    /// The tokens of a tensor, gathered if they have to be, into memory that is free.
     fn of<'a, E: Element>(
         &self,
         from: TensorRef<'a, E>,
         held: &'a mut Option<Tensor<E>>,
-        memory: &mut Memory<E>,
+        (free, threads): (&mut Vec<Vec<E>>, usize),
     ) -> Result<TensorRef<'a, E>> {
         let list = match self {
             Tokens::Span(span) => return Ok(from.span(span.clone())),
             Tokens::Listed(listed) => listed.tokens(),
         };
-        let mut to = memory.take(Shape { seq: list.len(), ..from.shape() })?;
-        each_row(to.view_mut(), memory.threads, |[b, t, h], row| {
+        let mut to = reuse(free, Shape { seq: list.len(), ..from.shape() })?;
+        each_row(to.view_mut(), threads, |[b, t, h], row| {
             row.copy_from_slice(from.row(b, list[t], h));
         });
         Ok(held.insert(to).view())
@@ -96,6 +95,22 @@ impl Part {
     fn spares(&self, rows: &Range<usize>) -> bool {
         let apart = |own: &Range<usize>| own.end <= rows.start || rows.end <= own.start;
         matches!(&self.queries, Tokens::Span(own) if apart(own))
+    }
+
+    /// What it reads.
+    fn gather<'a, E: Element>(
+        &self,
+        inputs: Inputs<'a, E, E>,
+        held: &'a mut [Option<Tensor<E>>; 3],
+        memory: &mut Memory<E>,
+    ) -> Result<Inputs<'a, E, E>> {
+        let [q, k, v] = held;
+        let threads = memory.threads;
+        Ok(Inputs {
+            q: self.queries.of(inputs.q, q, (&mut memory.free, threads))?,
+            k: self.keys.of(inputs.k, k, (&mut memory.free, threads))?,
+            v: self.keys.of(inputs.v, v, (&mut memory.free, threads))?,
+        })
     }
 
     /// Whether it takes all queries and keys where they lie.
@@ -285,12 +300,7 @@ impl Runner {
         memory: &mut Memory<E>,
     ) -> Result<()> {
         let mut held = [None, None, None];
-        let [held_q, held_k, held_v] = &mut held;
-        let gathered = Inputs {
-            q: part.queries.of(inputs.q, held_q, memory)?,
-            k: part.keys.of(inputs.k, held_k, memory)?,
-            v: part.keys.of(inputs.v, held_v, memory)?,
-        };
+        let gathered = part.gather(inputs, &mut held, memory)?;
         let attention = self.attention(part);
         let Inputs { q, k, v } = gathered;
         let plan = attention.plan(q.shape(), k.shape(), v.shape())?;
@@ -313,7 +323,8 @@ impl Runner {
         self.attend(part, inputs, (more.view_mut(), more_lse.view_mut()), memory)?;
         let (from, from_lse) = (more.view(), more_lse.view());
         let join = |[b, t, h]: [usize; 3], (out, lse): (&mut [E], &mut [f32])| {
-            merge((out, &mut lse[0]), from.row(b, t, h), from_lse.row(b, t, h)[0]);
+            let more = (from.row(b, t, h), from_lse.row(b, t, h)[0]);
+            join_rows(self.cpu.level, (out, &mut lse[0]), more);
         };
         match &part.queries {
             Tokens::Span(span) => {
@@ -388,27 +399,12 @@ impl Runner {
         d: Derivatives<'_, E>,
         memory: &mut Memory<E>,
     ) -> Result<()> {
-        let mut held = [const { None }; 5];
-        let [held_q, held_k, held_v, held_out, held_d_out] = &mut held;
-        let gathered = Inputs {
-            q: part.queries.of(call.inputs.q, held_q, memory)?,
-            k: part.keys.of(call.inputs.k, held_k, memory)?,
-            v: part.keys.of(call.inputs.v, held_v, memory)?,
-        };
-        let out = part.queries.of(call.out, held_out, memory)?;
-        let d_out = part.queries.of(call.d_out, held_d_out, memory)?;
-        let mut logs = None;
-        let lse = match &part.queries {
-            Tokens::Span(span) => call.lse.span(span.clone()),
-            Tokens::Listed(listed) => {
-                let list = listed.tokens();
-                let mut to = memory.take_logs(part.queries.shape(call.lse.shape()))?;
-                each_row(to.view_mut(), memory.threads, |[b, t, h], row| {
-                    row.copy_from_slice(call.lse.row(b, list[t], h));
-                });
-                logs.insert(to).view()
-            }
-        };
+        let (mut held, mut held_rows, mut logs) = ([None, None, None], [None, None], None);
+        let gathered = part.gather(call.inputs, &mut held, memory)?;
+        let (threads, [held_out, held_d_out]) = (memory.threads, &mut held_rows);
+        let out = part.queries.of(call.out, held_out, (&mut memory.free, threads))?;
+        let d_out = part.queries.of(call.d_out, held_d_out, (&mut memory.free, threads))?;
+        let lse = part.queries.of(call.lse, &mut logs, (&mut memory.logs, threads))?;
         let attention = self.attention(part);
         let Inputs { q, k, v } = gathered;
         let plan = attention.plan(q.shape(), k.shape(), v.shape())?;
@@ -418,7 +414,7 @@ impl Runner {
         let terms = TermGradients::default();
         let gradients = Gradients { d_q: d.q, d_k: d.k, d_v: d.v, terms };
         plan.backward(gathered, saved, upstream, gradients, &mut memory.workspace)?;
-        memory.give(held.into_iter().flatten());
+        memory.give(held.into_iter().chain(held_rows).flatten());
         memory.logs.extend(logs.map(Tensor::into_vec));
         Ok(())
     }
@@ -466,30 +462,6 @@ struct Derivatives<'a, E> {
     q: TensorMut<'a, E>,
     k: TensorMut<'a, E>,
     v: TensorMut<'a, E>,
-}
-
-/// Joins a row's finished result with that of keys which it has not seen yet; returns their weight.
-pub(super) fn merge<E: Element>(
-    (out, lse): (&mut [E], &mut f32),
-    more: &[E],
-    more_lse: f32,
-) -> f32 {
-    if more_lse == f32::NEG_INFINITY {
-        return 0.0;
-    }
-    if *lse == f32::NEG_INFINITY {
-        out.copy_from_slice(more);
-        *lse = more_lse;
-        return 1.0;
-    }
-    let join = Join::new(*lse * LOG2_E, more_lse * LOG2_E);
-    let sum = join.keep + join.add;
-    let (keep, add) = (join.keep * reciprocal(sum), join.add * reciprocal(sum));
-    for (out, more) in out.iter_mut().zip(more) {
-        *out = E::from_f32(out.to_f32() * keep + more.to_f32() * add);
-    }
-    *lse = log_sum_exp(join.max, sum);
-    add
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! Masks of parts, on tokens as they lie after gathering; `live` and `fill` cost no more than a search.
+//! Masks of parts, on tokens as they lie after gathering; a row's range costs no more than a search.
 
-use crate::mask::{Coverage, Pattern, Site, fill_range, live_between};
+use crate::mask::{Rising, Site};
 use std::ops::Range;
 
 /// Rows and keys in segments side by side; a row sees the keys of its own segment up to its own place, but
@@ -14,9 +14,8 @@ pub(super) struct Segments {
     pub(super) skip: usize,
 }
 
-impl Segments {
-    /// The keys that one position sees.
-    fn visible(&self, i: isize) -> Range<usize> {
+impl Rising for Segments {
+    fn visible(&self, _: Site, i: isize) -> Range<usize> {
         let [rows, keys] = [&self.rows, &self.keys].map(|x| x.last().copied().unwrap_or(0));
         let row = i.saturating_add_unsigned(rows).saturating_sub_unsigned(keys);
         let Some(row) = usize::try_from(row).ok().filter(|&row| row < rows) else { return 0..0 };
@@ -25,36 +24,8 @@ impl Segments {
         let unseen = (self.rows[n + 1] - 1 - row).saturating_add(self.skip);
         keys.start..keys.end.saturating_sub(unseen).max(keys.start)
     }
-}
 
-impl Pattern for Segments {
-    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
-        self.visible(i).contains(&j)
-    }
-
-    fn live(
-        &self,
-        _: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        // Both ends rise from row to row.
-        if !rows.is_empty() {
-            let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
-            live_between(first, last, keys, visit);
-        }
-    }
-
-    fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        fill_range(self.visible(i), keys, bits);
-    }
-
-    fn same_for_all_heads(&self) -> bool {
-        true
-    }
-
-    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn words(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} segments", self.rows.len().saturating_sub(1))
     }
 }
@@ -71,42 +42,15 @@ pub(super) struct Stairs {
     pub(super) origin: isize,
 }
 
-impl Stairs {
-    fn visible(&self, i: isize) -> Range<usize> {
+impl Rising for Stairs {
+    fn visible(&self, _: Site, i: isize) -> Range<usize> {
         let Ok(position) = usize::try_from(i.saturating_add(self.origin)) else { return 0..0 };
         let place = position % self.stride;
         let own = self.own.map_or(0, |first| (place + 1).saturating_sub(first).min(self.width));
         0..position / self.stride * self.width + own
     }
-}
 
-impl Pattern for Stairs {
-    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
-        self.visible(i).contains(&j)
-    }
-
-    fn live(
-        &self,
-        _: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        if !rows.is_empty() {
-            let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
-            live_between(first, last, keys, visit);
-        }
-    }
-
-    fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        fill_range(self.visible(i), keys, bits);
-    }
-
-    fn same_for_all_heads(&self) -> bool {
-        true
-    }
-
-    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn words(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} columns of each {} tokens", self.width, self.stride)
     }
 }

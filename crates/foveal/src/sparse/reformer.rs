@@ -13,11 +13,12 @@
 //! section 2.
 
 use super::lsh::Buckets;
-use super::parts::{GATHERED, Heads, Memory, Part, Runner, Tokens, merge};
+use super::parts::{GATHERED, Heads, Memory, Part, Runner, Tokens};
 use super::rows::Listed;
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::exact::state::join_rows;
 use crate::mask::{Coverage, Mask, Pattern, Site};
 use crate::plan::{Backward, Inputs, expect};
 use crate::problem::{Attention, Forward, Scale};
@@ -138,7 +139,8 @@ impl Reformer {
                     self.self_score(runner.scale, qk.row(b, t, head), k.view().row(b, t, head));
                 let (mut out, mut lse) = (result.out.view_mut(), result.lse.view_mut());
                 let row = (out.row_mut(b, t, head), &mut lse.row_mut(b, t, head)[0]);
-                let weight = merge(row, v.row(b, t, head), logit + (count as f32).ln());
+                let own = (v.row(b, t, head), logit + (count as f32).ln());
+                let weight = join_rows(runner.cpu.level, row, own);
                 self_weight.view_mut().row_mut(b, t, head)[0] = weight;
             }
         }

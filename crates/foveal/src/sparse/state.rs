@@ -9,10 +9,11 @@
 //! for a query at position t, and each sub-block of columns that some head has. Keys that lie as they are read need
 //! no mask; where heads differ, the fixed pattern masks what its heads share. Child et al. 2019.
 
-use super::parts::{Runner, merge};
+use super::parts::Runner;
 use super::sparse_transformer::{Factors, Sees, SparseTransformer, near};
 use crate::element::Element;
 use crate::error::Result;
+use crate::exact::state::join_rows;
 use crate::mask::{Mask, Pattern, Site};
 use crate::plan::{Inputs, expect};
 use crate::problem::{Attention, Forward, Scale};
@@ -197,7 +198,9 @@ impl<E: Element> SparseState<E> {
                     let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
                     let to = (out.row_mut(0, 0, head), &mut lse.row_mut(0, 0, head)[0]);
                     let n = head - first;
-                    merge(to, part.out.view().row(0, 0, n), part.lse.view().row(0, 0, n)[0]);
+                    let more = (part.out.view(), part.lse.view());
+                    let more = (more.0.row(0, 0, n), more.1.row(0, 0, n)[0]);
+                    join_rows(self.runner.cpu.level, to, more);
                 }
             }
         }

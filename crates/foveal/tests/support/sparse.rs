@@ -6,7 +6,7 @@ use foveal::mask::{Dense, Extent};
 use foveal::plan::{Backward, Inputs};
 use foveal::reference::Options;
 use foveal::sparse::{Combine, Factors, SparseTransformer, SubBlocks, Window};
-use foveal::{Element, Forward, Mask};
+use foveal::{Attention, Element, Forward, Mask};
 
 /// May position `i` of head `head` see position `j`? From the index sets, as published.
 pub fn sees(factors: Factors, combine: Combine, head: usize, i: usize, j: usize) -> bool {
@@ -80,4 +80,27 @@ pub fn worst_error<E: Element>(
     ]
     .into_iter()
     .fold(0.0, f64::max)
+}
+
+/// Results and gradients next to those of exact attention.
+#[track_caller]
+pub fn assert_like(
+    (forward, backward): &(Forward<f32>, Backward<f32>),
+    call: &Call<f32>,
+    exact: &Attention<'_>,
+    what: &str,
+) {
+    let expected = exact.forward(call.q.view(), call.k.view(), call.v.view()).unwrap();
+    let gradients = exact.backward(inputs(call), &expected, call.d_out.view()).unwrap();
+    for (name, got, expected) in [
+        ("out", &forward.out, &expected.out),
+        ("lse", &forward.lse, &expected.lse),
+        ("dQ", &backward.d_q, &gradients.d_q),
+        ("dK", &backward.d_k, &gradients.d_k),
+        ("dV", &backward.d_v, &gradients.d_v),
+    ] {
+        let expected: Vec<f64> = expected.as_slice().iter().map(|&x| x.into()).collect();
+        let worst = error(got.as_slice(), &expected);
+        assert!(worst < 1e-5, "{what} {name}: {worst:e}");
+    }
 }
