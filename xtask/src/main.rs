@@ -8,6 +8,7 @@ mod ci;
 mod docs;
 mod fuzz;
 mod header;
+mod pictures;
 mod rules;
 mod run;
 mod test;
@@ -27,6 +28,7 @@ cargo xtask COMMAND
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
+  pictures MODEL             write the README's pictures of the terminal, with SmolLM2's file
 ";
 
 fn main() -> ExitCode {
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Some("rules") => rules::run(&rest),
         Some("docs") => docs::run(&rest),
         Some("fuzz") => fuzz::run(&rest),
+        Some("pictures") => pictures::run(&rest),
         Some("bench") => bench::run(&rest),
         Some("help" | "--help" | "-h") | None => {
             print!("{USAGE}");

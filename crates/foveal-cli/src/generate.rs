@@ -1,22 +1,16 @@
 //! `foveal generate`: continues a prompt.
 
-use std::io::{IsTerminal, Read};
-use std::path::PathBuf;
+use std::io::IsTerminal;
 use std::time::Instant;
 
-use anyhow::Context;
-use foveal_lm::Model;
-use foveal_lm::generate::{Generator, Options, Piece, StopReason, prompt_tokens};
-use foveal_lm::sample::Sampling;
-use foveal_lm::tokenizer::Tokenizer;
+use foveal_lm::generate::{Generator, Options, Piece, Prompt, StopReason, prompt_tokens, read};
 use serde_json::json;
 
-use crate::compute::ComputeArguments;
 use crate::kv::KvArguments;
-use crate::{numbers, output, source};
-
-/// The longest prompt that is read from standard input.
-const MAX_PROMPT_BYTES: u64 = 64 << 20;
+use crate::progress::Progress;
+use crate::sampling::SamplingArguments;
+use crate::session::{ModelArguments, Session};
+use crate::{input, interrupt, numbers, output};
 
 /// Continue a prompt.
 ///
@@ -28,44 +22,19 @@ pub(crate) struct Arguments {
     /// The text to continue; "-" reads it from standard input.
     prompt: String,
 
-    /// A GGUF file, or a folder with config.json, safetensors and tokenizer.json; the built-in model if left out.
-    #[arg(long, short, value_name = "FILE|DIR")]
-    model: Option<PathBuf>,
-
     /// The most tokens to make.
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
     max_tokens: usize,
-
-    /// Above 1 flattens the probabilities, below 1 sharpens them; 0 always takes the most probable token.
-    #[arg(long, short, default_value_t = 0.8, value_parser = numbers::temperature)]
-    temperature: f32,
-
-    /// Keep so many of the most probable tokens; 0 keeps all.
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    top_k: usize,
-
-    /// Keep the most probable tokens that together have this probability; 1 keeps all.
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = numbers::top_p)]
-    top_p: f32,
-
-    /// Keep tokens with at least this share of the greatest probability; 0 keeps all.
-    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = numbers::min_p)]
-    min_p: f32,
-
-    /// Divide the positive logits of the last 64 tokens by this, and multiply the others; 1 changes nothing.
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = numbers::repeat_penalty)]
-    repeat_penalty: f32,
-
-    /// The beginning of the random numbers: the same seed gives the same text.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
 
     /// End the text before this string; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 
     #[command(flatten)]
-    compute: ComputeArguments,
+    model: ModelArguments,
+
+    #[command(flatten)]
+    sampling: SamplingArguments,
 
     #[command(flatten)]
     kv: KvArguments,
@@ -87,21 +56,15 @@ struct Figures {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    arguments.compute.install(|| generate(arguments))
+    arguments.model.run(|session| generate(arguments, session))
 }
 
-fn generate(arguments: &Arguments) -> anyhow::Result<()> {
-    let path = arguments.model.as_deref();
-    let weights = source::open(path)?;
-    let model = Model::new(&weights);
-    let model = model.with_context(|| format!("cannot run {}", source::name(path)))?;
-    let model = arguments.compute.apply(model);
-    let tokenizer = source::tokenizer(path, &weights)?;
-    let prompt = prompt_tokens(&tokenizer, &prompt(&arguments.prompt)?)?;
-    arguments.kv.warn(&model, prompt.len().saturating_add(arguments.max_tokens));
+fn generate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
+    let prompt = prompt_tokens(&session.tokenizer, &prompt(&arguments.prompt)?)?;
+    arguments.kv.warn(&session.model, prompt.len().saturating_add(arguments.max_tokens));
 
     let mut text = String::new();
-    let figures = continue_prompt(arguments, (&model, &tokenizer), &prompt, |piece| {
+    let figures = continue_prompt(arguments, session, &prompt, |piece| {
         if arguments.json {
             text.push_str(piece);
             return Ok(());
@@ -109,25 +72,35 @@ fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         output::print(piece)
     })?;
     if arguments.json {
-        return Ok(output::print_json(&figures.as_json(&text))?);
+        output::print_json(&figures.as_json(&text))?;
+    } else {
+        if std::io::stdout().is_terminal() {
+            output::print("\n")?;
+        }
+        output::note(&figures.summary());
     }
-    if std::io::stdout().is_terminal() {
-        output::print("\n")?;
-    }
-    output::note(&figures.summary());
-    Ok(())
+    // An interrupted text is shown as far as it came, and the exit code says so.
+    if interrupt::asked() { Err(foveal_lm::Error::Interrupted.into()) } else { Ok(()) }
 }
 
 fn continue_prompt(
     arguments: &Arguments,
-    (model, tokenizer): (&Model, &Tokenizer),
+    Session { model, tokenizer, .. }: &Session,
     prompt: &[u32],
     mut give: impl FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Figures> {
     let options = arguments.options();
     let mut state = arguments.kv.state(model)?;
     let start = Instant::now();
-    let mut generator = Generator::new(model, tokenizer, &mut state, prompt, &options)?;
+    let mut progress = Progress::new("read", prompt.len());
+    let new = read(model, prompt, &mut state, &mut |done| {
+        progress.show(done);
+        interrupt::flow()
+    })?;
+    let held = &prompt[..prompt.len() - new.len()];
+    let prompt_and_held = Prompt { held, new };
+    let mut generator = Generator::new(model, tokenizer, &mut state, prompt_and_held, &options)?;
+    drop(progress);
     let prompt_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let mut tokens = Vec::new();
@@ -135,6 +108,9 @@ fn continue_prompt(
         let Piece { token, text } = piece?;
         tokens.push(token);
         give(&text)?;
+        if interrupt::asked() {
+            break;
+        }
     }
     Ok(Figures {
         prompt_tokens: prompt.len(),
@@ -148,52 +124,31 @@ fn continue_prompt(
 
 /// The prompt itself, or what standard input has.
 fn prompt(argument: &str) -> anyhow::Result<String> {
-    if argument != "-" {
-        return Ok(argument.to_owned());
+    match argument {
+        "-" => input::read(argument.as_ref(), "the prompt"),
+        _ => Ok(argument.to_owned()),
     }
-    let mut bytes = Vec::new();
-    let input = std::io::stdin().lock();
-    input
-        .take(MAX_PROMPT_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .context("cannot read standard input")?;
-    anyhow::ensure!(
-        bytes.len() as u64 <= MAX_PROMPT_BYTES,
-        "the prompt on standard input is longer than 64 MiB; give a shorter one"
-    );
-    String::from_utf8(bytes).context("the prompt on standard input is not UTF-8; convert it first")
 }
 
 impl Arguments {
     fn options(&self) -> Options {
-        let &Arguments {
-            max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, ..
-        } = self;
-        let sampling = Sampling {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repeat_penalty,
-            seed,
-            ..Sampling::default()
-        };
+        let (max_tokens, sampling) = (self.max_tokens, self.sampling.sampling());
         Options { max_tokens, stop: self.stop.clone(), sampling }
     }
 }
 
 impl Figures {
     fn prompt_rate(&self) -> f64 {
-        rate(self.prompt_tokens, self.prompt_seconds)
+        numbers::rate(self.prompt_tokens, self.prompt_seconds)
     }
 
     /// The prompt has already paid for the first token.
     fn generate_rate(&self) -> f64 {
-        rate(self.tokens.len().saturating_sub(1), self.generate_seconds)
+        numbers::rate(self.tokens.len().saturating_sub(1), self.generate_seconds)
     }
 
     fn summary(&self) -> String {
-        let resident = resident_bytes();
+        let resident = numbers::resident_bytes();
         let resident = resident
             .map_or_else(String::new, |bytes| format!(", {} resident", numbers::bytes(bytes)));
         format!(
@@ -203,7 +158,7 @@ impl Figures {
             self.prompt_rate(),
             self.tokens.len(),
             self.generate_rate(),
-            self.stop.map_or("nothing", StopReason::name),
+            self.stop.map_or("an interruption", StopReason::name),
             numbers::bytes(self.kv_bytes),
         )
     }
@@ -212,26 +167,14 @@ impl Figures {
         json!({
             "text": text,
             "tokens": self.tokens,
-            "stop": self.stop.map(StopReason::name),
+            "stop": self.stop.map_or("interrupted", StopReason::name),
             "prompt_tokens": self.prompt_tokens,
             "prompt_seconds": self.prompt_seconds,
             "prompt_tokens_per_second": self.prompt_rate(),
             "generate_seconds": self.generate_seconds,
             "generate_tokens_per_second": self.generate_rate(),
             "kv_bytes": self.kv_bytes,
-            "resident_bytes": resident_bytes(),
+            "resident_bytes": numbers::resident_bytes(),
         })
     }
-}
-
-fn rate(tokens: usize, seconds: f64) -> f64 {
-    if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
-}
-
-/// The most memory that this process has had resident, where the system says so (Linux).
-fn resident_bytes() -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
 }

@@ -3,18 +3,28 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod bench;
+mod chat;
+mod completions;
 mod compute;
+mod evaluate;
 mod generate;
+mod input;
 mod inspect;
+mod interrupt;
 mod kv;
 mod list;
+mod look;
 mod numbers;
 mod output;
+mod progress;
+mod sampling;
+mod session;
 mod source;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Language models with any attention, on the CPU.
 #[derive(Debug, Parser)]
@@ -27,18 +37,28 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Batch(batch::Arguments),
+    Bench(bench::Arguments),
+    Chat(chat::Arguments),
+    Completions(completions::Arguments),
+    Eval(evaluate::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
     List(list::Arguments),
+    Look(look::Arguments),
 }
 
 impl Command {
     fn run(&self) -> anyhow::Result<()> {
         match self {
             Command::Batch(arguments) => batch::run(arguments),
+            Command::Bench(arguments) => bench::run(arguments),
+            Command::Chat(arguments) => chat::run(arguments),
+            Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
+            Command::Eval(arguments) => evaluate::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
             Command::List(arguments) => list::run(arguments),
+            Command::Look(arguments) => look::run(arguments),
         }
     }
 }
@@ -69,6 +89,7 @@ fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the output has seen enough.
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if interrupt::is_cause_of(&error) => ExitCode::from(interrupt::EXIT),
         Err(error) => {
             output::note(&format!("foveal: {}", output::sentence(&error)));
             ExitCode::from(FAILURE)

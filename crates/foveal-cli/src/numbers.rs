@@ -51,3 +51,16 @@ pub(crate) fn bytes(count: usize) -> impl Display {
         _ => format!("{:.2} GiB", count as f64 / 1_073_741_824.0),
     }
 }
+
+/// Tokens a second.
+pub(crate) fn rate(tokens: usize, seconds: f64) -> f64 {
+    if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
+}
+
+/// The most memory that this process has had resident, where the system says so (Linux).
+pub(crate) fn resident_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}

@@ -1,69 +1,20 @@
 //! The `foveal` command as a user meets it: what it prints where, its exit codes, and files that are damaged.
 
+mod support;
+
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Output, Stdio};
 
 use serde_json::Value;
+use support::{Folder, assert_fails, foveal, run, stderr, stdout};
 
 const PROMPT: &str = "Alice was beginning to";
 /// The built-in model's most probable continuation.
 const GREEDY: &str = " the\nQueen to the Queen, and she found it was saying to herself, and";
 
-fn foveal(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_foveal"));
-    command.args(arguments).stdin(Stdio::null());
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    foveal(arguments).output().unwrap()
-}
-
-fn stdout(output: &Output) -> &str {
-    std::str::from_utf8(&output.stdout).unwrap()
-}
-
-fn stderr(output: &Output) -> &str {
-    std::str::from_utf8(&output.stderr).unwrap()
-}
-
 fn greedy(more: &[&str]) -> Output {
     run(&[&["generate", "--temperature", "0", "--max-tokens", "40"], more].concat())
-}
-
-/// An error: the exit code, nothing on standard output, and one line that has `words`.
-#[track_caller]
-fn assert_fails(output: &Output, code: i32, words: &[&str]) {
-    let message = stderr(output);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    assert_eq!(stdout(output), "");
-    assert!(code == 2 || message.trim_end().lines().count() == 1, "{message}");
-    assert!(words.iter().all(|word| message.contains(word)), "{message}");
-    assert!(!message.contains("panicked"), "{message}");
-}
-
-/// A folder that is removed when it is done with.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        std::fs::create_dir_all(&folder).unwrap();
-        Folder(folder)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> String {
-        let path = self.0.join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 fn built_in() -> Vec<u8> {

@@ -14,7 +14,7 @@ use foveal::{Cpu, nn};
 use crate::Error;
 use crate::config::Activation;
 use crate::linear::{Linear, Run, forward_together};
-use crate::mixer::{GroupedQueryAttention, LayerState, attention};
+use crate::mixer::{Attended, GroupedQueryAttention, LayerState, attention};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 
@@ -80,6 +80,16 @@ impl Block {
         self.feed_forward(x, activations, run)
     }
 
+    /// What the layer's attention has just done, if `activations` were observed.
+    pub(crate) fn attended<'a>(
+        &'a self,
+        state: &'a LayerState,
+        activations: &'a Activations,
+        cpu: Cpu,
+    ) -> Attended<'a> {
+        self.mixer.attended(state, &activations.attention, cpu)
+    }
+
     fn feed_forward(
         &self,
         x: &mut [f32],
@@ -111,6 +121,11 @@ fn add(x: &mut [f32], y: &mut [f32], norm: Option<&Norm>, cpu: Cpu) -> Result<()
 }
 
 impl Activations {
+    /// Whether calls leave what an observer needs.
+    pub(crate) fn observe(&mut self, observed: bool) {
+        self.attention.observe(observed);
+    }
+
     /// Prepares the rotations of the tokens at `positions`, of one sequence, or one token of each; for queries to rolling
     /// states as well.
     pub(crate) fn set_positions(

@@ -55,6 +55,18 @@ pub enum Error {
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,
+    /// A chat template that is none, or that refuses what it is given.
+    #[error("the model's chat template: {reason}")]
+    Template { reason: String },
+    /// A state that gives up keys by itself, where every weight is to be seen.
+    #[error("attention can't be looked at in a state that gives up keys by itself; keep all")]
+    ObservedKeep,
+    /// A token that a text does not have.
+    #[error("there is no token at position {found}; the text has {tokens}")]
+    Position { found: usize, tokens: usize },
+    /// Whoever watched a call broke it off.
+    #[error("interrupted")]
+    Interrupted,
     /// A state that was made by another model.
     #[error("the state has {found} layers, the model {expected}; make it with Model::state")]
     State { expected: usize, found: usize },

@@ -1,16 +1,20 @@
 //! Language models built on the `foveal` attention engine.
 //!
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
-//! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together.
+//! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
+//! [`evaluate`] says how well a model predicts a text.
 
 #![deny(unsafe_code)]
 
 pub mod atomic_file;
 mod block;
+pub mod chat;
 pub mod config;
 mod error;
+pub mod evaluate;
 pub mod generate;
 mod linear;
+pub mod look;
 pub mod mixer;
 pub mod model;
 mod names;

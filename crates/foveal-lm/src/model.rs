@@ -12,6 +12,7 @@
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 mod batch;
+mod watched;
 
 use std::path::Path;
 
@@ -30,6 +31,7 @@ use crate::ropes::Ropes;
 use crate::weights::Weights;
 
 pub use batch::{Batch, MAX_TEXTS};
+pub use watched::Observer;
 
 /// Prompt tokens that go through the layers together, at most.
 pub const CHUNK: usize = cache::TILE;
@@ -216,6 +218,16 @@ impl Model {
         state: &mut State,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
+        self.run_chunk(tokens, phase, (state, scratch), None)
+    }
+
+    fn run_chunk(
+        &self,
+        tokens: &[u32],
+        phase: Phase,
+        (state, scratch): (&mut State, &mut Scratch),
+        mut observer: Option<&mut dyn Observer>,
+    ) -> Result<(), Error> {
         self.embed(tokens, &mut scratch.x)?;
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.keep {
@@ -225,13 +237,12 @@ impl Model {
         scratch.activations.set_positions(&self.ropes, &positions, rolling)?;
         let workspace = &mut scratch.workspace;
         let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
-        for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
-            block.forward(
-                &mut scratch.x,
-                std::slice::from_mut(layer),
-                &mut scratch.activations,
-                &mut run,
-            )?;
+        for (n, (block, layer)) in self.blocks.iter().zip(&mut state.layers).enumerate() {
+            let states = std::slice::from_mut(layer);
+            block.forward(&mut scratch.x, states, &mut scratch.activations, &mut run)?;
+            if let Some(observer) = &mut observer {
+                observer.attention(n, &block.attended(layer, &scratch.activations, self.cpu))?;
+            }
         }
         state.position += tokens.len();
         Ok(())
@@ -249,9 +260,15 @@ impl Model {
     /// Always by the row kernels: they read the head once for up to 64 tokens, and a token gets the same bits whether
     /// its logits are asked for alone or with others.
     fn append_logits(&self, count: usize, scratch: &mut Scratch) -> Result<(), Error> {
-        let Scratch { x, last, logits, workspace, .. } = scratch;
+        let x = std::mem::take(&mut scratch.x);
+        let projected = self.project_logits(&x[x.len() - count * self.config.width..], scratch);
+        scratch.x = x;
+        projected
+    }
+
+    fn project_logits(&self, x: &[f32], scratch: &mut Scratch) -> Result<(), Error> {
+        let Scratch { last, logits, workspace, .. } = scratch;
         let width = self.config.width;
-        let x = &x[x.len() - count * width..];
         for rows in x.chunks(MAX_GENERATED_ROWS * width) {
             last.resize(rows.len(), 0.0);
             self.final_norm.forward(rows, last, self.cpu)?;

@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 
 use super::writing::Writing;
-use super::{Options, StopReason};
+use super::{Options, Prompt, StopReason};
 use crate::Error;
 use crate::mixer::{CacheOptions, Keep};
 use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
@@ -212,7 +212,7 @@ impl<'a> Batcher<'a> {
         if let Some(&found) = prompt.iter().find(|&&token| token as usize >= vocab) {
             return Ok(Err(Error::Token { found, vocab }));
         }
-        let writing = match Writing::new(self.tokenizer, &prompt, &options) {
+        let writing = match Writing::new(self.tokenizer, Prompt::from(&prompt), &options) {
             Ok(writing) => writing,
             Err(error) => return Ok(Err(error)),
         };

@@ -4,8 +4,10 @@ mod batch;
 mod stop;
 mod writing;
 
+use std::ops::ControlFlow;
+
 use crate::Error;
-use crate::model::{Model, Scratch, State, Step};
+use crate::model::{CHUNK, Logits, Model, Scratch, State, Step};
 use crate::sample::Sampling;
 use crate::tokenizer::{Encode, Tokenizer};
 use writing::Writing;
@@ -68,6 +70,49 @@ pub fn prompt_tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Erro
     Ok(tokens)
 }
 
+/// What a text begins with.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Prompt<'a> {
+    /// Tokens that the state holds already: what a repeat penalty looks back on. May be empty.
+    pub held: &'a [u32],
+    /// Tokens to read, one at least.
+    pub new: &'a [u32],
+}
+
+impl<'a, T: AsRef<[u32]> + ?Sized> From<&'a T> for Prompt<'a> {
+    fn from(tokens: &'a T) -> Prompt<'a> {
+        Prompt { held: &[], new: tokens.as_ref() }
+    }
+}
+
+/// Reads a prompt up to its last chunk, and returns that: what is left to read is short. `watch` is told how many tokens
+/// have been read, again and again, and may break the reading off. Bits are those of a prompt read at once.
+///
+/// # Errors
+///
+/// [`Error::Interrupted`], with a state that has read what `watch` was told last; those of [`Model::forward`].
+pub fn read<'t>(
+    model: &Model,
+    tokens: &'t [u32],
+    state: &mut State,
+    watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<&'t [u32], Error> {
+    let step = Step { logits: Logits::None, ..Step::PROMPT };
+    let (mut scratch, mut rest) = (Scratch::new(), tokens);
+    loop {
+        if watch(tokens.len() - rest.len()).is_break() {
+            return Err(Error::Interrupted);
+        }
+        let room = CHUNK - state.position() % CHUNK;
+        if rest.len() <= room {
+            return Ok(rest);
+        }
+        let (chunk, later) = rest.split_at(room);
+        model.forward(chunk, step, state, &mut scratch)?;
+        rest = later;
+    }
+}
+
 /// Makes tokens until there is a reason to stop; an iterator over [`Piece`]s.
 ///
 /// The texts of all pieces make up the whole text. After an error there are no more pieces.
@@ -101,22 +146,23 @@ pub struct Generator<'a> {
 }
 
 impl<'a> Generator<'a> {
-    /// Lets the model read `prompt` and gets ready to go on. `state` may hold earlier tokens of the same text, and goes
-    /// on to hold this one's.
+    /// Lets the model read what is new of `prompt` and gets ready to go on. `state` may hold earlier tokens of the same text,
+    /// and goes on to hold this one's.
     ///
     /// # Errors
     ///
     /// [`Error::EmptyPrompt`], [`Error::Sampling`], and those of [`Model::forward`].
-    pub fn new(
+    pub fn new<'p>(
         model: &'a Model,
         tokenizer: &'a Tokenizer,
         state: &'a mut State,
-        prompt: &[u32],
+        prompt: impl Into<Prompt<'p>>,
         options: &Options,
     ) -> Result<Generator<'a>, Error> {
+        let prompt = prompt.into();
         let writing = Writing::new(tokenizer, prompt, options)?;
         let mut scratch = Scratch::new();
-        model.forward(prompt, Step::PROMPT, state, &mut scratch)?;
+        model.forward(prompt.new, Step::PROMPT, state, &mut scratch)?;
         Ok(Generator { model, state, scratch, writing, pending: None, failed: false })
     }
 

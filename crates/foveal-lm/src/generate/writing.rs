@@ -1,7 +1,7 @@
 //! One text in the making: from logits to tokens, and to the text that has become certain.
 
 use super::stop::Stops;
-use super::{Options, Piece, StopReason};
+use super::{Options, Piece, Prompt, StopReason};
 use crate::Error;
 use crate::sample::Sampler;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
@@ -21,14 +21,14 @@ impl<'a> Writing<'a> {
     /// A text that begins with `prompt`.
     pub(super) fn new(
         tokenizer: &'a Tokenizer,
-        prompt: &[u32],
+        prompt: Prompt<'_>,
         options: &Options,
     ) -> Result<Writing<'a>, Error> {
-        if prompt.is_empty() {
+        if prompt.new.is_empty() {
             return Err(Error::EmptyPrompt);
         }
         let mut sampler = Sampler::new(options.sampling)?;
-        prompt.iter().for_each(|&token| sampler.accept(token));
+        prompt.held.iter().chain(prompt.new).for_each(|&token| sampler.accept(token));
         Ok(Writing {
             tokenizer,
             sampler,

@@ -13,6 +13,7 @@
 //! Forward costs 2 · T · width · D · (2 H + 2 KV) operations besides attention, backward twice that. It keeps, per
 //! token, its inputs, q, k, v, the output of attention and its log-sum-exp, and q and k before their norm.
 
+mod attended;
 mod backward;
 mod parameters;
 mod saved;
@@ -22,13 +23,14 @@ use foveal::cache::{KvStore, RollingCall};
 use foveal::nn::{RmsNorm, rms_norm_in_place};
 use foveal::position::RopeTable;
 use foveal::projection::Matrix;
-use foveal::{Attention, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
+use foveal::{Attention, Cpu, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
 
 use super::state::{Heads, Seen};
 use super::{CacheStorage, LayerState};
 use crate::Error;
 use crate::linear::{Run, forward_together};
 
+pub use attended::Attended;
 pub use backward::{InputGradients, Upstream};
 pub use parameters::AttentionParameters;
 pub use saved::{Saved, StateGradient};
@@ -194,8 +196,8 @@ impl MultiHeadAttention {
         Shape { batch, seq, heads, dim: self.head_dim }
     }
 
-    fn attention<'a>(&self, sinks: Option<&'a [f32]>, run: &Run<'_>) -> Attention<'a> {
-        let attention = Attention::new().mask(self.mask.clone()).scale(self.scale).cpu(run.cpu);
+    fn attention<'a>(&self, sinks: Option<&'a [f32]>, cpu: Cpu) -> Attention<'a> {
+        let attention = Attention::new().mask(self.mask.clone()).scale(self.scale).cpu(cpu);
         let attention = match self.softcap {
             Some(cap) => attention.softcap(cap),
             None => attention,
@@ -276,7 +278,7 @@ impl Bound<'_> {
         run: &Run<'_>,
     ) -> Result<(), Error> {
         let tokens = saved.new;
-        let attention = self.layer.attention(self.parameters.sinks, run);
+        let attention = self.layer.attention(self.parameters.sinks, run.cpu);
         let len = tokens * self.layer.kv_width();
         for (n, state) in states.iter_mut().enumerate() {
             state.before((&attention, run.phase), tokens)?;
@@ -305,7 +307,7 @@ impl Bound<'_> {
         let shape = saved.query_shape(layer);
         let held = states.iter().map(|state| state.end() - state.start()).max().unwrap_or(0);
         let keys = layer.shape([states.len(), held], layer.kv_heads);
-        let attention = layer.attention(self.parameters.sinks, run);
+        let attention = layer.attention(self.parameters.sinks, run.cpu);
         let plan = match run.phase {
             Phase::Prompt => attention.plan(shape, keys, keys)?,
             Phase::Generated => attention.plan_decode(shape, keys, keys)?,
@@ -317,8 +319,8 @@ impl Bound<'_> {
         }
         let stores: Vec<&dyn KvStore> = states.iter().map(|state| state as &dyn KvStore).collect();
         let q = TensorRef::new(&saved.q, shape)?;
+        let wanted = saved.leaves_lse() || evicting;
         let out = TensorMut::new(&mut saved.mixed, shape)?;
-        let wanted = saved.kept || evicting;
         let lse = wanted.then(|| TensorMut::new(&mut saved.lse, shape.per_row()));
         plan.forward_cached(q, &stores, (out, lse.transpose()?), run.workspace)?;
         if let ([state], true) = (states, evicting) {
@@ -344,7 +346,7 @@ impl Bound<'_> {
         };
         let out = TensorMut::new(&mut saved.mixed, shape)?;
         let lse = TensorMut::new(&mut saved.lse, shape.per_row())?;
-        let attention = self.layer.attention(self.parameters.sinks, run);
+        let attention = self.layer.attention(self.parameters.sinks, run.cpu);
         let scratch = &mut saved.rolling;
         rolling.forward(&attention, call, (out, lse), run.workspace, scratch)?;
         Ok(())

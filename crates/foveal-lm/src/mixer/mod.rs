@@ -21,7 +21,7 @@ mod state;
 
 pub use crate::linear::{Affine, Run};
 pub use attention::{
-    AttentionParameters, GroupedQueryAttention, InputGradients, Inputs, MultiHeadAttention, Saved,
-    Source, StateGradient, Upstream,
+    Attended, AttentionParameters, GroupedQueryAttention, InputGradients, Inputs,
+    MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState};

@@ -3,12 +3,15 @@
 mod activations;
 mod batch;
 mod caches;
+mod chat;
+mod evaluate;
 mod formats;
 mod generation;
 mod golden_case;
 mod hostile;
 mod keeping;
 mod laws;
+mod look;
 mod real;
 mod reference;
 mod small;

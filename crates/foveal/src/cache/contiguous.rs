@@ -100,6 +100,11 @@ impl<E: Element> ContiguousCache<E> {
         Ok(())
     }
 
+    /// Gives up the positions from `end` on, as if they had not been appended; those that are gone stay gone.
+    pub fn truncate(&mut self, end: usize) {
+        self.held = self.held.min(end.saturating_sub(self.start));
+    }
+
     /// Gives up whole tiles of positions below `before`: what no later query will see. What remains
     /// moves to the front of its memory; nothing is allocated.
     pub fn forget(&mut self, before: usize) {

@@ -171,7 +171,7 @@ impl Bound<'_> {
         run: &mut Run<'_>,
     ) -> Result<Heads, Error> {
         let (queries, keys) = (saved.query_shape(self.layer), saved.held_shape(self.layer));
-        let attention = self.layer.attention(self.parameters.sinks, run);
+        let attention = self.layer.attention(self.parameters.sinks, run.cpu);
         let plan = attention.plan(queries, keys, keys)?;
         let mut d = Heads {
             q: vec![0.0; saved.q.len()],

@@ -15,6 +15,8 @@ use crate::mixer::{CacheStorage, LayerState};
 pub struct Saved {
     /// Whether backward will follow; else this is scratch memory.
     pub(super) kept: bool,
+    /// Whether someone will look at the weights.
+    pub(super) observed: bool,
     pub(super) sequences: usize,
     /// Queries of each sequence.
     pub(super) tokens: usize,
@@ -78,6 +80,8 @@ impl Saved {
                 Source::Other { keys, values } => Some([keys.to_vec(), values.to_vec()]),
             };
             self.rotation = inputs.rotation.cloned();
+        }
+        if self.leaves_lse() {
             self.lse.resize(sequences * self.tokens * layer.heads, 0.0);
         }
         let (queries, keys) = (sequences * self.tokens, sequences * self.new);
@@ -119,6 +123,11 @@ impl Saved {
             self.k = gather(states, width, |state, head, at| state.tile(head, at).keys.rows());
             self.v = gather(states, width, |state, head, at| state.tile(head, at).values.rows());
         }
+    }
+
+    /// Whether the log-sum-exp of each row is wanted.
+    pub(super) fn leaves_lse(&self) -> bool {
+        self.kept || self.observed
     }
 
     pub(super) fn query_shape(&self, layer: &MultiHeadAttention) -> Shape {

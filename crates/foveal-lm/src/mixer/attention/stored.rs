@@ -2,8 +2,9 @@
 
 use foveal::cache::Rolling;
 use foveal::position::{Rope, RopeTable};
-use foveal::{Mask, Scale};
+use foveal::{Cpu, Mask, Scale};
 
+use super::attended::Attended;
 use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Source, Views};
 use crate::Error;
 use crate::config::Reach;
@@ -33,6 +34,11 @@ pub(crate) struct Activations {
 }
 
 impl Activations {
+    /// Whether calls leave what an observer needs.
+    pub(crate) fn observe(&mut self, observed: bool) {
+        self.scratch.observed = observed;
+    }
+
     /// Prepares the rotations of the tokens at `positions`, for queries to a rolling state as well.
     pub(crate) fn set_positions(
         &mut self,
@@ -143,13 +149,34 @@ impl GroupedQueryAttention {
         let Activations { rotations, capped, scratch } = activations;
         let rotation = Some(&rotations[self.rope]);
         let inputs = Inputs { x, source: Source::Own, rotation };
-        let seen = states.first().and_then(LayerState::sight);
-        let seen =
-            seen.map(|(mask, reach)| MultiHeadAttention { mask, reach, ..self.layer.clone() });
+        let seen = states.first().and_then(|state| self.seen_by(state));
         let layer = seen.as_ref().unwrap_or(&self.layer);
         let capped = capped.get(self.rope);
         let bound = Bound { layer, parameters: self.views()?, capped };
         bound.forward(inputs, y, states, scratch, run)
+    }
+
+    /// What [`GroupedQueryAttention::forward`] has just done, if `activations` were observed.
+    pub(crate) fn attended<'a>(
+        &'a self,
+        state: &'a LayerState,
+        activations: &'a Activations,
+        cpu: Cpu,
+    ) -> Attended<'a> {
+        let layer = self.seen_by(state).unwrap_or_else(|| self.layer.clone());
+        let sinks = self.parameters.sinks.as_deref();
+        Attended { layer, sinks, saved: &activations.scratch, state, cpu }
+    }
+
+    /// The layer as a state has it that has a sight of its own.
+    fn seen_by(&self, state: &LayerState) -> Option<MultiHeadAttention> {
+        let (mask, reach) = state.sight()?;
+        Some(MultiHeadAttention { mask, reach, ..self.layer.clone() })
+    }
+
+    /// How many of the newest tokens a query sees at most, unless the state says otherwise.
+    pub(crate) fn reach(&self) -> Option<usize> {
+        self.layer.reach
     }
 
     fn views(&self) -> Result<Views<'_>, Error> {

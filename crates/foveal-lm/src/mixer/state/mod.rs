@@ -142,6 +142,26 @@ impl LayerState {
         }
     }
 
+    /// Whether [`LayerState::rewind`] can go back to `position`, in a layer of that reach: whether all that the next query
+    /// would see is still there.
+    pub(crate) fn can_rewind(&self, reach: Option<usize>, position: usize) -> bool {
+        let reach = match &self.policy {
+            Policy::Layer => reach,
+            Policy::Reach(reach) => Some(*reach),
+            Policy::Rolling(..) | Policy::Evicting(_) => return false,
+        };
+        if self.coded() {
+            return position == self.end();
+        }
+        let seen = (position + 1).saturating_sub(reach.unwrap_or(usize::MAX));
+        self.start() <= seen && (self.start()..=self.end()).contains(&position)
+    }
+
+    /// Forgets the tokens from `position` on, if [`LayerState::can_rewind`] says so.
+    pub(crate) fn rewind(&mut self, position: usize) {
+        self.store.truncate(position);
+    }
+
     /// Whether weights are to be looked at after each call: [`LayerState::after`].
     pub(crate) fn evicting(&self) -> bool {
         matches!(self.policy, Policy::Evicting(_))

@@ -107,6 +107,16 @@ impl Store {
         Ok(())
     }
 
+    /// Forgets the tokens from `position` on. Stores of codes have been refused before.
+    pub(super) fn truncate(&mut self, position: usize) {
+        match self {
+            Store::F32(cache) => cache.truncate(position),
+            Store::F16(cache) => cache.truncate(position),
+            Store::Bf16(cache) => cache.truncate(position),
+            Store::Coded(cache) => debug_assert_eq!(position, cache.end()),
+        }
+    }
+
     /// Gives up all keys of each head but the chosen ones. Stores of codes have been refused before.
     pub(super) fn retain(&mut self, kept: &[Vec<usize>]) -> Result<(), Error> {
         match self {

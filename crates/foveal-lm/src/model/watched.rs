@@ -1,0 +1,113 @@
+//! Reading with someone who watches: the logits of every token, the attention of every layer; and the way back.
+//!
+//! All of it computes what [`Model::forward`] computes, to the same bits.
+
+use foveal::Phase;
+
+use super::{Model, Scratch, State, Step};
+use crate::Error;
+use crate::mixer::{Attended, Keep};
+
+/// Rows of logits that are there at a time where each token's are looked at.
+const VISITED_ROWS: usize = 16;
+
+/// Whoever looks at a model's attention while it reads; see [`Model::forward_observed`].
+pub trait Observer {
+    /// A layer has just mixed the tokens of a chunk.
+    ///
+    /// # Errors
+    ///
+    /// Whatever shall end the reading, such as those of [`Attended`].
+    fn attention(&mut self, layer: usize, attended: &Attended<'_>) -> Result<(), Error>;
+}
+
+impl Model {
+    /// Reads a prompt as [`Model::forward`] does, to the same bits, and shows each layer's attention to `observer`, chunk by
+    /// chunk. What is not asked for costs nothing but a number for each token and head.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Model::forward`], and [`Error::ObservedKeep`]; those of `observer`, after which the state must be reset.
+    pub fn forward_observed(
+        &self,
+        tokens: &[u32],
+        state: &mut State,
+        scratch: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<(), Error> {
+        self.check(tokens, Step::PROMPT, state.layers.len())?;
+        if state.keep != Keep::All {
+            return Err(Error::ObservedKeep);
+        }
+        scratch.logits.clear();
+        scratch.activations.observe(true);
+        let mut read = || {
+            let mut rest = tokens;
+            while !rest.is_empty() {
+                let room = state.room(Phase::Prompt);
+                let (chunk, later) = rest.split_at(room.min(rest.len()));
+                let both = (&mut *state, &mut *scratch);
+                self.run_chunk(chunk, Phase::Prompt, both, Some(&mut *observer))?;
+                rest = later;
+            }
+            self.append_logits(usize::from(!tokens.is_empty()), scratch)
+        };
+        let done = read();
+        scratch.activations.observe(false);
+        done
+    }
+
+    /// Reads the tokens of a prompt as [`Model::forward`] does, and gives the logits of every one of them to `visit`, with
+    /// its place among `tokens`. Memory stays that of a few rows of logits, however many tokens there are.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Model::forward`].
+    pub fn forward_each(
+        &self,
+        tokens: &[u32],
+        state: &mut State,
+        scratch: &mut Scratch,
+        visit: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<(), Error> {
+        self.check(tokens, Step::PROMPT, state.layers.len())?;
+        let (width, vocab) = (self.config.width, self.config.vocab);
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let room = state.room(Phase::Prompt);
+            let (chunk, later) = rest.split_at(room.min(rest.len()));
+            self.forward_chunk(chunk, Phase::Prompt, state, scratch)?;
+            let first = tokens.len() - rest.len();
+            let x = std::mem::take(&mut scratch.x);
+            for (n, rows) in x.chunks(VISITED_ROWS * width).enumerate() {
+                scratch.logits.clear();
+                self.project_logits(rows, scratch)?;
+                for (row, logits) in scratch.logits.chunks_exact_mut(vocab).enumerate() {
+                    visit(first + n * VISITED_ROWS + row, logits);
+                }
+            }
+            scratch.x = x;
+            rest = later;
+        }
+        scratch.logits.clear();
+        Ok(())
+    }
+
+    /// Takes `state` back to where it had read its first `position` tokens, if what it holds allows that: codes of a few
+    /// bits, and what a window has left behind, can't be brought back. `false` if it doesn't; nothing has changed then.
+    pub fn rewind(&self, state: &mut State, position: usize) -> bool {
+        if position == 0 {
+            state.reset();
+        }
+        if position >= state.position {
+            return position == state.position;
+        }
+        let mut layers = self.blocks.iter().zip(&state.layers);
+        if !layers.all(|(block, layer)| layer.can_rewind(block.mixer.reach(), position)) {
+            return false;
+        }
+        state.layers.iter_mut().for_each(|layer| layer.rewind(position));
+        state.position = position;
+        true
+    }
+}
