@@ -35,6 +35,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N")]
     position: Option<usize>,
 
+    /// Put first the heads that look at this token, the last one before that is written so. With --html and a long text
+    /// only the greatest weights of a head count.
+    #[arg(long, value_name = "TEXT")]
+    to: Option<String>,
+
     /// So many heads are shown.
     #[arg(long, value_name = "N", default_value_t = 8)]
     top: usize,
@@ -68,6 +73,8 @@ pub(crate) struct Arguments {
 struct Text {
     labels: Vec<String>,
     chosen: usize,
+    /// The token that counts as looked at; any other than the first and the chosen one if there is none.
+    to: Option<usize>,
 }
 
 /// A head and what the chosen token looks at under it.
@@ -91,7 +98,8 @@ fn look(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
     let tokens = prompt_tokens(&session.tokenizer, &text)?;
     let labels = labels(&session.tokenizer, &tokens);
     let chosen = choose(arguments, &labels)?;
-    let text = Text { labels, chosen };
+    let to = arguments.to.as_deref().map(|to| find(&labels[..=chosen], to)).transpose()?;
+    let text = Text { labels, chosen, to };
     arguments.check(session)?;
 
     let attention = session.model.config().attention;
@@ -100,7 +108,7 @@ fn look(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
         Some(_) => (page::rows(tokens.len(), heads, chosen), page::CELLS),
         None => (vec![chosen], 0),
     };
-    // Of a long text's many rows few weights are kept; of a single one all.
+    // Of many rows few weights are kept; of a single one all.
     let kept = if rows.len() == 1 { tokens.len() } else { page::KEPT.max(arguments.keys) };
     let mut progress = Progress::new("read", tokens.len());
     let wanted = Wanted { cells, rows: rows.clone(), kept };
@@ -110,12 +118,14 @@ fn look(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
     })?;
     drop(progress);
 
-    let name = source::name(arguments.model.path());
+    let path = arguments.model.path();
+    let file = path.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let name = file.unwrap_or_else(|| source::name(path));
     if let Some(path) = &arguments.html {
         write(path, &page::page(&name, &text, &look, &rows))?;
     }
     let at = rows.iter().position(|&row| row == chosen).unwrap_or(0);
-    let strongest = strongest(arguments, &look, at, chosen);
+    let strongest = strongest(arguments, &look, at, &text);
     if arguments.json {
         return Ok(output::print_json(&as_json(arguments, &text, &strongest))?);
     }
@@ -162,7 +172,11 @@ fn choose(arguments: &Arguments, labels: &[String]) -> anyhow::Result<usize> {
         anyhow::ensure!(position <= last, "--position is {position}, expected 0 to {last}");
         return Ok(position);
     }
-    let Some(wanted) = arguments.token.as_deref() else { return Ok(labels.len() - 1) };
+    arguments.token.as_deref().map_or(Ok(labels.len() - 1), |token| find(labels, token))
+}
+
+/// The last token that is written so, or that such a word ends with.
+fn find(labels: &[String], wanted: &str) -> anyhow::Result<usize> {
     if let Some(position) = labels.iter().rposition(|label| label.trim() == wanted.trim()) {
         return Ok(position);
     }
@@ -187,19 +201,14 @@ fn coloured() -> bool {
 }
 
 /// The heads to show, the strongest first.
-fn strongest<'a>(
-    arguments: &Arguments,
-    look: &'a Look,
-    at: usize,
-    chosen: usize,
-) -> Vec<Chosen<'a>> {
+fn strongest<'a>(arguments: &Arguments, look: &'a Look, at: usize, text: &Text) -> Vec<Chosen<'a>> {
     let mut heads = Vec::new();
     for (l, layer) in look.layers.iter().enumerate() {
         for (h, head) in layer.heads.iter().enumerate() {
             let asked = arguments.layer.is_none_or(|layer| layer == l)
                 && arguments.head.is_none_or(|head| head == h);
             if let Some(row) = head.rows.get(at).filter(|_| asked) {
-                heads.push(Chosen { layer: l, head: h, strength: strength(row, chosen), row });
+                heads.push(Chosen { layer: l, head: h, strength: strength(row, text), row });
             }
         }
     }
@@ -208,10 +217,13 @@ fn strongest<'a>(
     heads
 }
 
-/// The greatest weight on another token than the first and the one that looks; where there is no other, on any.
-fn strength(row: &Row, chosen: usize) -> f32 {
-    let others = chosen > 1;
-    let counts = |position| !others || (position != 0 && position != chosen);
+/// The weight on the token that counts; else the greatest on another one than the first and the one that looks, and
+/// where there is no other, on any.
+fn strength(row: &Row, &Text { chosen, to, .. }: &Text) -> f32 {
+    let counts = |position| match to {
+        Some(to) => position == to,
+        None => chosen <= 1 || (position != 0 && position != chosen),
+    };
     let counted = row.weights.iter().filter(|(position, _)| counts(*position));
     counted.map(|(_, weight)| *weight).fold(0.0, f32::max)
 }

@@ -16,7 +16,7 @@ pub(super) const CELLS: usize = 48;
 /// Weights that a page has of each token of a longer text.
 pub(super) const KEPT: usize = 12;
 /// Weights that all tokens of a longer text have together, about.
-const WEIGHTS: usize = 250_000;
+const WEIGHTS: usize = 125_000;
 
 /// The tokens whose weights are on the page: the chosen one, and the newest.
 pub(super) fn rows(tokens: usize, heads: usize, chosen: usize) -> Vec<usize> {
@@ -120,11 +120,46 @@ mod tests {
     fn long_texts_show_the_chosen_token_and_the_newest() {
         assert_eq!(rows(48, 270, 7), [7]);
         let long = rows(5000, 270, 7);
-        assert_eq!((long[0], long.len()), (7, 78));
-        assert!(long[1..].iter().copied().eq(4923..5000));
-        assert_eq!(rows(5000, 270, 4999).len(), 77);
+        assert_eq!((long[0], long.len()), (7, 39));
+        assert!(long[1..].iter().copied().eq(4962..5000));
+        assert_eq!(rows(5000, 270, 4999).len(), 38);
         assert_eq!(rows(60, 4, 3), (0..60).collect::<Vec<_>>());
         assert_eq!(rows(9000, 100_000, 8999).len(), 8);
+    }
+
+    /// Two tokens, one layer with one head.
+    fn small(labels: [&str; 2]) -> String {
+        let row =
+            |weights: &[(usize, f32)]| Row { weights: weights.to_vec(), sum: 1.0, entropy: 0.0 };
+        let head =
+            Head { map: vec![1.0, 0.0, 0.25, 0.75], rows: vec![row(&[(1, 0.75), (0, 0.25)])] };
+        let layer = foveal_lm::look::Layer { reach: Some(2), heads: vec![head] };
+        let text = Text { labels: labels.map(str::to_owned).to_vec(), chosen: 1, to: None };
+        page("a <model>", &text, &Look { layers: vec![layer] }, &[1])
+    }
+
+    #[test]
+    fn text_can_not_break_out_of_the_page() {
+        let plain = small(["a", "b"]);
+        let hostile = small(["</script><script>alert(1)</script>", "<!-- \u{2028}\"'"]);
+        for tag in ["<script", "</script", "<!--"] {
+            assert_eq!(hostile.matches(tag).count(), plain.matches(tag).count(), "{tag}");
+        }
+        let data = &hostile[hostile.find("id=\"data\">").unwrap() + 10..];
+        let data: Value = serde_json::from_str(&data[..data.find("</script>").unwrap()]).unwrap();
+        assert_eq!(data["tokens"][0], "</script><script>alert(1)</script>");
+        assert_eq!((&data["model"], &data["cells"]), (&"a <model>".into(), &2.into()));
+        // 255 · √ of 1, 0.25 and 0.75.
+        assert_eq!(data["maps"], base64(&[255, 128, 221]));
+    }
+
+    #[test]
+    fn rows_are_positions_and_weights() {
+        let row = Row { weights: vec![(70_000, 1.0), (3, 0.5)], sum: 1.0, entropy: 0.0 };
+        let bytes: Vec<u8> = super::row(&row).collect();
+        assert_eq!(bytes.len(), 6 * KEPT);
+        assert_eq!(bytes[..12], [0x70, 0x11, 1, 0, 0xff, 0xff, 3, 0, 0, 0, 0, 0x80]);
+        assert!(bytes[12..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -25,9 +25,9 @@ pub(super) fn table(text: &Text, chosen: &[Chosen<'_>], keys: usize, colour: boo
             let _ = writeln!(table, "  {bar} {weight:.3}  {position:>5}  {label}");
         }
         let shown: f32 = row.weights.iter().take(keys).map(|(_, weight)| weight).sum();
-        if row.weights.len() > keys {
-            let (rest, others) = ((row.sum - shown).max(0.0), row.weights.len() - keys);
-            let _ = writeln!(table, "  {:WIDTH$} {rest:.3}  on {others} others", "");
+        let rest = row.sum - shown;
+        if rest >= 0.0005 {
+            let _ = writeln!(table, "  {:WIDTH$} {rest:.3}         on all others", "");
         }
     }
     table

@@ -35,6 +35,7 @@ pub(super) fn add_to(environment: &mut Environment<'_>, clock: fn() -> SystemTim
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=indent)`.
+#[allow(clippy::needless_pass_by_value, reason = "the form that filters have")]
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     if indent.is_some_and(|indent| indent > 64) {

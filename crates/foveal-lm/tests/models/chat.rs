@@ -14,10 +14,10 @@ use foveal_lm::{Error, Model};
 use crate::small;
 
 /// Writes messages down as they are.
-const LINES: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\
+const LINES: &str = "{% for message in messages %}{{ message.role }}:{{ message.content }}\n\
     {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 /// Takes spaces away from what was said, so that answers, which begin with one, are written down otherwise.
-const TRIMMED: &str = "{% for message in messages %}{{ message.role }}: {{ message.content | trim }}\n\
+const TRIMMED: &str = "{% for message in messages %}{{ message.role }}:{{ message.content | trim }}\n\
     {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
 struct Parts {
