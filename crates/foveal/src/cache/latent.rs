@@ -9,7 +9,7 @@
 //! of another store so, pages of a pool for instance. Either is a [`KvStore`] of one head that every kernel reads.
 //! DeepSeek-V2 (arXiv:2405.04434), §2.1.
 
-use super::{ContiguousCache, KvStore, KvTile, KvValues};
+use super::{ContiguousCache, KvStore, KvTile, KvValues, SharedTile};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::tensor::{Shape, TensorRef};
@@ -137,6 +137,10 @@ impl KvStore for LatentRows<'_> {
 
     fn dtype(&self) -> DType {
         self.store.dtype()
+    }
+
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        self.store.shared_tile(position)
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {

@@ -50,9 +50,25 @@ pub trait KvStore: std::fmt::Debug + Sync {
         false
     }
 
+    /// Which memory the tile that begins at `position` is, if other stores may read the same. Of two stores in one call that
+    /// answer alike for a tile, both hold the same keys and values there, of all heads: they may be read once for both.
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        let _ = position;
+        None
+    }
+
     /// The keys and values of one head at `positions`: those of one tile that lie within `start()..end()`.
     /// A store that keeps rows may be asked for fewer.
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_>;
+}
+
+/// A tile's memory, by what it belongs to and its number there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SharedTile {
+    /// The pool's address, or any number that no other owner in the call has.
+    pub owner: usize,
+    /// The number of the page.
+    pub number: usize,
 }
 
 /// Keys and values of neighbouring positions.
@@ -249,6 +265,37 @@ impl<'a, E: Element> Sequences<'a, E> {
             Sequences::Stores(stores) => stores.iter().all(|store| store.dtype() == DType::F32),
             Sequences::Tensors(..) => E::DTYPE == DType::F32,
         }
+    }
+
+    /// Whether sequences may hold tiles in the same memory, from their beginning on.
+    pub(crate) fn may_share(&self) -> bool {
+        match self {
+            Sequences::Stores(stores) => {
+                let shared = |store: &&&dyn KvStore| store.shared_tile(store.start()).is_some();
+                stores.iter().filter(shared).count() > 1
+            }
+            Sequences::Tensors(..) => false,
+        }
+    }
+
+    /// Whether two sequences hold positions of the first one, all that it holds of a span, in the same memory, and the
+    /// other one holds no more of the span.
+    pub(crate) fn share(
+        &self,
+        (a, b): (usize, usize),
+        positions: &Range<usize>,
+        span: usize,
+    ) -> bool {
+        let Sequences::Stores(stores) = self else { return false };
+        let (a, b) = (stores[a], stores[b]);
+        let whole = positions.end.is_multiple_of(span) && positions.end <= b.end();
+        let alike = a.start() == b.start() && (whole || positions.end == b.end());
+        let first = positions.start / TILE * TILE;
+        let same = |position: usize| {
+            let tile = a.shared_tile(position);
+            tile.is_some() && tile == b.shared_tile(position)
+        };
+        !positions.is_empty() && alike && (first..positions.end).step_by(TILE).all(same)
     }
 
     pub(crate) fn tile(&self, batch: usize, head: usize, positions: Range<usize>) -> KvTile<'a> {

@@ -11,7 +11,8 @@
 //! few free pages changes nothing. A sequence is read through [`PagePool::store`], tile by tile and in place, as any
 //! [`KvStore`] is; it has the bits of a [`ContiguousCache`](super::ContiguousCache) of the same tokens.
 
-use super::{KvKeys, KvStore, KvTile, KvValues, TILE, check_appended, row_mut, store};
+use super::{KvKeys, KvStore, KvTile, KvValues, SharedTile, TILE};
+use super::{check_appended, row_mut, store};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::tensor::{Rows, Shape, TensorRef};
@@ -274,6 +275,13 @@ impl<E: Element> KvStore for PagedStore<'_, E> {
 
     fn dtype(&self) -> DType {
         E::DTYPE
+    }
+
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        let tile = position.checked_sub(self.sequence.start)? / TILE;
+        let &number = self.sequence.pages.get(tile)?;
+        let owner = std::ptr::from_ref(self.pool).addr();
+        (self.pool.holders[number] > 1).then_some(SharedTile { owner, number })
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {

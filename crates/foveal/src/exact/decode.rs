@@ -8,16 +8,18 @@
 //! ```
 //!
 //! Keys and values are read once for all query heads of a group and all query rows of the call
-//! (flash-decoding, Dao et al. 2023). Where many heads share a key, each tile is packed for the kernels of prompts.
+//! (flash-decoding, Dao et al. 2023), and where sequences hold a span in the same memory, once for the rows of all of
+//! them. Where many heads share a key, each tile is packed for the kernels of prompts.
 //! Queries and keys of bf16 are multiplied in pairs where the processor can and heads share keys. Spans start at fixed positions and are joined in order, so a row's
 //! bits do not depend on threads, on the batch, or on how many rows share the call.
 
+mod rows;
+
 use super::state::Join;
-use super::terms::{Finish, RowSite};
-use super::{Factor, Problem, seen, sees};
+use super::terms::Finish;
+use super::{Factor, Problem, seen};
 use crate::cache::{KvKeys, KvRows, KvValues, kv_rows, with_rows};
 use crate::element::Element;
-use crate::mask::{Mask, Pattern, Site};
 use crate::parallel::for_each_part;
 use crate::plan::Sizes;
 use crate::simd::coded::{ChannelScores, TokenValues, channel_scores, token_values, with_code};
@@ -29,6 +31,7 @@ use crate::simd::tile::{
 };
 use crate::simd::{pairs, row};
 use crate::tensor::{Rows, Shape, TensorMut};
+use rows::{Seat, Span, Takers, span_of};
 use std::ops::Range;
 
 /// Positions of one part.
@@ -91,11 +94,16 @@ impl Layout {
     fn partials(&self) -> usize {
         self.units * self.spans * self.rows * self.partial
     }
+
+    /// Whole cache lines, so that what follows begins with one.
+    fn takers(&self, sizes: &Sizes) -> usize {
+        (sizes.q.batch * self.spans).next_multiple_of(TAIL)
+    }
 }
 
 pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
     let layout = Layout::new(sizes);
-    layout.partials() + sizes.cpu.threads.count() * layout.scratch
+    layout.partials() + layout.takers(sizes) + sizes.cpu.threads.count() * layout.scratch
 }
 
 /// Independent parts of the whole call.
@@ -107,27 +115,40 @@ pub(crate) fn parts(sizes: &Sizes) -> usize {
 /// Runs the call. `floats` is the workspace, of [`workspace_floats`].
 pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &mut [f32]) {
     let layout = Layout::new(&problem.sizes);
-    let (partials, scratch) = floats.split_at_mut(layout.partials());
+    let (partials, rest) = floats.split_at_mut(layout.partials());
+    let (takers, scratch) = rest.split_at_mut(layout.takers(&problem.sizes));
     let shape =
         Shape { batch: layout.units, seq: layout.spans, heads: layout.rows, dim: layout.partial };
     let engine = |form| Engine { problem, layout, factor: Factor::new(problem.scale), form };
     {
         let mut partials = TensorMut::new(partials, shape).expect("the workspace has this shape");
         let partials = partials.share();
-        let parts = layout.units * layout.passes * layout.spans;
+        let takers = Takers::find(problem, layout.spans, takers);
+        let passes = match takers.sharing() {
+            true => (problem.sizes.q.batch * layout.rows).div_ceil(ROWS),
+            false => layout.passes,
+        };
+        let parts = layout.units * passes * layout.spans;
         let scratches =
             scratch.chunks_exact_mut(layout.scratch).take(layout.threads(&problem.sizes));
         for_each_part(parts, scratches, |part, scratch| {
-            let (unit, rest) = (part / (layout.passes * layout.spans), part / layout.passes);
-            let (span, pass) = (rest % layout.spans, part % layout.passes);
-            let rows = pass * ROWS..((pass + 1) * ROWS).min(layout.rows);
-            let work = Span::new(&problem.sizes, unit, rows.clone(), &problem.kv_range(unit));
-            let mut state = State::new(scratch, &problem.sizes, rows.len());
-            let form = problem.row_form(work.batch, layout.packed);
-            engine(form).attend(&work, work.positions(span), &mut state);
-            for (r, row) in rows.enumerate() {
+            let (unit, rest) = (part / (passes * layout.spans), part / passes);
+            let (span, pass) = (rest % layout.spans, part % passes);
+            let batch = unit / problem.sizes.kv_heads;
+            let mut seats = [Seat::default(); ROWS];
+            let rows = takers.rows(problem, (batch, span)).skip(pass * ROWS);
+            let count = rows.zip(&mut seats).map(|(row, seat)| *seat = row).count();
+            let seats = &seats[..count];
+            let Some(first) = seats.first() else { return };
+            let positions = span_of(&problem.held(batch), span);
+            let work = Span::new(&problem.sizes, unit, seats);
+            let mut state = State::new(scratch, &problem.sizes, seats.len());
+            let form = problem.row_form(first.batch, layout.packed);
+            engine(form).attend(&work, positions, &mut state);
+            for (r, seat) in seats.iter().enumerate() {
+                let unit = seat.batch * problem.sizes.kv_heads + work.kv_head;
                 // SAFETY: each part writes its own rows of its own span.
-                state.save(r, unsafe { partials.row(unit, span, row) });
+                state.save(r, unsafe { partials.row(unit, span, seat.row) });
             }
         });
     }
@@ -144,66 +165,6 @@ impl<E: Element, K: Element> Problem<'_, E, K> {
         }
         self.form(batch)
     }
-
-    fn kv_range(&self, unit: usize) -> Range<usize> {
-        let batch = unit / self.sizes.kv_heads;
-        self.kv.start(batch)..self.kv.end(batch)
-    }
-}
-
-/// Query rows of one (sequence, key/value head): row = position × group + head.
-#[derive(Debug, Clone)]
-struct Span {
-    batch: usize,
-    kv_head: usize,
-    group: usize,
-    rows: Range<usize>,
-    origin: isize,
-    keys: Range<usize>,
-}
-
-impl Span {
-    fn new(sizes: &Sizes, unit: usize, rows: Range<usize>, keys: &Range<usize>) -> Span {
-        Span {
-            batch: unit / sizes.kv_heads,
-            kv_head: unit % sizes.kv_heads,
-            group: sizes.group(),
-            rows,
-            origin: keys.end as isize - sizes.q.seq as isize,
-            keys: keys.clone(),
-        }
-    }
-
-    fn positions(&self, span: usize) -> Range<usize> {
-        let start = (self.keys.start / SPAN + span) * SPAN;
-        let end = (start + SPAN).min(self.keys.end);
-        start.max(self.keys.start).min(end)..end
-    }
-
-    fn query(&self, row: usize) -> (usize, usize) {
-        (row / self.group, self.kv_head * self.group + row % self.group)
-    }
-
-    fn position(&self, row: usize) -> isize {
-        (row / self.group) as isize + self.origin
-    }
-
-    fn site(&self, row: usize) -> Site {
-        Site { batch: self.batch, q_head: self.query(row).1, kv_head: self.kv_head }
-    }
-
-    fn row_site(&self, row: usize) -> RowSite {
-        let (query, head) = self.query(row);
-        RowSite { batch: self.batch, head, query, position: self.position(row) }
-    }
-
-    /// One bit for each (row, key) that the mask allows.
-    fn fill(&self, mask: &Mask, positions: &Range<usize>, words: &mut [KeyWords]) {
-        let used = positions.len().div_ceil(64);
-        for (bits, row) in words.iter_mut().zip(self.rows.clone()) {
-            mask.fill(self.site(row), self.position(row), positions.clone(), &mut bits[..used]);
-        }
-    }
 }
 
 struct Engine<'a, E, K> {
@@ -217,17 +178,17 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     /// Takes rows through a span of positions. A row whose result is not finite is computed again with
     /// the values that it may not see replaced by zeros (which allocates): 0 × NaN must not reach it
     /// from there.
-    fn attend(&self, work: &Span, positions: Range<usize>, state: &mut State<'_>) {
-        if positions.is_empty() || work.rows.is_empty() {
+    fn attend(&self, work: &Span<'_>, positions: Range<usize>, state: &mut State<'_>) {
+        if positions.is_empty() {
             return;
         }
         self.accumulate(work, &positions, state, false);
-        for r in 0..work.rows.len() {
+        for r in 0..work.seats.len() {
             let (acc, _, sum) = state.row(r);
             if sum.is_finite() && row::all_finite(self.problem.sizes.cpu.level, acc) {
                 continue;
             }
-            let only = Span { rows: work.rows.start + r..work.rows.start + r + 1, ..work.clone() };
+            let only = Span { seats: &work.seats[r..r + 1], ..*work };
             let mut scratch = vec![0.0; self.layout.scratch];
             let mut again = State::new(&mut scratch, &self.problem.sizes, 1);
             self.accumulate(&only, &positions, &mut again, true);
@@ -237,28 +198,23 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     fn accumulate(
         &self,
-        work: &Span,
+        work: &Span<'_>,
         positions: &Range<usize>,
         state: &mut State<'_>,
         careful: bool,
     ) {
         let cells = self.form.cells(self.problem.sizes.q.dim);
         let stride = self.query_stride();
-        for (r, row) in work.rows.clone().enumerate() {
-            let (i, head) = work.query(row);
+        for (r, &seat) in work.seats.iter().enumerate() {
+            let (i, head) = work.query(seat);
             let query = &mut state.queries[r * stride..(r + 1) * stride];
             query[cells..].fill(0.0);
-            let from = self.problem.q.row(work.batch, i, head);
+            let from = self.problem.q.row(seat.batch, i, head);
             self.factor.load(self.form, from, &mut query[..cells]);
         }
-        let rows = work.position(work.rows.start)..work.position(work.rows.end - 1) + 1;
-        // Heads that see different keys: a tile counts if one of them sees some of it.
-        let heads = if self.problem.sizes.same_heads { 1 } else { work.group.min(work.rows.len()) };
-        let first = work.rows.start;
         for start in positions.clone().step_by(KEY_TILE) {
             let tile = start..(start + KEY_TILE).min(positions.end);
-            let sees = |row| sees(self.problem.mask, (work.site(row), rows.clone()), tile.clone());
-            if (first..first + heads).any(sees) {
+            if work.sees(self.problem.mask, self.problem.sizes.same_heads, &tile) {
                 self.tile(work, tile, state, careful);
             }
         }
@@ -271,12 +227,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     /// One key tile for all rows.
-    fn tile(&self, work: &Span, positions: Range<usize>, state: &mut State<'_>, careful: bool) {
-        let rows = work.rows.len();
+    fn tile(&self, work: &Span<'_>, positions: Range<usize>, state: &mut State<'_>, careful: bool) {
+        let rows = work.seats.len();
         let mut words = [KeyWords::default(); ROWS];
         let words = &mut words[..rows];
         work.fill(self.problem.mask, &positions, words);
-        let tile = self.problem.kv.tile(work.batch, work.kv_head, positions.clone());
+        let tile = self.problem.kv.tile(work.batch(), work.kv_head, positions.clone());
         self.scores(tile.keys, words, state);
         for first in (0..rows).step_by(GROUP) {
             let group = first..(first + GROUP).min(rows);
@@ -338,7 +294,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     /// Turns the scores of up to six rows into weights, and brings maxima and sums up to date.
     fn weights(
         &self,
-        work: &Span,
+        work: &Span<'_>,
         (positions, words): (&Range<usize>, &[KeyWords]),
         group: Range<usize>,
         state: &mut State<'_>,
@@ -347,8 +303,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let State { scores, lanes, max, tile_max, rescale, .. } = state;
         let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
         group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
-        let at = work.rows.start;
-        let sites = (at + group.start..at + group.end).map(|row| work.row_site(row));
+        let sites = group.clone().map(|r| work.row_site(work.seats[r]));
         let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
         let visible = Visible::Some(words);
         let factor = self.problem.terms.finish(
@@ -442,11 +397,11 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 first[width + 1] = first[width + 1] * join.keep + other[width + 1] * join.add;
             }
             let (max, sum) = (first[width], first[width + 1]);
-            let keys = self.problem.kv_range(unit);
-            let work = Span::new(&self.problem.sizes, unit, row..row + 1, &keys);
-            let (i, head) = work.query(row);
+            let batch = unit / self.problem.sizes.kv_heads;
+            let seat = Seat { batch, row, origin: 0 };
+            let (i, head) = Span::new(&self.problem.sizes, unit, &[seat]).query(seat);
             // SAFETY: this thread is the only one that writes outputs.
-            unsafe { self.problem.finish((work.batch, i, head), &first[..width], (max, sum)) };
+            unsafe { self.problem.finish((batch, i, head), &first[..width], (max, sum)) };
         }
     }
 }

@@ -11,7 +11,7 @@
 //! [`Attention`]. P_1 V and P_2 V are rounded to the storage type before they are subtracted.
 //! Ye et al. 2024, equations 1 to 3 (any head dims here, with d and 2d as published).
 
-use crate::cache::{KvKeys, KvStore, KvTile};
+use crate::cache::{KvKeys, KvStore, KvTile, SharedTile};
 use crate::cpu::Phase;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
@@ -373,6 +373,11 @@ impl KvStore for Half<'_> {
 
     fn coded(&self) -> bool {
         self.store.coded()
+    }
+
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        // All stores of a call are the same halves.
+        self.store.shared_tile(position)
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
