@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use foveal_lm::config::ModelConfig;
+use foveal_lm::config::{AttentionConfig, LatentConfig, ModelConfig};
 use foveal_lm::weights::{TensorInfo, Weights};
 use serde_json::{Value, json};
 
@@ -43,7 +43,7 @@ fn describe(config: &ModelConfig) -> String {
     format!(
         "architecture      {}\n\
          layers            {}, width {}, feed-forward {}\n\
-         attention         {} heads, {} key/value heads, head dimension {}\n\
+         attention         {}\n\
          reach by layer    {}\n\
          context           {} tokens\n\
          vocabulary        {} tokens\n\
@@ -52,15 +52,24 @@ fn describe(config: &ModelConfig) -> String {
         config.layers.len(),
         config.width,
         config.feed_forward,
-        attention.heads,
-        attention.kv_heads,
-        attention.head_dim,
+        heads(attention),
         reaches(config),
         config.context,
         config.vocab,
         numbers::bytes(config.kv_bytes_per_token()),
         numbers::bytes(config.kv_bytes_per_token() / 2),
     )
+}
+
+/// The heads of every layer, and what they read.
+fn heads(attention: &AttentionConfig) -> String {
+    let AttentionConfig { heads, kv_heads, head_dim, latent, .. } = attention;
+    match latent {
+        None => format!("{heads} heads, {kv_heads} key/value heads, head dimension {head_dim}"),
+        Some(LatentConfig { latent, rope, nope, value, .. }) => format!(
+            "{heads} heads of {nope} + {rope} for keys and {value} for values, latent rows of {latent} + {rope}"
+        ),
+    }
 }
 
 /// The reach of each layer, equal neighbours together: `5 × window(512), full, …`.
@@ -106,6 +115,13 @@ fn config_json(config: &ModelConfig) -> Value {
         "heads": config.attention.heads,
         "kv_heads": config.attention.kv_heads,
         "head_dim": config.attention.head_dim,
+        "latent": config.attention.latent.map(|latent| json!({
+            "compressed": latent.latent,
+            "rotated": latent.rope,
+            "not_rotated": latent.nope,
+            "value": latent.value,
+            "query_rank": latent.query_rank,
+        })),
         "context": config.context,
         "vocab": config.vocab,
         "kv_bytes_per_token": config.kv_bytes_per_token(),

@@ -288,3 +288,27 @@ fn list_shows_the_registry() {
         assert!(line.starts_with(mechanism["name"].as_str().unwrap()), "{line}");
     }
 }
+
+#[test]
+fn latent_attention_is_inspected_with_the_bytes_that_a_token_takes() {
+    let folder = Folder::new("inspect-latent");
+    // DeepSeek-V2-Lite without its experts.
+    folder.write(
+        "config.json",
+        br#"{"architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 27,
+            "num_attention_heads": 16, "intermediate_size": 10944, "vocab_size": 102400,
+            "max_position_embeddings": 163840, "q_lora_rank": null, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": null}"#,
+    );
+    let header = br#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+    let length = (header.len() as u64).to_le_bytes();
+    let file = folder.write("model.safetensors", &[&length[..], header, &[0; 4]].concat());
+    let path = Path::new(&file).parent().unwrap().to_str().unwrap();
+    let output = run(&["inspect", path]);
+    let heads = "16 heads of 128 + 64 for keys and 128 for values, latent rows of 512 + 64";
+    assert!(stdout(&output).contains(heads), "{}", stdout(&output));
+    let output = run(&["inspect", path, "--json"]);
+    let json: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!(json["config"]["kv_bytes_per_token"], 27 * 576 * 4);
+    assert_eq!(json["config"]["latent"]["compressed"], 512);
+}

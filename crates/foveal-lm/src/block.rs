@@ -14,7 +14,7 @@ use foveal::{Cpu, nn};
 use crate::Error;
 use crate::config::Activation;
 use crate::linear::{Linear, Run, forward_together};
-use crate::mixer::{Attended, GroupedQueryAttention, LayerState, attention};
+use crate::mixer::{Attended, LayerState, StoredMixer, attention};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 
@@ -22,7 +22,7 @@ use crate::norm::Norm;
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
     attention_norm: Norm,
-    pub(crate) mixer: GroupedQueryAttention,
+    pub(crate) mixer: StoredMixer,
     post_attention_norm: Option<Norm>,
     feed_forward_norm: Norm,
     gate: Linear,
@@ -52,7 +52,7 @@ impl Block {
         };
         Ok(Block {
             attention_norm: parts.norm(layer, Part::AttentionNorm, width)?,
-            mixer: GroupedQueryAttention::new(parts, layer, rope)?,
+            mixer: StoredMixer::new(parts, layer, rope)?,
             post_attention_norm: post_norm(Part::PostAttentionNorm)?,
             feed_forward_norm: parts.norm(layer, Part::FeedForwardNorm, width)?,
             gate: parts.linear(layer, Part::Gate, [inner, width], false)?,

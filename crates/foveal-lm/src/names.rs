@@ -20,6 +20,12 @@ pub(crate) enum Part {
     Up,
     Down,
     PostFeedForwardNorm,
+    QueryDown,
+    QueryDownNorm,
+    QueryUp,
+    LatentDown,
+    LatentNorm,
+    LatentUp,
 }
 
 impl Part {
@@ -42,6 +48,12 @@ impl Part {
             Part::Up => "ffn_up",
             Part::Down => "ffn_down",
             Part::PostFeedForwardNorm => "post_ffw_norm",
+            Part::QueryDown => "attn_q_a",
+            Part::QueryDownNorm => "attn_q_a_norm",
+            Part::QueryUp => "attn_q_b",
+            Part::LatentDown => "attn_kv_a_mqa",
+            Part::LatentNorm => "attn_kv_a_norm",
+            Part::LatentUp => "attn_kv_b",
         }
     }
 
@@ -61,6 +73,12 @@ impl Part {
             Part::Up => "mlp.up_proj",
             Part::Down => "mlp.down_proj",
             Part::PostFeedForwardNorm => "post_feedforward_layernorm",
+            Part::QueryDown => "self_attn.q_a_proj",
+            Part::QueryDownNorm => "self_attn.q_a_layernorm",
+            Part::QueryUp => "self_attn.q_b_proj",
+            Part::LatentDown => "self_attn.kv_a_proj_with_mqa",
+            Part::LatentNorm => "self_attn.kv_a_layernorm",
+            Part::LatentUp => "self_attn.kv_b_proj",
         }
     }
 }

@@ -57,7 +57,7 @@ impl<'a> Ropes<'a> {
         let config = position::RopeConfig {
             theta,
             scaling,
-            ..position::RopeConfig::new(attention.head_dim, layout)
+            ..position::RopeConfig::new(attention.rotary_dim(), layout)
         };
         let made = Rope::new(config)?;
         match &rope.scaling {

@@ -157,6 +157,7 @@ impl<'a> Keys<'a> {
             qkv_bias: self.weights.contains("blk.0.attn_q.bias"),
             output_bias: self.weights.contains("blk.0.attn_output.bias"),
             sinks: self.architecture == Architecture::GptOss,
+            latent: None,
         })
     }
 

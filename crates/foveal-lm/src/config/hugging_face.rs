@@ -3,6 +3,8 @@
 use foveal::position::{Yarn, YarnAmplitude};
 use serde_json::Value;
 
+mod latent;
+
 use super::{
     Activation, Architecture, AttentionConfig, LayerConfig, ModelConfig, Reach, RopeConfig,
     RopeLayout, RopeScaling,
@@ -23,6 +25,8 @@ pub(super) fn read(json: &Value) -> Result<ModelConfig, Error> {
         "Gemma2ForCausalLM" | "gemma2" => Architecture::Gemma2,
         "Gemma3ForCausalLM" | "gemma3_text" => Architecture::Gemma3,
         "GptOssForCausalLM" | "gpt_oss" => Architecture::GptOss,
+        "DeepseekV2ForCausalLM" | "deepseek_v2" => Architecture::DeepseekV2,
+        "DeepseekV3ForCausalLM" | "deepseek_v3" => Architecture::DeepseekV3,
         _ => return Err(Error::Architecture { found: name.to_owned() }),
     };
     let fields = Fields { json, architecture };
@@ -121,7 +125,10 @@ impl<'a> Fields<'a> {
             context: self.require_count("max_position_embeddings")?,
             width,
             feed_forward: self.require_count("intermediate_size")?,
-            attention: self.attention(width)?,
+            attention: match self.architecture.is_deepseek() {
+                true => self.latent_attention(layers)?,
+                false => self.attention(width)?,
+            },
             layers: self.layers(layers)?,
             activation: self.activation()?,
             norm_epsilon: self.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
@@ -187,6 +194,7 @@ impl<'a> Fields<'a> {
             qkv_bias: bias || qwen2,
             output_bias: bias,
             sinks: gpt_oss,
+            latent: None,
         })
     }
 

@@ -6,6 +6,7 @@
 mod gguf;
 mod hugging_face;
 
+use foveal::plan;
 use foveal::position::{Yarn, YarnAmplitude};
 
 use crate::Error;
@@ -30,11 +31,15 @@ pub enum Architecture {
     /// gpt-oss with one feed-forward network a layer instead of experts: every other layer with a window, a learned
     /// sink for each query head, biases, YaRN.
     GptOss,
+    /// DeepSeek V2: latent attention; layers with experts are refused.
+    DeepseekV2,
+    /// DeepSeek V3, likewise.
+    DeepseekV3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 7] = [
+    pub const ALL: [Architecture; 9] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -42,9 +47,12 @@ impl Architecture {
         Architecture::Gemma2,
         Architecture::Gemma3,
         Architecture::GptOss,
+        Architecture::DeepseekV2,
+        Architecture::DeepseekV3,
     ];
 
-    /// The name, as GGUF's `general.architecture` has it.
+    /// The name, as GGUF's `general.architecture` has it; of DeepSeek, which is read from Hugging Face folders only, as
+    /// `model_type` of `config.json` has it.
     pub const fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
@@ -54,12 +62,19 @@ impl Architecture {
             Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3",
             Architecture::GptOss => "gpt-oss",
+            Architecture::DeepseekV2 => "deepseek_v2",
+            Architecture::DeepseekV3 => "deepseek_v3",
         }
     }
 
     /// Gemma of any version.
     const fn is_gemma(self) -> bool {
         matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
+    }
+
+    /// Those of latent attention.
+    const fn is_deepseek(self) -> bool {
+        matches!(self, Architecture::DeepseekV2 | Architecture::DeepseekV3)
     }
 
     /// Of how many layers the last is full, where the others have windows; `None` where all layers are alike.
@@ -184,9 +199,43 @@ pub struct AttentionConfig {
     pub output_bias: bool,
     /// Whether each query head has a logit of its own in its softmax, for no token.
     pub sinks: bool,
+    /// Latent attention's sizes, where heads have no keys and values of their own.
+    pub latent: Option<LatentConfig>,
+}
+
+/// The sizes of latent attention (DeepSeek). A head's query and key are `nope + rope` numbers: the head dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LatentConfig {
+    /// Inner width of the query projection, or `None` where queries are projected directly.
+    pub query_rank: Option<usize>,
+    /// Compressed numbers of a token.
+    pub latent: usize,
+    /// Numbers of a head's query that are not rotated.
+    pub nope: usize,
+    /// Numbers that are rotated, those of the key shared by all heads; even.
+    pub rope: usize,
+    /// Numbers of a head's value.
+    pub value: usize,
+}
+
+impl LatentConfig {
+    /// Numbers that a layer keeps of a token.
+    pub fn row(&self) -> usize {
+        self.latent + self.rope
+    }
 }
 
 impl AttentionConfig {
+    /// Numbers that a layer keeps of a token: keys and values of all heads, or a latent row.
+    pub fn kept(&self) -> usize {
+        self.latent.map_or(2 * self.kv_dim(), |latent| latent.row())
+    }
+
+    /// Numbers of a query or key that are rotated.
+    pub fn rotary_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.rope)
+    }
+
     /// Numbers of a token's queries.
     pub fn q_dim(&self) -> usize {
         self.heads * self.head_dim
@@ -266,7 +315,7 @@ impl ModelConfig {
 
     /// Bytes of keys and values that one more token adds, over all layers, in f32.
     pub fn kv_bytes_per_token(&self) -> usize {
-        self.layers.len() * 2 * self.attention.kv_dim() * size_of::<f32>()
+        self.layers.len() * self.attention.kept() * size_of::<f32>()
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -289,8 +338,13 @@ impl ModelConfig {
             let expected = format!("a divisor of the {} heads", attention.heads);
             return Err(Error::config("number of key/value heads", attention.kv_heads, expected));
         }
-        if !attention.head_dim.is_multiple_of(2) {
-            return Err(Error::config("head dimension", attention.head_dim, "an even number"));
+        let rotated = attention.rotary_dim();
+        if !rotated.is_multiple_of(2) {
+            let what = if attention.latent.is_some() { "rotated part" } else { "dimension" };
+            return Err(Error::config(&format!("head {what}"), rotated, "an even number"));
+        }
+        if let Some(latent) = attention.latent {
+            latent.check()?;
         }
         self.check_numbers()
     }
@@ -308,7 +362,25 @@ impl ModelConfig {
             if layer.reach == Reach::Window(0) {
                 return Err(Error::config("attention window", 0, "at least 1"));
             }
-            layer.rope.check(self.attention.head_dim)?;
+            layer.rope.check(self.attention.rotary_dim())?;
+        }
+        Ok(())
+    }
+}
+
+impl LatentConfig {
+    fn check(&self) -> Result<(), Error> {
+        for (key, found) in [
+            ("inner width of queries", self.query_rank.unwrap_or(1)),
+            ("compressed numbers of a token", self.latent),
+            ("numbers of a head that are not rotated", self.nope),
+            ("numbers of a head that are rotated", self.rope),
+            ("numbers of a head's value", self.value),
+            ("numbers of a latent row", self.row()),
+        ] {
+            if !(1..=plan::MAX_DIM).contains(&found) {
+                return Err(Error::config(key, found, format!("1 to {}", plan::MAX_DIM)));
+            }
         }
         Ok(())
     }

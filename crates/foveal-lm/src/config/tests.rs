@@ -130,7 +130,8 @@ fn scaling_in_gguf() {
 fn an_unknown_architecture_lists_the_known_ones() {
     let error = read(&llama(), &[("general.architecture", Some("mamba\n".into()))]).unwrap_err();
     let expected = "the architecture \"mamba\\n\" is not supported; supported are \
-                    llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt-oss";
+                    llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt-oss, deepseek_v2, \
+                    deepseek_v3";
     assert_eq!(error.to_string(), expected);
 }
 

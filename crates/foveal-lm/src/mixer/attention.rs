@@ -159,7 +159,7 @@ impl MultiHeadAttention {
     }
 
     fn sizes(&self) -> Heads {
-        Heads { heads: self.heads, kv_heads: self.kv_heads, dim: self.head_dim }
+        Heads { heads: self.heads, kv_heads: self.kv_heads, dims: (self.head_dim, self.head_dim) }
     }
 
     /// Mixes the tokens of `states.len()` sequences, whose keys and values it appends to the states. Returns a result

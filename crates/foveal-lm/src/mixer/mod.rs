@@ -17,7 +17,9 @@
 //! Models that are only run share one [`Saved`] among all layers and calls, as scratch memory.
 
 pub(crate) mod attention;
+mod latent;
 mod state;
+mod stored;
 
 pub use crate::linear::{Affine, Run};
 pub use attention::{
@@ -25,3 +27,4 @@ pub use attention::{
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState};
+pub(crate) use stored::StoredMixer;

@@ -38,7 +38,7 @@ fn alone(model: &Model, prompt: &[u32], rest: &[u32]) -> Vec<Vec<u32>> {
 }
 
 /// Texts of several lengths join one after the other and leave in another order.
-fn check_joining_and_leaving(model: &Model, lengths: &[usize]) {
+pub(crate) fn check_joining_and_leaving(model: &Model, lengths: &[usize]) {
     let vocab = model.config().vocab as u32;
     let text = |(n, &length): (usize, &usize)| {
         (tokens(length, n as u32, vocab), tokens(12 + 5 * (n % 3), 90 + n as u32, vocab))

@@ -10,6 +10,7 @@ mod generation;
 mod golden_case;
 mod hostile;
 mod keeping;
+mod latent;
 mod laws;
 mod look;
 mod real;

@@ -118,6 +118,9 @@ impl Reference<'_> {
 
     fn attention(&self, layer: usize, x: &Rows) -> Rows {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        if self.has(&name("kv_b_proj.weight")) {
+            return self.latent_attention(layer, x);
+        }
         let [q, k] = ["q", "k"].map(|part| {
             let rows = self.project(&name(&format!("{part}_proj")), x);
             let rows = self.norm(&name(&format!("{part}_norm")), &rows).unwrap_or(rows);
@@ -150,6 +153,69 @@ impl Reference<'_> {
             out
         };
         self.project(&name("o_proj"), &(0..x.len()).map(row).collect())
+    }
+
+    /// DeepSeek's, in the plain form: keys and values of all heads.
+    fn latent_attention(&self, layer: usize, x: &Rows) -> Rows {
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        let sizes = ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"];
+        let [nope, rope, value, latent] = sizes.map(|key| self.count(key));
+        let mut q = match self.has(&name("q_a_proj.weight")) {
+            true => {
+                let low = self.project(&name("q_a_proj"), x);
+                let low = self.norm(&name("q_a_layernorm"), &low).unwrap();
+                self.project(&name("q_b_proj"), &low)
+            }
+            false => self.project(&name("q_proj"), x),
+        };
+        let mut rows = self.project(&name("kv_a_proj_with_mqa"), x);
+        let plain = rows.iter().map(|row| row[..latent].to_vec()).collect();
+        let made = self.norm(&name("kv_a_layernorm"), &plain).unwrap();
+        let made = self.project(&name("kv_b_proj"), &made);
+        for (position, (q, row)) in q.iter_mut().zip(&mut rows).enumerate() {
+            self.turn(layer, position, &mut row[latent..]);
+            for head in q.chunks_mut(nope + rope) {
+                self.turn(layer, position, &mut head[nope..]);
+            }
+        }
+        let scale = self.mscale("mscale_all_dim").powi(2) / ((nope + rope) as f64).sqrt();
+        let row = |i: usize| {
+            let heads = q[i].chunks(nope + rope).enumerate();
+            let outputs = heads.flat_map(|(head, q)| {
+                let at = head * (nope + value);
+                let weight = |j: usize| {
+                    let key = made[j][at..at + nope].iter().chain(&rows[j][latent..]);
+                    (scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>()).exp()
+                };
+                let weights: Vec<f64> = (0..=i).map(weight).collect();
+                let sum: f64 = weights.iter().sum();
+                let number = |n: usize| {
+                    weights.iter().enumerate().map(|(j, w)| w * made[j][at + nope + n] / sum).sum()
+                };
+                (0..value).map(number).collect::<Vec<f64>>()
+            });
+            outputs.collect()
+        };
+        self.project(&name("o_proj"), &(0..x.len()).map(row).collect())
+    }
+
+    /// `0.1 · weight · ln factor + 1`, or 1 without YaRN.
+    fn mscale(&self, weight: &str) -> f64 {
+        let scaling = &self.model.config["rope_scaling"];
+        let factor = scaling["factor"].as_f64().unwrap_or(1.0);
+        1.0 + 0.1 * scaling[weight].as_f64().unwrap_or(0.0) * factor.ln()
+    }
+
+    /// Turns neighbouring numbers, with YaRN's amplitude in DeepSeek's form.
+    fn turn(&self, layer: usize, position: usize, x: &mut [f64]) {
+        let (frequencies, _) = self.frequencies(layer, x.len());
+        let amplitude = self.mscale("mscale") / self.mscale("mscale_all_dim");
+        for (pair, frequency) in x.chunks_mut(2).zip(frequencies) {
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            let (a, b) = (pair[0], pair[1]);
+            pair[0] = amplitude * (a * cos - b * sin);
+            pair[1] = amplitude * (b * cos + a * sin);
+        }
     }
 
     /// The window of a layer, if it has one.

@@ -9,7 +9,7 @@ use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Sourc
 use crate::Error;
 use crate::config::Reach;
 use crate::linear::Run;
-use crate::mixer::{CacheOptions, LayerState};
+use crate::mixer::{CacheOptions, LayerState, latent};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 use crate::weights::Weight;
@@ -27,10 +27,11 @@ pub struct GroupedQueryAttention {
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
     /// The rotations of the call's positions, for each of the model's rotary embeddings.
-    rotations: Vec<RopeTable>,
+    pub(in crate::mixer) rotations: Vec<RopeTable>,
     /// The same for queries towards the first tokens of a rolling state; empty for other states.
     capped: Vec<RopeTable>,
     scratch: Saved,
+    pub(in crate::mixer) latent: latent::Activations,
 }
 
 impl Activations {
@@ -146,7 +147,7 @@ impl GroupedQueryAttention {
         activations: &mut Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let Activations { rotations, capped, scratch } = activations;
+        let Activations { rotations, capped, scratch, .. } = activations;
         let rotation = Some(&rotations[self.rope]);
         let inputs = Inputs { x, source: Source::Own, rotation };
         let seen = states.first().and_then(|state| self.seen_by(state));

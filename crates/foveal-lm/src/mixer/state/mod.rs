@@ -47,13 +47,14 @@ enum Policy {
 pub(crate) struct Heads {
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
-    pub(crate) dim: usize,
+    /// Numbers of a key and of a value.
+    pub(crate) dims: (usize, usize),
 }
 
 impl LayerState {
     /// A state that holds no tokens and gives up what the layer says.
     pub(crate) fn new(storage: CacheStorage, heads: Heads) -> Result<LayerState, Error> {
-        let store = Store::new(storage, heads.kv_heads, heads.dim)?;
+        let store = Store::new(storage, heads.kv_heads, heads.dims)?;
         Ok(LayerState { store, policy: Policy::Layer })
     }
 
@@ -74,7 +75,7 @@ impl LayerState {
                 // Few tokens, and seen by all: codes would save nothing.
                 let coded = options.storage.coded();
                 let storage = if coded { CacheStorage::Bf16 } else { options.storage };
-                let first = Store::new(storage, heads.kv_heads, heads.dim)?;
+                let first = Store::new(storage, heads.kv_heads, heads.dims)?;
                 Policy::Rolling(rolling, Box::new(first))
             }
             Keep::HeavyHitters { budget } => {

@@ -32,9 +32,12 @@ macro_rules! with_store {
 }
 
 impl Store {
-    /// A store without tokens, for keys and values of `dim` numbers for each of `kv_heads` heads.
-    pub(super) fn new(storage: CacheStorage, kv_heads: usize, dim: usize) -> Result<Store, Error> {
-        let dims = (dim, dim);
+    /// A store without tokens, for keys of `dims.0` and values of `dims.1` numbers for each of `kv_heads` heads.
+    pub(super) fn new(
+        storage: CacheStorage,
+        kv_heads: usize,
+        dims: (usize, usize),
+    ) -> Result<Store, Error> {
         let coded = |bits| QuantizedCache::new(bits, kv_heads, dims, 0);
         Ok(match storage {
             CacheStorage::F32 => Store::F32(ContiguousCache::new(kv_heads, dims, 0)?),

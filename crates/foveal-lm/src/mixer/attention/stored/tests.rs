@@ -48,6 +48,7 @@ impl Layer {
                 output_bias: false,
                 softcap: None,
                 sinks: false,
+                latent: None,
             },
             reach: 1000,
             rope: Rope::new(RopeConfig { theta, scaling, ..base }).unwrap(),

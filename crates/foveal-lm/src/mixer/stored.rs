@@ -1,0 +1,56 @@
+//! A layer's token mixing with the weights of a model's file, whichever kind it is.
+
+use super::attention::{self, GroupedQueryAttention};
+use super::latent::MultiHeadLatentAttention;
+use super::{CacheOptions, LayerState, Run};
+use crate::Error;
+use crate::config::Reach;
+use crate::names::Parts;
+
+/// One layer's mixer.
+#[derive(Clone, Debug)]
+pub(crate) enum StoredMixer {
+    Grouped(GroupedQueryAttention),
+    Latent(MultiHeadLatentAttention),
+}
+
+impl StoredMixer {
+    pub(crate) fn new(parts: &Parts<'_>, layer: usize, rope: usize) -> Result<StoredMixer, Error> {
+        Ok(match parts.config().attention.latent {
+            None => StoredMixer::Grouped(GroupedQueryAttention::new(parts, layer, rope)?),
+            Some(sizes) => {
+                StoredMixer::Latent(MultiHeadLatentAttention::new(parts, sizes, layer, rope)?)
+            }
+        })
+    }
+
+    /// A state that holds no tokens; it grows as they come.
+    ///
+    /// Of `reach` tokens at most the newest is seen; `own` is what the layer itself says.
+    pub(crate) fn state(
+        &self,
+        options: &CacheOptions,
+        (own, reach): (Reach, usize),
+    ) -> Result<LayerState, Error> {
+        match self {
+            StoredMixer::Grouped(mixer) => mixer.state(options, (own, reach)),
+            StoredMixer::Latent(mixer) => mixer.state(options, reach),
+        }
+    }
+
+    /// Mixes the tokens `x`, `[sequences, tokens, width]`, into `y` of the same shape, and appends them to the sequences'
+    /// states.
+    pub(crate) fn forward(
+        &self,
+        x: &[f32],
+        y: &mut [f32],
+        states: &mut [LayerState],
+        activations: &mut attention::Activations,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        match self {
+            StoredMixer::Grouped(mixer) => mixer.forward(x, y, states, activations, run),
+            StoredMixer::Latent(mixer) => mixer.forward(x, y, states, activations, run),
+        }
+    }
+}
