@@ -1,6 +1,7 @@
 //! Caches against a list of tokens, through any sequence of appends, forgetting and clearing.
 
 use crate::numbers::Numbers;
+use crate::pool::pool;
 use arbitrary::Unstructured;
 use foveal::cache::codes::{Bits, ChannelCodes, GROUP, Scaling, TokenCodes};
 use foveal::cache::{ContiguousCache, KvKeys, KvRows, KvStore, KvValues, QuantizedCache, TILE};
@@ -89,7 +90,10 @@ pub fn cache(bytes: &[u8]) {
 }
 
 fn operate(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
-    let kind = input.int_in_range(0..=5)?;
+    let kind = input.int_in_range(0..=7)?;
+    if kind > 5 {
+        return pool(input);
+    }
     let sizes = Sizes {
         kv_heads: input.int_in_range(0..=2)?,
         key_dim: input.int_in_range(0..=3)?,

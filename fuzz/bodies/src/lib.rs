@@ -10,6 +10,7 @@ mod attention;
 mod cache;
 mod model;
 mod numbers;
+mod pool;
 mod tokenizer;
 mod weights;
 
