@@ -86,7 +86,7 @@ impl Block {
         state: &'a LayerState,
         activations: &'a Activations,
         cpu: Cpu,
-    ) -> Attended<'a> {
+    ) -> Result<Attended<'a>, Error> {
         self.mixer.attended(state, &activations.attention, cpu)
     }
 

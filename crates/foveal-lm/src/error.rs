@@ -61,6 +61,9 @@ pub enum Error {
     /// A state that gives up keys by itself, where every weight is to be seen.
     #[error("attention can't be looked at in a state that gives up keys by itself; keep all")]
     ObservedKeep,
+    /// A layer that makes keys and values anew, where weights are to be seen.
+    #[error("the weights of latent attention (MLA) can't be looked at; take a model with grouped attention")]
+    ObservedLatent,
     /// A token that a text does not have.
     #[error("there is no token at position {found}; the text has {tokens}")]
     Position { found: usize, tokens: usize },

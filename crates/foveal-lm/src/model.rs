@@ -241,7 +241,8 @@ impl Model {
             let states = std::slice::from_mut(layer);
             block.forward(&mut scratch.x, states, &mut scratch.activations, &mut run)?;
             if let Some(observer) = &mut observer {
-                observer.attention(n, &block.attended(layer, &scratch.activations, self.cpu))?;
+                let attended = block.attended(layer, &scratch.activations, self.cpu)?;
+                observer.attention(n, &attended)?;
             }
         }
         state.position += tokens.len();

@@ -1,8 +1,10 @@
 //! A layer's token mixing with the weights of a model's file, whichever kind it is.
 
+use foveal::Cpu;
+
 use super::attention::{self, GroupedQueryAttention};
 use super::latent::MultiHeadLatentAttention;
-use super::{CacheOptions, LayerState, Run};
+use super::{Attended, CacheOptions, LayerState, Run};
 use crate::Error;
 use crate::config::Reach;
 use crate::names::Parts;
@@ -51,6 +53,19 @@ impl StoredMixer {
         match self {
             StoredMixer::Grouped(mixer) => mixer.forward(x, y, states, activations, run),
             StoredMixer::Latent(mixer) => mixer.forward(x, y, states, activations, run),
+        }
+    }
+
+    /// What [`StoredMixer::forward`] has just done, if `activations` were observed.
+    pub(crate) fn attended<'a>(
+        &'a self,
+        state: &'a LayerState,
+        activations: &'a attention::Activations,
+        cpu: Cpu,
+    ) -> Result<Attended<'a>, Error> {
+        match self {
+            StoredMixer::Grouped(mixer) => Ok(mixer.attended(state, activations, cpu)),
+            StoredMixer::Latent(_) => Err(Error::ObservedLatent),
         }
     }
 }

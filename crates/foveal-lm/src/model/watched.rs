@@ -27,7 +27,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// Those of [`Model::forward`], and [`Error::ObservedKeep`]; those of `observer`, after which the state must be reset.
+    /// Those of [`Model::forward`], [`Error::ObservedKeep`] and [`Error::ObservedLatent`]; those of `observer`, after which the state must be reset.
     pub fn forward_observed(
         &self,
         tokens: &[u32],
