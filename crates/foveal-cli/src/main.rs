@@ -18,6 +18,7 @@ mod look;
 mod numbers;
 mod output;
 mod progress;
+mod quantize;
 mod sampling;
 mod session;
 mod source;
@@ -45,6 +46,7 @@ enum Command {
     Inspect(inspect::Arguments),
     List(list::Arguments),
     Look(look::Arguments),
+    Quantize(quantize::Arguments),
 }
 
 impl Command {
@@ -59,6 +61,7 @@ impl Command {
             Command::Inspect(arguments) => inspect::run(arguments),
             Command::List(arguments) => list::run(arguments),
             Command::Look(arguments) => look::run(arguments),
+            Command::Quantize(arguments) => quantize::run(arguments),
         }
     }
 }

@@ -15,6 +15,9 @@ pub enum Error {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
+    /// A tensor that has no form in the format asked for.
+    #[error("tensor {name:?}: {source}")]
+    Quantize { name: String, source: foveal::projection::QuantizeError },
     /// A kernel refused a call.
     #[error(transparent)]
     Kernel(#[from] foveal::Error),

@@ -2,7 +2,7 @@
 //!
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
 //! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
-//! [`evaluate`] says how well a model predicts a text.
+//! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats.
 
 #![deny(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod mixer;
 pub mod model;
 mod names;
 mod norm;
+pub mod quantize;
 mod ropes;
 pub mod sample;
 #[doc(hidden)]

@@ -4,6 +4,62 @@ use crate::config::{Architecture, ModelConfig};
 use crate::weights::{Description, Weights};
 use crate::{Error, linear::Linear, norm::Norm};
 
+/// Which names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    Gguf,
+    HuggingFace,
+}
+
+/// A place for a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Embedding,
+    FinalNorm,
+    Head,
+    Layer(usize, Part, &'static str),
+    Sinks(usize),
+}
+
+impl Place {
+    pub(crate) fn name(self, config: &ModelConfig, form: Form) -> String {
+        let global = |gguf: &str, hugging_face: &str| match form {
+            Form::Gguf => gguf.to_owned(),
+            Form::HuggingFace => hugging_face.to_owned(),
+        };
+        match (self, form) {
+            (Place::Embedding, _) => global("token_embd.weight", "model.embed_tokens.weight"),
+            (Place::FinalNorm, _) => global("output_norm.weight", "model.norm.weight"),
+            (Place::Head, _) => global("output.weight", "lm_head.weight"),
+            (Place::Layer(layer, part, kind), Form::Gguf) => {
+                format!("blk.{layer}.{}.{kind}", part.gguf(config.architecture))
+            }
+            (Place::Layer(layer, part, kind), Form::HuggingFace) => {
+                format!("model.layers.{layer}.{}.{kind}", part.hugging_face(config.post_norms))
+            }
+            (Place::Sinks(layer), Form::Gguf) => format!("blk.{layer}.attn_sinks.weight"),
+            (Place::Sinks(layer), Form::HuggingFace) => {
+                format!("model.layers.{layer}.self_attn.sinks")
+            }
+        }
+    }
+}
+
+/// The places of a model, those included that its family leaves empty.
+pub(crate) fn all(config: &ModelConfig) -> impl Iterator<Item = Place> {
+    let layer = |layer| {
+        let kinds = ["weight", "bias"].into_iter();
+        let parts = Part::ALL.into_iter();
+        let places = parts.filter(|part| config.post_norms || !part.is_post_norm());
+        let places = places
+            .flat_map(move |part| kinds.clone().map(move |kind| Place::Layer(layer, part, kind)));
+        places.chain([Place::Sinks(layer)])
+    };
+    let head = (!config.tied_head).then_some(Place::Head);
+    let global = [Place::Embedding, Place::FinalNorm].into_iter().chain(head);
+    global.chain((0..config.layers.len()).flat_map(layer))
+}
+
 /// A tensor that every layer has, or may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -29,6 +85,26 @@ pub(crate) enum Part {
 }
 
 impl Part {
+    const ALL: [Part; 13] = [
+        Part::AttentionNorm,
+        Part::Query,
+        Part::Key,
+        Part::Value,
+        Part::AttentionOutput,
+        Part::QueryNorm,
+        Part::KeyNorm,
+        Part::PostAttentionNorm,
+        Part::FeedForwardNorm,
+        Part::Gate,
+        Part::Up,
+        Part::Down,
+        Part::PostFeedForwardNorm,
+    ];
+
+    const fn is_post_norm(self) -> bool {
+        matches!(self, Part::PostAttentionNorm | Part::PostFeedForwardNorm)
+    }
+
     /// gpt-oss names the norm before the feed-forward layer after what precedes it.
     const fn gguf(self, architecture: Architecture) -> &'static str {
         match self {
@@ -99,46 +175,38 @@ impl<'a> Parts<'a> {
         self.config
     }
 
-    fn is_gguf(&self) -> bool {
-        matches!(self.weights.description(), Description::Gguf(_))
+    fn name(&self, place: Place) -> String {
+        let form = match self.weights.description() {
+            Description::Gguf(_) => Form::Gguf,
+            _ => Form::HuggingFace,
+        };
+        place.name(self.config, form)
     }
 
-    fn name(&self, layer: usize, part: Part, kind: &str) -> String {
-        if self.is_gguf() {
-            return format!("blk.{layer}.{}.{kind}", part.gguf(self.config.architecture));
-        }
-        format!("model.layers.{layer}.{}.{kind}", part.hugging_face(self.config.post_norms))
-    }
-
-    fn global(&self, gguf: &'static str, hugging_face: &'static str) -> &'static str {
-        if self.is_gguf() { gguf } else { hugging_face }
+    fn table(&self, place: Place) -> Result<Linear, Error> {
+        let shape = [self.config.vocab, self.config.width];
+        let weight = self.weights.tensor(&self.name(place))?;
+        Ok(Linear::new(weight.with_shape(&shape)?, None))
     }
 
     /// The embedding, `[vocab, width]`.
     pub(crate) fn embedding(&self) -> Result<Linear, Error> {
-        let name = self.global("token_embd.weight", "model.embed_tokens.weight");
-        let shape = [self.config.vocab, self.config.width];
-        Ok(Linear::new(self.weights.tensor(name)?.with_shape(&shape)?, None))
+        self.table(Place::Embedding)
     }
 
     /// The projection to logits, `[vocab, width]`.
     pub(crate) fn head(&self) -> Result<Linear, Error> {
-        if self.config.tied_head {
-            return self.embedding();
-        }
-        let name = self.global("output.weight", "lm_head.weight");
-        let shape = [self.config.vocab, self.config.width];
-        Ok(Linear::new(self.weights.tensor(name)?.with_shape(&shape)?, None))
+        self.table(if self.config.tied_head { Place::Embedding } else { Place::Head })
     }
 
     /// The norm before the head.
     pub(crate) fn final_norm(&self) -> Result<Norm, Error> {
-        self.norm_named(self.global("output_norm.weight", "model.norm.weight"), self.config.width)
+        self.norm_named(&self.name(Place::FinalNorm), self.config.width)
     }
 
     /// The norm `part` of a layer, over `dim` numbers.
     pub(crate) fn norm(&self, layer: usize, part: Part, dim: usize) -> Result<Norm, Error> {
-        self.norm_named(&self.name(layer, part, "weight"), dim)
+        self.norm_named(&self.name(Place::Layer(layer, part, "weight")), dim)
     }
 
     fn norm_named(&self, name: &str, dim: usize) -> Result<Norm, Error> {
@@ -149,12 +217,8 @@ impl<'a> Parts<'a> {
 
     /// The logits of a layer's sinks, one for each of the query heads.
     pub(crate) fn sinks(&self, layer: usize) -> Result<Vec<f32>, Error> {
-        let name = match self.is_gguf() {
-            true => format!("blk.{layer}.attn_sinks.weight"),
-            false => format!("model.layers.{layer}.self_attn.sinks"),
-        };
         let shape = [self.config.attention.heads];
-        Ok(self.weights.tensor(&name)?.with_shape(&shape)?.to_f32())
+        Ok(self.weights.tensor(&self.name(Place::Sinks(layer)))?.with_shape(&shape)?.to_f32())
     }
 
     /// The projection `part` of a layer, of the shape `[out_features, in_features]`, with its bias or without.
@@ -165,9 +229,10 @@ impl<'a> Parts<'a> {
         shape: [usize; 2],
         biased: bool,
     ) -> Result<Linear, Error> {
-        let weight = self.weights.tensor(&self.name(layer, part, "weight"))?.with_shape(&shape)?;
+        let weight = self.weights.tensor(&self.name(Place::Layer(layer, part, "weight")))?;
+        let weight = weight.with_shape(&shape)?;
         let bias = if biased {
-            let bias = self.weights.tensor(&self.name(layer, part, "bias"))?;
+            let bias = self.weights.tensor(&self.name(Place::Layer(layer, part, "bias")))?;
             Some(bias.with_shape(&shape[..1])?.to_f32())
         } else {
             None

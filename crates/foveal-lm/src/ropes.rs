@@ -40,19 +40,7 @@ impl<'a> Ropes<'a> {
             RopeLayout::HalfSplit => position::RopeLayout::HalfSplit,
             RopeLayout::Interleaved => position::RopeLayout::Interleaved,
         };
-        let scaling = match rope.scaling {
-            RopeScaling::None | RopeScaling::Divisors(_) => position::RopeScaling::None,
-            RopeScaling::Linear { factor } => position::RopeScaling::Linear { factor },
-            RopeScaling::Llama3 { factor, low, high, original_context } => {
-                position::RopeScaling::Llama3 {
-                    factor,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_context: original_context as f64,
-                }
-            }
-            RopeScaling::Yarn(yarn) => position::RopeScaling::Yarn(yarn),
-        };
+        let scaling = scaling(&rope.scaling);
         let theta = rope.base;
         let config = position::RopeConfig {
             theta,
@@ -64,5 +52,22 @@ impl<'a> Ropes<'a> {
             RopeScaling::Divisors(divisors) => Ok(made.with_frequency_factors(divisors)?),
             _ => Ok(made),
         }
+    }
+}
+
+/// The scaling as kernels know it; divisors of a file's own come on top.
+pub(crate) fn scaling(scaling: &RopeScaling) -> position::RopeScaling {
+    match *scaling {
+        RopeScaling::None | RopeScaling::Divisors(_) => position::RopeScaling::None,
+        RopeScaling::Linear { factor } => position::RopeScaling::Linear { factor },
+        RopeScaling::Llama3 { factor, low, high, original_context } => {
+            position::RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_context: original_context as f64,
+            }
+        }
+        RopeScaling::Yarn(yarn) => position::RopeScaling::Yarn(yarn),
     }
 }

@@ -13,9 +13,6 @@ use crate::weights::{self, Weights};
 const LLAMA_ROPE_BASE: f64 = 10_000.0;
 /// Gemma 3's windowed layers, where the metadata has nothing else.
 const GEMMA_LOCAL_ROPE_BASE: f64 = 10_000.0;
-/// The numbers of layers of Gemma 2 27B and of Gemma 3 27B, whose scale is that of `width / heads`.
-const GEMMA2_27B_LAYERS: usize = 46;
-const GEMMA3_27B_LAYERS: usize = 62;
 /// Gemma 2's, where the metadata has nothing else.
 const GEMMA2_WINDOW: usize = 4096;
 
@@ -138,16 +135,16 @@ impl<'a> Keys<'a> {
         };
         self.same_as_head_dim("attention.value_length", head_dim)?;
         self.same_as_head_dim("rope.dimension_count", head_dim)?;
-        let scaled_dim = match self.architecture {
-            Architecture::Gemma2 if layers == GEMMA2_27B_LAYERS => width / heads,
-            Architecture::Gemma3 if layers == GEMMA3_27B_LAYERS => width / heads,
-            _ => head_dim,
+        let scaled_dim = match super::is_gemma_27b(self.architecture, layers) {
+            true => width / heads,
+            false => head_dim,
         };
+        let scale: Option<f32> = self.get("attention.scale")?;
         Ok(AttentionConfig {
             heads,
             kv_heads: self.uniform("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
-            scale: 1.0 / (scaled_dim as f32).sqrt(),
+            scale: scale.filter(|&x| x != 0.0).unwrap_or(1.0 / (scaled_dim as f32).sqrt()),
             softcap: self.softcap("attn_logit_softcapping", 50.0)?,
             rope_layout: match self.architecture {
                 Architecture::Llama => RopeLayout::Interleaved,

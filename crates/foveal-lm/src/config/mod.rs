@@ -68,7 +68,7 @@ impl Architecture {
     }
 
     /// Gemma of any version.
-    const fn is_gemma(self) -> bool {
+    pub(crate) const fn is_gemma(self) -> bool {
         matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
     }
 
@@ -78,13 +78,18 @@ impl Architecture {
     }
 
     /// Of how many layers the last is full, where the others have windows; `None` where all layers are alike.
-    const fn full_layer_period(self) -> Option<usize> {
+    pub(crate) const fn full_layer_period(self) -> Option<usize> {
         match self {
             Architecture::Gemma2 | Architecture::GptOss => Some(2),
             Architecture::Gemma3 => Some(6),
             _ => None,
         }
     }
+}
+
+/// Whether a model is Gemma 2 27B or Gemma 3 27B, whose scale is that of `width / heads`; files don't say it.
+pub(crate) fn is_gemma_27b(architecture: Architecture, layers: usize) -> bool {
+    matches!((architecture, layers), (Architecture::Gemma2, 46) | (Architecture::Gemma3, 62))
 }
 
 impl std::fmt::Display for Architecture {

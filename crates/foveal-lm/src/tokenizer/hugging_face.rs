@@ -47,15 +47,13 @@ impl Tokenizer {
     ///
     /// [`Error::Io`] when a file can't be read, and those of [`Tokenizer::from_hugging_face`].
     pub fn from_folder(folder: &Path) -> Result<Tokenizer, Error> {
-        let read = |name| {
-            let path = folder.join(name);
-            std::fs::read(&path).map_err(|source| Error::Io { path, source })
-        };
-        let config = match read("tokenizer_config.json") {
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
-            config => Some(config?),
-        };
-        Tokenizer::from_hugging_face(&read("tokenizer.json")?, config.as_deref())
+        let (json, config) = read_folder(folder)?;
+        Tokenizer::from_hugging_face(&json, config.as_deref())
+    }
+
+    /// Whether a space is put before a text.
+    pub(super) fn adds_space(&self) -> bool {
+        matches!(&self.model, Model::HuggingFace(model) if model.space_prefix)
     }
 
     /// Builds a tokenizer from the contents of `tokenizer.json` and `tokenizer_config.json`.
@@ -80,6 +78,19 @@ impl Tokenizer {
         let model = HuggingFace { tokenizer, literal: OnceLock::new(), space_prefix };
         Ok(Tokenizer { vocabulary, add_bos, add_eos, model: Model::HuggingFace(Box::new(model)) })
     }
+}
+
+/// `tokenizer.json`, and `tokenizer_config.json` if there is one.
+pub(super) fn read_folder(folder: &Path) -> Result<(Vec<u8>, Option<Vec<u8>>), Error> {
+    let read = |name| {
+        let path = folder.join(name);
+        std::fs::read(&path).map_err(|source| Error::Io { path, source })
+    };
+    let config = match read("tokenizer_config.json") {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+        config => Some(config?),
+    };
+    Ok((read("tokenizer.json")?, config))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "the form that map_err wants")]

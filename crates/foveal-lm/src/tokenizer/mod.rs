@@ -24,6 +24,7 @@
 mod bpe;
 mod bytes;
 mod error;
+mod export;
 mod gguf;
 mod hugging_face;
 mod merges;

@@ -1,7 +1,7 @@
 //! The matrices around attention, held in the form in which their file stores them.
 //!
 //! A weight matrix is `[out_features, in_features]`, row-major. Each row is a whole number of the
-//! blocks that [`Format`] describes; [`dequantize_row`] says what they mean. [`project`] computes
+//! blocks that [`Format`] describes; [`dequantize_row`] says what they mean, [`quantize_row`] makes them. [`project`] computes
 //!
 //! ```text
 //! y[r, n] = Σ_k W[n, k] · x[r, k]
@@ -31,6 +31,7 @@ mod embed;
 mod format;
 mod matrix;
 mod project;
+mod quantize;
 
 pub use backward::{
     ProjectionBackward, ProjectionGradients, backward_workspace_bytes, project_backward,
@@ -42,6 +43,7 @@ pub use matrix::{Matrix, MatrixShape};
 pub use project::{
     Activations, Call, Input, Output, Projection, project, project_many, workspace_bytes,
 };
+pub use quantize::{QuantizeError, quantize_row};
 
 #[cfg(target_endian = "big")]
 compile_error!("stored matrices are little-endian and are read in place");

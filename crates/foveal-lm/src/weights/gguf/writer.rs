@@ -42,7 +42,9 @@ struct Tensor<'a> {
     name: String,
     shape: Vec<usize>,
     type_id: u32,
-    bytes: &'a [u8],
+    len: usize,
+    /// `None` for data that comes when the file is written.
+    bytes: Option<&'a [u8]>,
 }
 
 impl Default for Writer<'_> {
@@ -98,6 +100,35 @@ impl<'a> Writer<'a> {
         format: Format,
         bytes: &'a [u8],
     ) -> Result<&mut Self, Error> {
+        let (expected, found) = (stored_bytes(name, shape, format)?, bytes.len());
+        if found != expected {
+            let name = name.to_owned();
+            return Err(Error::Length { name, format, expected, found });
+        }
+        self.add(name, shape, format, Some(bytes))
+    }
+
+    /// Adds a tensor whose data [`Writer::write_with`] will ask for.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Writer::tensor`].
+    pub fn layout(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        format: Format,
+    ) -> Result<&mut Self, Error> {
+        self.add(name, shape, format, None)
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        format: Format,
+        bytes: Option<&'a [u8]>,
+    ) -> Result<&mut Self, Error> {
         at_most("the bytes of a tensor's name", name.len(), MAX_NAME_BYTES)?;
         let element = ElementType::Known(format);
         let name = name.to_owned();
@@ -111,12 +142,9 @@ impl<'a> Writer<'a> {
             let reason = "an axis is empty";
             return Err(Error::Shape { name, element, shape: shape.to_vec(), reason });
         }
-        let (expected, found) = (stored_bytes(&name, shape, format)?, bytes.len());
-        if found != expected {
-            return Err(Error::Length { name, format, expected, found });
-        }
+        let len = stored_bytes(&name, shape, format)?;
         self.claim("tensor", &name)?;
-        self.tensors.push(Tensor { name, shape: shape.to_vec(), type_id, bytes });
+        self.tensors.push(Tensor { name, shape: shape.to_vec(), type_id, len, bytes });
         Ok(self)
     }
 
@@ -124,14 +152,42 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     ///
-    /// Those of `out`.
+    /// Those of `out`; an error for a tensor without data.
     pub fn write_to(&self, out: &mut impl Write) -> io::Result<()> {
+        let missing = |index: usize, _: &mut dyn Write| {
+            Err(io::Error::other(format!("tensor {:?} has no data", self.tensors[index].name)))
+        };
+        self.write_with(out, missing)
+    }
+
+    /// Writes the file, and lets `fill` write the data of each tensor without, given by its place among all tensors.
+    /// Memory is that of the header.
+    ///
+    /// # Errors
+    ///
+    /// Those of `out` and `fill`; an error when `fill` writes another number of bytes than the tensor has.
+    pub fn write_with(
+        &self,
+        out: &mut impl Write,
+        mut fill: impl FnMut(usize, &mut dyn Write) -> io::Result<()>,
+    ) -> io::Result<()> {
         let header = self.header();
         out.write_all(&header)?;
         self.pad(out, header.len())?;
-        for tensor in &self.tensors {
-            out.write_all(tensor.bytes)?;
-            self.pad(out, tensor.bytes.len())?;
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            match tensor.bytes {
+                Some(bytes) => out.write_all(bytes)?,
+                None => {
+                    let mut counted = Counted { out: &mut *out, left: tensor.len };
+                    fill(index, &mut counted)?;
+                    if counted.left > 0 {
+                        let (name, left) = (&tensor.name, counted.left);
+                        let message = format!("tensor {name:?} lacks {left} bytes of its data");
+                        return Err(io::Error::other(message));
+                    }
+                }
+            }
+            self.pad(out, tensor.len)?;
         }
         Ok(())
     }
@@ -176,7 +232,7 @@ impl<'a> Writer<'a> {
         let mut offset = 0;
         for tensor in &self.tensors {
             tensor.put(offset, &mut out);
-            offset += (tensor.bytes.len() as u64).next_multiple_of(self.alignment);
+            offset += (tensor.len as u64).next_multiple_of(self.alignment);
         }
         out
     }
@@ -197,6 +253,27 @@ impl Tensor<'_> {
         }
         out.extend(self.type_id.to_le_bytes());
         out.extend(offset.to_le_bytes());
+    }
+}
+
+/// Lets so many bytes through.
+struct Counted<W> {
+    out: W,
+    left: usize,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.left {
+            return Err(io::Error::other("more bytes than the tensor has"));
+        }
+        let written = self.out.write(bytes)?;
+        self.left -= written;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 
