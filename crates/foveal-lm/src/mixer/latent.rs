@@ -34,7 +34,7 @@ pub(crate) struct MultiHeadLatentAttention {
     dims: LatentDims,
     scale: f32,
     /// How many of the newest tokens a query sees.
-    reach: usize,
+    pub(super) reach: usize,
     query: Query,
     /// `[c + r, width]`.
     down: Linear,

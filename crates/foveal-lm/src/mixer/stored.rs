@@ -56,6 +56,14 @@ impl StoredMixer {
         }
     }
 
+    /// How many of the newest tokens a query sees at most, unless the state says otherwise.
+    pub(crate) fn reach(&self) -> Option<usize> {
+        match self {
+            StoredMixer::Grouped(mixer) => mixer.reach(),
+            StoredMixer::Latent(mixer) => Some(mixer.reach),
+        }
+    }
+
     /// What [`StoredMixer::forward`] has just done, if `activations` were observed.
     pub(crate) fn attended<'a>(
         &'a self,
