@@ -65,7 +65,9 @@ pub enum Error {
     #[error("attention can't be looked at in a state that gives up keys by itself; keep all")]
     ObservedKeep,
     /// A layer that makes keys and values anew, where weights are to be seen.
-    #[error("the weights of latent attention (MLA) can't be looked at; take a model with grouped attention")]
+    #[error(
+        "the weights of latent attention (MLA) can't be looked at; take a model with grouped attention"
+    )]
     ObservedLatent,
     /// A token that a text does not have.
     #[error("there is no token at position {found}; the text has {tokens}")]

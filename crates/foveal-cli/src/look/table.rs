@@ -36,7 +36,7 @@ pub(super) fn table(text: &Text, chosen: &[Chosen<'_>], keys: usize, colour: boo
 fn bar(weight: f32) -> String {
     let eighths = (weight.clamp(0.0, 1.0) * (WIDTH * 8) as f32).round() as usize;
     let mut bar = "█".repeat(eighths / 8);
-    if eighths % 8 > 0 {
+    if !eighths.is_multiple_of(8) {
         bar.push(PARTS[eighths % 8]);
     }
     let columns = eighths.div_ceil(8);

@@ -110,6 +110,9 @@ fn refuse(config: &ModelConfig) -> Result<(), Error> {
     let unsupported = |key: &str, found: String| {
         Err(Error::UnsupportedConfig { key: format!("{key}, for which GGUF has no key,"), found })
     };
+    if config.attention.latent.is_some() {
+        return unsupported("latent attention", config.architecture.to_string());
+    }
     let usual = match config.architecture.is_gemma() {
         true => Activation::GeluTanh,
         false => Activation::Silu,

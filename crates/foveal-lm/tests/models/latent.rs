@@ -4,8 +4,9 @@ use foveal::Phase;
 use foveal::cache::Rolling;
 use foveal::projection::Format;
 use foveal_lm::config::{Architecture, ModelConfig};
-use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep};
-use foveal_lm::model::{Logits, Scratch, State, Step};
+use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
+use foveal_lm::model::{Logits, Observer, Scratch, State, Step};
+use foveal_lm::quantize::quantize;
 use foveal_lm::testing::{Tiny, TinySizes, TinyTensor};
 use foveal_lm::weights::Weights;
 use foveal_lm::{Error, Model};
@@ -237,4 +238,26 @@ fn descriptions_that_make_no_sense_are_refused() {
     assert!(matches!(error, Error::Config { .. }), "{error}");
     let error = refused("latent-sizes", &[("kv_lora_rank", json!(21))]);
     assert!(matches!(error, Error::Weights(_)), "{error}");
+}
+
+#[test]
+fn what_is_not_done_with_latent_attention_is_refused() {
+    struct Nobody;
+    impl Observer for Nobody {
+        fn attention(&mut self, _: usize, _: &Attended<'_>) -> Result<(), Error> {
+            panic!("nothing is shown")
+        }
+    }
+    let tiny = tiny("DeepseekV3ForCausalLM", Some(12));
+    let folder = Folder::new("latent-refused");
+    tiny.save_folder(&folder.0, Format::F32, 1).unwrap();
+    let model = Model::load(&folder.0).unwrap();
+    let mut state = model.state().unwrap();
+    let looked = model.forward_observed(&tokens(5), &mut state, &mut Scratch::new(), &mut Nobody);
+    assert!(matches!(looked, Err(Error::ObservedLatent)), "{looked:?}");
+    let out = folder.0.join("out.gguf");
+    let error = quantize(&folder.0, &out, Format::F16, |_| {}).unwrap_err();
+    assert!(matches!(error, Error::UnsupportedConfig { .. }), "{error}");
+    assert!(error.to_string().contains("latent attention"), "{error}");
+    assert!(!out.exists());
 }
