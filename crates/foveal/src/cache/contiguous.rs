@@ -153,11 +153,31 @@ impl<E: Element> ContiguousCache<E> {
         (self.start, self.held) = (0, 0);
     }
 
+    /// Forgets everything; the next token has position `start`, as where a text is taken up whose first tokens no query will
+    /// see.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] if that is no multiple of [`TILE`]; the cache is then unchanged.
+    pub fn clear_to(&mut self, start: usize) -> Result<()> {
+        check_start(start)?;
+        (self.start, self.held) = (start, 0);
+        Ok(())
+    }
+
     fn rows<'a>(&self, data: &'a [E], dim: usize, head: usize, at: Range<usize>) -> Rows<'a, E> {
         let first = head * self.capacity + at.start;
         let rows = Rows::new(&data[first * dim..], dim, at.len(), dim);
         rows.expect("positions were checked against those held")
     }
+}
+
+/// Checks that a cache may begin at a position.
+pub(super) fn check_start(start: usize) -> Result<()> {
+    if start.is_multiple_of(TILE) {
+        return Ok(());
+    }
+    let (what, expected) = ("the first position of a cache", "a multiple of 256");
+    Err(Error::InvalidParameter { what, expected, got: start.to_string() })
 }
 
 fn zeros<E: Element>(shape: Shape) -> Result<Vec<E>> {

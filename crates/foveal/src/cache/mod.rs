@@ -15,7 +15,7 @@ mod rolling;
 pub use contiguous::ContiguousCache;
 pub use latent::{LatentCache, LatentRows};
 pub use paged::{PagePool, PagedStore, SequenceId};
-pub use quantized::QuantizedCache;
+pub use quantized::{CodedTiles, QuantizedCache};
 pub use rolling::{Rolling, RollingCall, RollingScratch};
 
 use crate::element::{DType, Element};

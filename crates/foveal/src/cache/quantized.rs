@@ -14,6 +14,7 @@
 //! is right as well, but its first rows see coded what they would see as bf16 in a shorter one.
 
 use super::codes::{Bits, ChannelCodes, GROUP, GROUPS, TokenCodes, coded_width};
+use super::contiguous::check_start;
 use super::{
     ContiguousCache, KvKeys, KvRows, KvStore, KvTile, KvValues, TILE, check_appended, pieces,
 };
@@ -41,6 +42,19 @@ pub struct QuantizedCache {
     value_codes: Vec<u8>,
     value_ranges: Vec<f16>,
     recent: ContiguousCache<bf16>,
+}
+
+/// The coded tiles of a [`QuantizedCache`], as they lie in memory: tile after tile, in it head after head.
+#[derive(Debug, Clone, Copy)]
+pub struct CodedTiles<'a> {
+    /// Codes of keys, groups of tokens of each channel.
+    pub key_codes: &'a [u8],
+    /// A scale and a minimum for each of these groups.
+    pub key_ranges: &'a [f16],
+    /// Codes of values, groups of channels of each token.
+    pub value_codes: &'a [u8],
+    /// A scale and a minimum for each of these groups.
+    pub value_ranges: &'a [f16],
 }
 
 /// What one head has of a tile.
@@ -194,6 +208,58 @@ impl QuantizedCache {
     pub fn clear(&mut self) {
         self.start = 0;
         self.recent.clear();
+    }
+
+    /// The positions whose keys and values are codes; those behind them are bf16.
+    pub fn coded_positions(&self) -> Range<usize> {
+        self.start..self.recent.start()
+    }
+
+    /// The codes of these positions. With them, and the newest tokens, [`QuantizedCache::restore`] makes the same cache again.
+    pub fn coded_tiles(&self) -> CodedTiles<'_> {
+        let (sizes, units) = (self.sizes(), self.units(&self.coded_positions()));
+        CodedTiles {
+            key_codes: &self.key_codes[..units * sizes.key_codes],
+            key_ranges: &self.key_ranges[..units * sizes.key_ranges],
+            value_codes: &self.value_codes[..units * sizes.value_codes],
+            value_ranges: &self.value_ranges[..units * sizes.value_ranges],
+        }
+    }
+
+    /// Forgets everything and holds the codes of `positions`, whole tiles; the tokens that were bf16 are to be appended next.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] for positions that are no whole tiles, [`Error::LengthMismatch`] for codes that are not
+    /// those of as many, [`Error::ShapeOverflow`] as [`QuantizedCache::grow`]; the cache is then unchanged.
+    pub fn restore(&mut self, positions: Range<usize>, tiles: CodedTiles<'_>) -> Result<()> {
+        check_start(positions.start)?;
+        check_start(positions.end)?;
+        let sizes = self.sizes();
+        let units = (positions.len() / TILE).checked_mul(self.kv_heads());
+        for (what, got, size) in [
+            ("codes of keys", tiles.key_codes.len(), sizes.key_codes),
+            ("ranges of keys", tiles.key_ranges.len(), sizes.key_ranges),
+            ("codes of values", tiles.value_codes.len(), sizes.value_codes),
+            ("ranges of values", tiles.value_ranges.len(), sizes.value_ranges),
+        ] {
+            let expected = units.and_then(|units| units.checked_mul(size)).unwrap_or(usize::MAX);
+            if got != expected {
+                return Err(Error::LengthMismatch { what, expected, got });
+            }
+        }
+        self.grow(positions.len().saturating_add(TILE))?;
+        self.recent.clear_to(positions.end.max(positions.start))?;
+        self.start = positions.start;
+        self.key_codes[..tiles.key_codes.len()].copy_from_slice(tiles.key_codes);
+        self.key_ranges[..tiles.key_ranges.len()].copy_from_slice(tiles.key_ranges);
+        self.value_codes[..tiles.value_codes.len()].copy_from_slice(tiles.value_codes);
+        self.value_ranges[..tiles.value_ranges.len()].copy_from_slice(tiles.value_ranges);
+        Ok(())
+    }
+
+    /// Tiles of all heads that some positions have.
+    fn units(&self, positions: &Range<usize>) -> usize {
+        self.tiles(positions).len() * self.kv_heads()
     }
 
     fn sizes(&self) -> Sizes {
