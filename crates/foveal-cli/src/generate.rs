@@ -1,9 +1,12 @@
 //! `foveal generate`: continues a prompt.
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use foveal_lm::generate::{Generator, Options, Piece, Prompt, StopReason, prompt_tokens, read};
+use foveal_lm::model::State;
+use foveal_lm::prompt_cache::{PromptCache, Resumed};
 use serde_json::json;
 
 use crate::kv::KvArguments;
@@ -39,6 +42,11 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     kv: KvArguments,
 
+    /// Keep what was read of the prompt in this file, and go on from it when a prompt begins likewise. The file is made by the
+    /// first run, and serves the same model with the same options.
+    #[arg(long, value_name = "FILE", conflicts_with = "evict")]
+    prompt_cache: Option<PathBuf>,
+
     /// Print one JSON object with the text, its tokens and the figures.
     #[arg(long)]
     json: bool,
@@ -48,6 +56,8 @@ pub(crate) struct Arguments {
 #[derive(Debug)]
 struct Figures {
     prompt_tokens: usize,
+    /// Those of them that a prompt cache had.
+    cached: usize,
     prompt_seconds: f64,
     tokens: Vec<u32>,
     generate_seconds: f64,
@@ -85,22 +95,16 @@ fn generate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
 
 fn continue_prompt(
     arguments: &Arguments,
-    Session { model, tokenizer, .. }: &Session,
+    session: &Session,
     prompt: &[u32],
     mut give: impl FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Figures> {
-    let options = arguments.options();
-    let mut state = arguments.kv.state(model)?;
+    let (Session { model, tokenizer, .. }, options) = (session, arguments.options());
     let start = Instant::now();
-    let mut progress = Progress::new("read", prompt.len());
-    let new = read(model, prompt, &mut state, &mut |done| {
-        progress.show(done);
-        interrupt::flow()
-    })?;
-    let held = &prompt[..prompt.len() - new.len()];
-    let prompt_and_held = Prompt { held, new };
-    let mut generator = Generator::new(model, tokenizer, &mut state, prompt_and_held, &options)?;
-    drop(progress);
+    let Begun { mut state, cached, read } = read_prompt(arguments, session, prompt)?;
+    let (held, new) = prompt.split_at(read);
+    let mut generator =
+        Generator::new(model, tokenizer, &mut state, Prompt { held, new }, &options)?;
     let prompt_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let mut tokens = Vec::new();
@@ -114,12 +118,42 @@ fn continue_prompt(
     }
     Ok(Figures {
         prompt_tokens: prompt.len(),
+        cached,
         prompt_seconds,
         tokens,
         generate_seconds: start.elapsed().as_secs_f64(),
         stop: generator.stopped(),
         kv_bytes: generator.state().kv_bytes(),
     })
+}
+
+/// A prompt that was read up to its end.
+struct Begun {
+    state: State,
+    /// How many tokens a prompt cache had.
+    cached: usize,
+    /// How many tokens `state` has read.
+    read: usize,
+}
+
+fn read_prompt(
+    arguments: &Arguments,
+    Session { model, weights, .. }: &Session,
+    prompt: &[u32],
+) -> anyhow::Result<Begun> {
+    let mut progress = Progress::new("read", prompt.len());
+    let mut watch = |done| {
+        progress.show(done);
+        interrupt::flow()
+    };
+    if let Some(path) = &arguments.prompt_cache {
+        let cache = PromptCache::new(model, weights, arguments.kv.options()?)?;
+        let Resumed { state, held } = cache.read(path, prompt, &mut watch)?;
+        return Ok(Begun { state, cached: held, read: prompt.len() - 1 });
+    }
+    let mut state = arguments.kv.state(model)?;
+    let rest = read(model, prompt, &mut state, &mut watch)?;
+    Ok(Begun { state, cached: 0, read: prompt.len() - rest.len() })
 }
 
 /// The prompt itself, or what standard input has.
@@ -139,7 +173,7 @@ impl Arguments {
 
 impl Figures {
     fn prompt_rate(&self) -> f64 {
-        numbers::rate(self.prompt_tokens, self.prompt_seconds)
+        numbers::rate(self.prompt_tokens - self.cached, self.prompt_seconds)
     }
 
     /// The prompt has already paid for the first token.
@@ -151,8 +185,12 @@ impl Figures {
         let resident = numbers::resident_bytes();
         let resident = resident
             .map_or_else(String::new, |bytes| format!(", {} resident", numbers::bytes(bytes)));
+        let cached = match self.cached {
+            0 => String::new(),
+            cached => format!(", {cached} of them cached"),
+        };
         format!(
-            "prompt: {} tokens, {:.1} tok/s; generated: {} tokens, {:.1} tok/s, ended by {}; \
+            "prompt: {} tokens{cached}, {:.1} tok/s; generated: {} tokens, {:.1} tok/s, ended by {}; \
              memory: {} of keys and values{resident}",
             self.prompt_tokens,
             self.prompt_rate(),
@@ -169,6 +207,7 @@ impl Figures {
             "tokens": self.tokens,
             "stop": self.stop.map_or("interrupted", StopReason::name),
             "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_cached": self.cached,
             "prompt_seconds": self.prompt_seconds,
             "prompt_tokens_per_second": self.prompt_rate(),
             "generate_seconds": self.generate_seconds,

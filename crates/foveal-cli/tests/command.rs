@@ -312,3 +312,34 @@ fn latent_attention_is_inspected_with_the_bytes_that_a_token_takes() {
     assert_eq!(json["config"]["kv_bytes_per_token"], 27 * 576 * 4);
     assert_eq!(json["config"]["latent"]["compressed"], 512);
 }
+
+#[test]
+fn a_prompt_cache_changes_nothing_but_the_time() {
+    let folder = Folder::new("prompt-cache");
+    let path = folder.0.join("cache").to_str().unwrap().to_owned();
+    let prompt = "The king said that the queen had gone to the wood, and that nobody knew why.";
+    for storage in ["f16", "q8"] {
+        let plain = ["generate", "--json", "-n", "20", "--kv-cache", storage, prompt];
+        let cached = [&plain[..], &["--prompt-cache", &path]].concat();
+        let value = |arguments: &[&str]| -> serde_json::Value {
+            let output = run(arguments);
+            assert!(output.status.success(), "{}", stderr(&output));
+            serde_json::from_str(stdout(&output)).unwrap()
+        };
+        let (expected, cold, warm) = (value(&plain), value(&cached), value(&cached));
+        for found in [&cold, &warm] {
+            assert_eq!(
+                (&found["text"], &found["tokens"]),
+                (&expected["text"], &expected["tokens"])
+            );
+        }
+        let count = expected["prompt_tokens"].as_u64().unwrap();
+        assert_eq!(cold["prompt_tokens_cached"], 0);
+        assert_eq!(warm["prompt_tokens_cached"], count - 1);
+        let other = [&cached[..], &["--context", "50"]].concat();
+        assert_fails(&run(&other), 1, &["prompt cache", "context 50", "delete it"]);
+        std::fs::remove_file(&path).unwrap();
+    }
+    let evicting = ["generate", "--evict", "h2o:20", "--prompt-cache", &path, "Once"];
+    assert_fails(&run(&evicting), 2, &["--prompt-cache", "--evict"]);
+}

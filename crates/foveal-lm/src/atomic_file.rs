@@ -18,13 +18,22 @@ pub fn write(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> io::Result<()> {
+    write_at(path, |temporary| {
+        let mut out = BufWriter::new(File::options().write(true).create_new(true).open(temporary)?);
+        fill(&mut out)?;
+        out.flush()
+    })
+}
+
+/// The same for what writes a file by its path: `fill` makes the temporary one.
+///
+/// # Errors
+///
+/// Those of the operating system and of `fill`.
+pub fn write_at(path: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let temporary = Temporary(beside(path)?);
-    let file = File::options().write(true).create_new(true).open(&temporary.0)?;
-    let mut out = BufWriter::new(file);
-    fill(&mut out)?;
-    out.flush()?;
-    out.get_ref().sync_all()?;
-    drop(out);
+    fill(&temporary.0)?;
+    File::open(&temporary.0)?.sync_all()?;
     fs::rename(&temporary.0, path)?;
     sync_folder(path)
 }

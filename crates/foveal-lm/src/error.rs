@@ -1,5 +1,7 @@
 //! What can go wrong between a model's file and its text.
 
+use std::path::PathBuf;
+
 use crate::config::Architecture;
 use crate::mixer::CacheStorage;
 use crate::{tokenizer, weights};
@@ -87,6 +89,9 @@ pub enum Error {
     /// A key or value that its store can't hold.
     #[error("a key or value of {found} is beyond f16; store keys and values as bf16 or f32")]
     KeyValue { found: f32 },
+    /// A file that is no prompt cache, or not this model's.
+    #[error("the prompt cache {}: {reason}", path.display())]
+    PromptCache { path: PathBuf, reason: String },
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

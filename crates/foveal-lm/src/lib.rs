@@ -2,7 +2,8 @@
 //!
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
 //! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
-//! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats.
+//! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats,
+//! [`prompt_cache`] keeps what was read of a text on disk.
 
 #![deny(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod mixer;
 pub mod model;
 mod names;
 mod norm;
+pub mod prompt_cache;
 pub mod quantize;
 mod ropes;
 pub mod sample;

@@ -12,6 +12,7 @@
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 mod batch;
+mod resumed;
 mod watched;
 
 use std::path::Path;

@@ -26,7 +26,7 @@ const LAYERS: usize = 2;
 const VOCAB: usize = 50;
 
 /// A small model of a class, whose queries have so low a rank.
-fn tiny(class: &str, query_rank: Option<usize>) -> Tiny {
+pub(crate) fn tiny(class: &str, query_rank: Option<usize>) -> Tiny {
     let sizes = TinySizes {
         heads: HEADS,
         kv_heads: HEADS,

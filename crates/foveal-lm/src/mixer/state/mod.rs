@@ -10,6 +10,7 @@
 
 mod evicting;
 mod options;
+mod snapshot;
 mod store;
 
 use std::ops::Range;
@@ -22,7 +23,8 @@ use crate::Error;
 use evicting::Evicting;
 pub(crate) use evicting::Seen;
 pub use options::{CacheOptions, CacheStorage, Keep};
-use store::Store;
+pub(crate) use snapshot::{Array, Span};
+pub(crate) use store::Store;
 
 /// What a layer keeps of the tokens seen so far.
 #[derive(Debug, Clone)]
@@ -105,6 +107,34 @@ impl LayerState {
             Policy::Rolling(rolling, first) => Some((*rolling, &**first)),
             _ => None,
         }
+    }
+
+    /// The stores, each with a name, if together with the options that made the state they are all that it holds.
+    pub(crate) fn stores(&self) -> Option<Vec<(&'static str, &Store)>> {
+        match &self.policy {
+            Policy::Layer | Policy::Reach(_) => Some(vec![("", &self.store)]),
+            Policy::Rolling(_, first) => Some(vec![("", &self.store), ("first_", first)]),
+            Policy::Evicting(_) => None,
+        }
+    }
+
+    /// The same, to be filled.
+    pub(crate) fn stores_mut(&mut self) -> Option<Vec<(&'static str, &mut Store)>> {
+        match &mut self.policy {
+            Policy::Layer | Policy::Reach(_) => Some(vec![("", &mut self.store)]),
+            Policy::Rolling(_, first) => Some(vec![("", &mut self.store), ("first_", first)]),
+            Policy::Evicting(_) => None,
+        }
+    }
+
+    /// Whether it holds what a state of this layer, of that reach, holds of a text of `position` tokens.
+    pub(crate) fn is_at(&self, reach: Option<usize>, position: usize) -> bool {
+        let reach = self.sight().map_or(reach, |(_, reach)| reach);
+        let seen = (position + 1).saturating_sub(reach.unwrap_or(usize::MAX));
+        let first = self.rolling().is_none_or(|(rolling, first)| {
+            (first.start(), first.end()) == (0, rolling.sinks_among(0..position).len())
+        });
+        self.end() == position && self.start() <= seen && first
     }
 
     /// How keys and values are stored.

@@ -12,7 +12,7 @@ use crate::Error;
 
 /// Keys and values of one sequence of one layer.
 #[derive(Debug, Clone)]
-pub(super) enum Store {
+pub(crate) enum Store {
     F32(ContiguousCache<f32>),
     F16(ContiguousCache<f16>),
     Bf16(ContiguousCache<bf16>),
@@ -48,7 +48,7 @@ impl Store {
         })
     }
 
-    pub(super) fn storage(&self) -> CacheStorage {
+    pub(crate) fn storage(&self) -> CacheStorage {
         match self {
             Store::F32(_) => CacheStorage::F32,
             Store::F16(_) => CacheStorage::F16,
