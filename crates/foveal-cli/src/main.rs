@@ -17,6 +17,7 @@ mod list;
 mod look;
 mod numbers;
 mod output;
+mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
@@ -47,6 +48,7 @@ enum Command {
     List(list::Arguments),
     Look(look::Arguments),
     Quantize(quantize::Arguments),
+    Pattern(pattern::Arguments),
 }
 
 impl Command {
@@ -62,6 +64,7 @@ impl Command {
             Command::List(arguments) => list::run(arguments),
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
+            Command::Pattern(arguments) => pattern::run(arguments),
         }
     }
 }

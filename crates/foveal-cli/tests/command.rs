@@ -343,3 +343,40 @@ fn a_prompt_cache_changes_nothing_but_the_time() {
     let evicting = ["generate", "--evict", "h2o:20", "--prompt-cache", &path, "Once"];
     assert_fails(&run(&evicting), 2, &["--prompt-cache", "--evict"]);
 }
+
+#[test]
+fn pattern_draws_counts_and_says_what_is_reached() {
+    let fixed = run(&["pattern", "fixed", "--n", "6", "--stride", "3"]);
+    assert_eq!(fixed.status.code(), Some(0), "{}", stderr(&fixed));
+    let expected = "#\n##\n###\n..##\n..###\n..####\n\
+        15 of 21 pairs live (71.4 %), 2.5 keys a query\n\
+        every earlier token is reached after 2 layers\n";
+    assert_eq!(stdout(&fixed), expected);
+    let layers = run(&["pattern", "strided", "--n", "16", "--combine", "layers", "--json"]);
+    let json: Value = serde_json::from_slice(&layers.stdout).unwrap();
+    assert_eq!(json["reached_after_layers"], 2);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 2);
+    let alone = run(&["pattern", "window", "--n", "9", "--window", "1"]);
+    assert!(
+        stdout(&alone).ends_with("every earlier token is not reached in any number of layers\n")
+    );
+    for name in ["full", "window", "strided", "fixed", "longformer", "bigbird", "reformer", "moba"]
+    {
+        let output = run(&["pattern", name]);
+        assert_eq!(stdout(&output).lines().count(), 66, "{name}: {}", stderr(&output));
+    }
+    let bad = [
+        (&["pattern", "fixed", "--summary", "99"][..], "1 to the stride"),
+        (&["pattern", "strided", "--stride", "0"], "at least 1"),
+        (&["pattern", "longformer", "--global", "64"], "beyond the last"),
+        (&["pattern", "bigbird", "--block", "0"], "0 tokens"),
+        (&["pattern", "moba", "--block", "0"], "tokens of a block"),
+        (&["pattern", "reformer", "--block", "0"], "tokens of a chunk"),
+        (&["pattern", "reformer", "--rounds", "0"], "rounds of hashing"),
+        (&["pattern", "window", "--n", "5000"], "at most 4096"),
+        (&["pattern", "full", "--n", "0"], "0 tokens"),
+    ];
+    for (arguments, words) in bad {
+        assert_fails(&run(arguments), 1, &[words]);
+    }
+}

@@ -118,6 +118,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: false,
     },
     Mechanism {
+        name: "moba",
+        group: Group::Sparse,
+        summary: "the own block and the earlier ones whose mean key suits the query best",
+        paper: "arXiv:2502.13189",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
         name: "linear",
         group: Group::Linear,
         summary: "queries and keys mapped to positive numbers, their products normalised; causal or not",

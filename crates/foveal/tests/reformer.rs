@@ -154,6 +154,28 @@ fn every_small_size_agrees_with_the_definition() {
 }
 
 #[test]
+fn the_mask_is_what_some_round_shows() {
+    use foveal::mask::Pattern;
+    for (seq, chunk, rounds) in [(9, 3, 1), (30, 4, 2), (31, 8, 3), (5, 40, 2), (0, 3, 1)] {
+        for (causal, strict) in WAYS {
+            let shape = Shape { batch: 2, seq, heads: 2, dim: 4 };
+            let case = Case::random(shape, rounds, chunk, (causal, strict));
+            let mask = case.layer().mask(&case.buckets);
+            for (batch, q_head) in (0..2).flat_map(|b| (0..2).map(move |h| (b, h))) {
+                let rounds: Vec<_> =
+                    (0..rounds).map(|r| case.buckets.of(batch, q_head, r)).collect();
+                let counts = counts(&rounds, chunk, causal, strict);
+                let site = Site { batch, q_head, kv_head: q_head };
+                for (i, j) in (0..seq).flat_map(|i| (0..seq).map(move |j| (i, j))) {
+                    assert_eq!(mask.allows(site, i as isize, j), counts[i][j] > 0, "{i} {j}");
+                }
+                assert!(!mask.allows(site, -1, 0) && !mask.allows(site, seq as isize, 0));
+            }
+        }
+    }
+}
+
+#[test]
 fn every_level_and_number_of_threads_agrees_over_several_tiles() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
     for ways in WAYS {

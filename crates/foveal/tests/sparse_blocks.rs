@@ -4,7 +4,7 @@ mod support;
 
 use foveal::mask::{Pattern, Site};
 use foveal::plan::Backward;
-use foveal::sparse::{BigBird, BlockPlan, Longformer};
+use foveal::sparse::{AngularHash, BigBird, BlockPlan, Longformer, Moba, Reformer};
 use foveal::{Attention, Cpu, Error, Forward, Level, Tensor, Threads};
 use std::num::NonZeroUsize;
 use support::backward::Call;
@@ -286,4 +286,67 @@ fn bad_plans_are_refused_with_the_rule() {
     let call = Call::<f32>::random(square(1, 7, 1, 1), 1);
     let refused = Attention::new().mask(mask).forward(call.q.view(), call.k.view(), call.v.view());
     assert!(matches!(refused, Err(Error::MaskShape { .. })));
+}
+
+/// The fewest layers after which paths lead from every token to every one that it may reach, by search.
+fn paths(sees: &[&dyn Fn(usize, usize) -> bool], tokens: usize, causal: bool) -> Option<usize> {
+    // A token keeps what it has reached.
+    (0..=2 * tokens).find(|&layers| {
+        (0..tokens).all(|from| {
+            let mut at = vec![false; tokens];
+            at[from] = true;
+            for layer in (0..layers).rev() {
+                let sees = sees[layer % sees.len()];
+                at = (0..tokens)
+                    .map(|j| (0..tokens).any(|i| at[i] && (i == j || sees(i, j))))
+                    .collect();
+            }
+            (0..tokens).all(|j| at[j] || causal && j > from)
+        })
+    })
+}
+
+#[test]
+fn reach_is_the_length_of_the_longest_shortest_path() {
+    use foveal::Mask;
+    use foveal::sparse::{Combine, Picture, SparseTransformer, reach};
+    let tokens = 20;
+    let at = |mask: &Mask, i: usize, j: usize| {
+        mask.allows(Site { batch: 0, q_head: 0, kv_head: 0 }, i as isize, j)
+    };
+    let layer =
+        |pattern: SparseTransformer, layer| pattern.combine(Combine::Interleaved { layer }).mask();
+    let (strided, fixed) =
+        (SparseTransformer::strided(4).unwrap(), SparseTransformer::fixed(5, 1).unwrap());
+    let plan = BlockPlan::published([1, 7, 1], 2).unwrap();
+    let bigbird = BigBird { block: 3, plan, causal: false }.mask().unwrap();
+    let x = foveal::testing::normal(foveal::Shape { batch: 1, seq: tokens, heads: 1, dim: 8 }, 3);
+    let x = x.unwrap();
+    let buckets = AngularHash::new(8, 8, 2, 1).unwrap().buckets(x.view(), one()).unwrap();
+    let moba = Moba::new(4, 2).unwrap();
+    let moba = moba.mask(&moba.choose(x.view(), x.view()).unwrap(), tokens);
+    let cases: [(&str, Vec<Mask>, Option<usize>); 11] = [
+        ("causal", vec![Mask::causal()], Some(1)),
+        ("window of 4", vec![Mask::window(4)], Some(7)),
+        ("itself", vec![Mask::window(1)], None),
+        ("strided", vec![strided.mask()], Some(2)),
+        ("strided in turn", vec![layer(strided, 0), layer(strided, 1)], Some(2)),
+        ("fixed", vec![fixed.mask()], Some(2)),
+        ("fixed in turn", vec![layer(fixed, 0), layer(fixed, 1)], Some(2)),
+        ("Longformer", vec![Longformer::new(1).global(vec![vec![3]]).mask()], Some(2)),
+        ("BigBird", vec![bigbird], Some(2)),
+        ("Reformer", vec![Reformer::new(5).unwrap().mask(&buckets)], None),
+        ("MoBA", vec![moba], Some(3)),
+    ];
+    for (name, masks, expected) in cases {
+        let pictures: Vec<_> =
+            masks.iter().map(|mask| Picture::new(mask, 1, tokens).unwrap()).collect();
+        let causal = pictures.iter().all(Picture::is_causal);
+        let sees: Vec<_> = masks.iter().map(|mask| move |i, j| at(mask, i, j)).collect();
+        let sees: Vec<&dyn Fn(usize, usize) -> bool> = sees.iter().map(|x| x as _).collect();
+        assert_eq!(paths(&sees, tokens, causal), expected, "{name}, by search");
+        assert_eq!(reach(&pictures), expected, "{name}");
+    }
+    assert_eq!(reach(&[]), None);
+    assert!(Picture::new(&Mask::full(), 1, 4097).is_err());
 }

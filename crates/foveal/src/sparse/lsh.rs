@@ -64,6 +64,15 @@ impl Buckets {
         &self.data[at * self.tokens..][..self.tokens]
     }
 
+    /// Sequences and heads.
+    pub(super) fn choosers(&self) -> [usize; 2] {
+        [self.batch, self.heads]
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     /// Refuses buckets of other tokens than the call's.
     pub(super) fn check(&self, qk: Shape) -> Result<()> {
         let own = Shape { batch: self.batch, seq: self.tokens, heads: self.heads, dim: qk.dim };

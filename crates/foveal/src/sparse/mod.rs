@@ -15,24 +15,32 @@
 //! | [`Longformer`] | a window, and a few global tokens that see and are seen by all | Beltagy et al. 2020 |
 //! | [`BigBird`] | neighbouring, global and random blocks | Zaheer et al. 2020 |
 //! | [`Reformer`] | tokens that hash alike ([`AngularHash`]), sorted and cut into chunks | Kitaev et al. 2020 |
+//! | [`Moba`] | the own block, and earlier ones whose mean key suits the query | Lu et al. 2025 |
 //!
 //! Any other layout of blocks is a [`crate::mask::Blocks`], whose live blocks alone are computed.
 //!
 //! Results of parts are rounded to the storage type before they are joined.
 
 mod bigbird;
+mod choices;
+mod held;
 mod longformer;
 mod lsh;
+mod moba;
 mod parts;
 mod pattern;
+mod picture;
 mod reformer;
 mod rows;
 mod sparse_transformer;
 mod state;
 
 pub use bigbird::{BigBird, BlockPlan};
+pub use choices::BlockChoices;
 pub use longformer::Longformer;
 pub use lsh::{AngularHash, Buckets};
+pub use moba::{Moba, MobaState};
+pub use picture::{MAX_PICTURE, Picture, reach};
 pub use reformer::{Reformer, ReformerForward, SelfLogit};
 pub use sparse_transformer::{Combine, Factors, SparseTransformer, SubBlocks, Window};
 pub use state::{SparseState, StateHeads};

@@ -1,6 +1,6 @@
 //! Masks of parts, on tokens as they lie after gathering; a row's range costs no more than a search.
 
-use crate::mask::{Rising, Site};
+use crate::mask::{Mask, Rising, Site};
 use std::ops::Range;
 
 /// Rows and keys in segments side by side; a row sees the keys of its own segment up to its own place, but
@@ -28,6 +28,15 @@ impl Rising for Segments {
     fn words(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} segments", self.rows.len().saturating_sub(1))
     }
+}
+
+/// Blocks of neighbouring tokens, causal.
+pub(super) fn blocks([queries, keys]: [usize; 2], stride: usize) -> Mask {
+    let starts: Vec<usize> = (0..keys).step_by(stride).chain([keys]).collect();
+    let row = |&key: &usize| (key + queries).saturating_sub(keys);
+    let mut rows: Vec<usize> = starts.iter().map(row).collect();
+    rows[0] = 0;
+    Mask::pattern(Segments { rows, keys: starts, skip: 0 })
 }
 
 /// Keys that are `width` columns of each block of `stride` tokens, one block's after the other's: a row sees

@@ -109,6 +109,16 @@ impl Reformer {
         Reformer { cpu: Some(cpu), ..self }
     }
 
+    /// The pairs that some round lets through, as a mask, for looking at it: a row sees itself, but with its own logit,
+    /// and what a mask shows once may be seen in several rounds.
+    pub fn mask(&self, buckets: &Buckets) -> Mask {
+        let (layer, buckets) = (*self, buckets.clone());
+        let [batch, heads] = buckets.choosers();
+        let sites = (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head)));
+        let places = sites.map(|site| Sorted::new(&buckets, site, self.chunk).places()).collect();
+        Mask::pattern(Definition { layer, buckets, places })
+    }
+
     /// Attention of `qk` `[B, N, H, D]`, queries and before normalisation keys, to values `[B, N, H, Dv]`. Any number
     /// of tokens: the last chunk of a round may be shorter. Allocates the result and what is gathered.
     ///
@@ -335,6 +345,16 @@ impl Sorted {
         &own[own.len().saturating_sub(1) / self.chunk * self.chunk..]
     }
 
+    /// Each token's place in each round.
+    fn places(&self) -> Vec<Vec<usize>> {
+        let round = |own: &Vec<Entry>| {
+            let mut places = vec![0; own.len()];
+            own.iter().enumerate().for_each(|(place, entry)| places[entry.token as usize] = place);
+            places
+        };
+        self.rounds.iter().map(round).collect()
+    }
+
     /// How often each token sees itself.
     fn self_counts(&self, strict: bool) -> Vec<usize> {
         let mut counts = vec![self.rounds.len(); self.rounds[0].len()];
@@ -420,5 +440,39 @@ impl Pattern for Chunks {
 
     fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "sorted chunks of {}", self.chunk)
+    }
+}
+
+/// The pairs of all rounds as they are defined.
+#[derive(Debug)]
+struct Definition {
+    layer: Reformer,
+    buckets: Buckets,
+    /// `[batch · heads][round][token]`.
+    places: Vec<Vec<Vec<usize>>>,
+}
+
+impl Pattern for Definition {
+    fn allows(&self, at: Site, i: isize, j: usize) -> bool {
+        let [batch, heads] = self.buckets.choosers();
+        let tokens = self.buckets.tokens();
+        let Some(i) = usize::try_from(i).ok().filter(|&i| i < tokens && j < tokens) else {
+            return false;
+        };
+        if at.batch >= batch || at.q_head >= heads || self.layer.causal && j > i {
+            return false;
+        }
+        let rounds = &self.places[at.batch * heads + at.q_head];
+        let last = (tokens - 1) / self.layer.chunk;
+        (0..rounds.len()).any(|round| {
+            let before = (round + rounds.len() - 1) % rounds.len();
+            let buckets = |round| self.buckets.of(at.batch, at.q_head, round);
+            let same = |other| round == other && buckets(round)[i] == buckets(other)[j];
+            let shown = |other| !self.layer.strict || same(other);
+            let chunk = |round: usize, token: usize| rounds[round][token] / self.layer.chunk;
+            let (own, key) = (chunk(round, i), chunk(round, j));
+            let wraps = own == 0 && chunk(before, j) == last && shown(before);
+            (key == own || key + 1 == own) && shown(round) || wraps
+        })
     }
 }

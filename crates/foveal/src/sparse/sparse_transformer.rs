@@ -12,7 +12,7 @@
 //! that is O(N√N) a head. Child et al. 2019, sections 4.2 and 4.3; `num_verts` as in its released kernels.
 
 use super::parts::{GATHERED, Heads, Part, Runner, Tokens};
-use super::pattern::{Segments, Stairs};
+use super::pattern::{Segments, Stairs, blocks};
 use super::rows::{Listed, by_residue};
 use crate::cpu::Cpu;
 use crate::element::Element;
@@ -309,15 +309,6 @@ fn classes([queries, keys]: [usize; 2], stride: usize, skip: usize) -> Vec<Part>
         Part { queries: Tokens::Listed(own), keys: Tokens::Listed(all), mask }
     };
     waves.map(wave).filter(|part| !part.queries.is_empty()).collect()
-}
-
-/// Blocks of neighbouring tokens, causal.
-fn blocks([queries, keys]: [usize; 2], stride: usize) -> Mask {
-    let starts: Vec<usize> = (0..keys).step_by(stride).chain([keys]).collect();
-    let row = |&key: &usize| (key + queries).saturating_sub(keys);
-    let mut rows: Vec<usize> = starts.iter().map(row).collect();
-    rows[0] = 0;
-    Mask::pattern(Segments { rows, keys: starts, skip: 0 })
 }
 
 /// The summary columns for some rows at a time, of earlier blocks only where rows see their own block as a whole.

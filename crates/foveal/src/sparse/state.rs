@@ -9,17 +9,13 @@
 //! for a query at position t, and each sub-block of columns that some head has. Keys that lie as they are read need
 //! no mask; where heads differ, the fixed pattern masks what its heads share. Child et al. 2019.
 
-use super::parts::Runner;
+use super::held::{Held, Stepped};
 use super::sparse_transformer::{Factors, Sees, SparseTransformer, near};
 use crate::element::Element;
 use crate::error::Result;
-use crate::exact::state::join_rows;
 use crate::mask::{Mask, Pattern, Site};
-use crate::plan::{Inputs, expect};
-use crate::problem::{Attention, Forward, Scale};
-use crate::tensor::{Shape, Strides, Tensor, TensorRef};
-use crate::workspace::Workspace;
-use std::ops::Range;
+use crate::problem::Forward;
+use crate::tensor::TensorRef;
 use std::sync::Arc;
 
 /// Heads and dims of a layer whose tokens are made one by one.
@@ -53,17 +49,12 @@ pub struct StateHeads {
 /// ```
 #[derive(Debug)]
 pub struct SparseState<E> {
-    runner: Runner,
-    shape: StateHeads,
+    held: Held<E>,
     keep: Keep,
     /// What each query head sees; one for all if they agree.
     sees: Vec<Sees>,
     /// Tokens appended.
     tokens: usize,
-    /// Rows `[entry][head]`.
-    keys: Vec<E>,
-    values: Vec<E>,
-    workspace: Workspace,
 }
 
 /// Which tokens are held, and where.
@@ -81,20 +72,15 @@ impl SparseTransformer {
     /// A state that has seen nothing.
     ///
     /// # Errors
-    /// Those of [`Attention::plan_decode`].
+    /// Those of [`crate::Attention::plan_decode`].
     pub fn state<E: Element>(&self, shape: StateHeads) -> Result<SparseState<E>> {
-        let StateHeads { heads, kv_heads, key_dim, value_dim } = shape;
-        let runner = self.runner(key_dim)?;
-        let q = Shape { batch: 1, seq: 1, heads, dim: key_dim };
-        let k = Shape { heads: kv_heads, ..q };
-        Attention::new().cpu(runner.cpu).plan_decode(q, k, Shape { dim: value_dim, ..k })?;
-        let mut sees: Vec<Sees> = (0..heads).map(|head| self.sees(head)).collect();
+        let held = Held::new(self.runner(shape.key_dim)?, shape)?;
+        let mut sees: Vec<Sees> = (0..shape.heads).map(|head| self.sees(head)).collect();
         let keep = keep(self.factors, &sees);
         if sees.windows(2).all(|pair| pair[0] == pair[1]) {
             sees.truncate(1);
         }
-        let (keys, values, workspace) = (vec![], vec![], Workspace::new());
-        Ok(SparseState { runner, shape, keep, sees, tokens: 0, keys, values, workspace })
+        Ok(SparseState { held, keep, sees, tokens: 0 })
     }
 }
 
@@ -150,14 +136,13 @@ impl<E: Element> SparseState<E> {
 
     /// Tokens held.
     pub fn entries(&self) -> usize {
-        self.keys.len() / self.key_width().max(1)
+        self.held.entries()
     }
 
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
         self.tokens = 0;
-        self.keys.clear();
-        self.values.clear();
+        self.held.clear();
     }
 
     /// Appends tokens: keys `[1, n, KV, Dk]` and values `[1, n, KV, Dv]`. Allocates as it grows.
@@ -165,11 +150,8 @@ impl<E: Element> SparseState<E> {
     /// # Errors
     /// [`crate::Error::ShapeMismatch`]; the state is unchanged then.
     pub fn append(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>) -> Result<()> {
-        let StateHeads { kv_heads, key_dim, value_dim, .. } = self.shape;
-        let shape = Shape { batch: 1, seq: k.shape().seq, heads: kv_heads, dim: key_dim };
-        expect("keys to append", shape, k.shape())?;
-        expect("values to append", Shape { dim: value_dim, ..shape }, v.shape())?;
-        (0..shape.seq).for_each(|t| self.push(k, v, t));
+        let tokens = self.held.check(k.shape(), v.shape())?;
+        (0..tokens).for_each(|t| self.push([k, v], t));
         Ok(())
     }
 
@@ -178,42 +160,23 @@ impl<E: Element> SparseState<E> {
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
     pub fn attend(&mut self, q: TensorRef<'_, E>) -> Result<Forward<E>> {
-        let StateHeads { heads, kv_heads, key_dim, value_dim } = self.shape;
-        let shape = Shape { batch: 1, seq: 1, heads, dim: key_dim };
-        expect("queries of the newest token", shape, q.shape())?;
-        let shape = Shape { dim: value_dim, ..shape };
-        let mut out = Tensor::zeros(shape)?;
-        let mut lse = Tensor::from_vec(vec![f32::NEG_INFINITY; heads], shape.per_row())?;
+        let mut result = self.held.nothing(q.shape())?;
         if self.tokens == 0 {
-            return Ok(Forward { out, lse });
+            return Ok(result);
         }
+        let heads = self.held.shape.heads;
         let apart = self.sees.len() > 1 && matches!(self.keep, Keep::All { .. });
         let step = if apart { 1 } else { heads };
         for first in (0..heads).step_by(step.max(1)) {
-            let own = first..first + step;
-            let kv = own.start * kv_heads / heads..(own.end * kv_heads).div_ceil(heads);
-            for (keys, mask) in self.reads(self.sees[if apart { first } else { 0 }]) {
-                let part = self.read(q.part(0..1, own.clone()), (keys, kv.clone()), mask)?;
-                for head in own.clone() {
-                    let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                    let to = (out.row_mut(0, 0, head), &mut lse.row_mut(0, 0, head)[0]);
-                    let n = head - first;
-                    let more = (part.out.view(), part.lse.view());
-                    let more = (more.0.row(0, 0, n), more.1.row(0, 0, n)[0]);
-                    join_rows(self.runner.cpu.level, to, more);
-                }
+            for read in self.reads(self.sees[if apart { first } else { 0 }]) {
+                self.held.attend(q, first..first + step, read, &mut result)?;
             }
         }
-        Ok(Forward { out, lse })
-    }
-
-    /// Numbers of all keys of an entry.
-    fn key_width(&self) -> usize {
-        self.shape.kv_heads * self.shape.key_dim
+        Ok(result)
     }
 
     /// Takes one token in, and lets go of what it ends.
-    fn push(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>, t: usize) {
+    fn push(&mut self, token_of: [TensorRef<'_, E>; 2], t: usize) {
         let token = self.tokens;
         self.tokens += 1;
         let mut place = self.entries();
@@ -233,23 +196,14 @@ impl<E: Element> SparseState<E> {
                 }
             }
         }
-        for (x, to) in [(k, &mut self.keys), (v, &mut self.values)] {
-            let Shape { heads, dim, .. } = x.shape();
-            let start = place * heads * dim;
-            if to.len() == start {
-                (0..heads).for_each(|head| to.extend_from_slice(x.row(0, t, head)));
-            } else {
-                let rows = to[start..start + heads * dim].chunks_exact_mut(dim);
-                rows.enumerate().for_each(|(head, row)| row.copy_from_slice(x.row(0, t, head)));
-            }
-        }
+        self.held.write(place, token_of, t);
     }
 
     /// Keeps the columns of the block that has just ended.
     fn summarise(&mut self, columns: &Columns) {
-        let widths = [self.key_width(), self.shape.kv_heads * self.shape.value_dim];
         let start = self.entries() - columns.stride;
-        for (data, width) in [&mut self.keys, &mut self.values].into_iter().zip(widths) {
+        let widths = self.held.widths();
+        for (data, width) in [&mut self.held.keys, &mut self.held.values].into_iter().zip(widths) {
             let mut end = start;
             for first in columns.starts.iter().map(|column| start + column) {
                 data.copy_within(first * width..(first + columns.summary) * width, end * width);
@@ -263,7 +217,9 @@ impl<E: Element> SparseState<E> {
     fn reads(&self, sees: Sees) -> Vec<(Stepped, Mask)> {
         let newest = self.tokens - 1;
         match &self.keep {
-            Keep::Newest { .. } => vec![(Stepped::new(0..self.entries(), 1), Mask::Full)],
+            Keep::Newest { .. } => {
+                vec![(Stepped { entries: 0..self.entries(), step: 1 }, Mask::Full)]
+            }
             &Keep::All { stride, width } => {
                 let near = self.tokens.saturating_sub(width)..self.tokens;
                 // The column's newest member that is not near.
@@ -271,7 +227,8 @@ impl<E: Element> SparseState<E> {
                 let far = newest % stride..(newest + 1).saturating_sub(skip.saturating_mul(stride));
                 let reads = [(sees.first, near, 1), (sees.second, far, stride)];
                 let reads = reads.into_iter().filter(|(seen, keys, _)| *seen && !keys.is_empty());
-                reads.map(|(_, keys, step)| (Stepped::new(keys, step), Mask::Full)).collect()
+                let stepped = |entries, step| (Stepped { entries, step }, Mask::Full);
+                reads.map(|(_, keys, step)| stepped(keys, step)).collect()
             }
             Keep::Summaries { columns, block } => {
                 let all = 0..self.entries();
@@ -286,58 +243,12 @@ impl<E: Element> SparseState<E> {
                         },
                     }),
                 };
-                let read = (!all.is_empty()).then(|| (Stepped::new(all, 1), mask));
-                read.into_iter().collect()
+                match all.is_empty() {
+                    true => vec![],
+                    false => vec![(Stepped { entries: all, step: 1 }, mask)],
+                }
             }
         }
-    }
-
-    /// One call of the exact engine.
-    fn read(
-        &mut self,
-        q: TensorRef<'_, E>,
-        (keys, heads): (Stepped, Range<usize>),
-        mask: Mask,
-    ) -> Result<Forward<E>> {
-        let StateHeads { kv_heads, key_dim, value_dim, .. } = self.shape;
-        let k = keys.view(&self.keys, [kv_heads, key_dim], heads.clone())?;
-        let v = keys.view(&self.values, [kv_heads, value_dim], heads)?;
-        let scale = Scale::Value(self.runner.scale);
-        let attention = Attention::new().mask(mask).scale(scale).cpu(self.runner.cpu);
-        let plan = attention.plan_decode(q.shape(), k.shape(), v.shape())?;
-        self.workspace.reserve(plan.workspace_bytes());
-        let mut out = Tensor::zeros(plan.out_shape())?;
-        let mut lse = Tensor::zeros(plan.out_shape().per_row())?;
-        let outputs = (out.view_mut(), Some(lse.view_mut()));
-        plan.forward(Inputs { q, k, v }, outputs.0, outputs.1, &mut self.workspace)?;
-        Ok(Forward { out, lse })
-    }
-}
-
-/// Each `step`-th entry of a range.
-#[derive(Debug, Clone)]
-struct Stepped {
-    entries: Range<usize>,
-    step: usize,
-}
-
-impl Stepped {
-    fn new(entries: Range<usize>, step: usize) -> Stepped {
-        Stepped { entries, step }
-    }
-
-    fn view<'a, E: Element>(
-        &self,
-        data: &'a [E],
-        [heads, dim]: [usize; 2],
-        own: Range<usize>,
-    ) -> Result<TensorRef<'a, E>> {
-        let width = heads * dim;
-        let seq = self.entries.len().div_ceil(self.step);
-        let shape = Shape { batch: 1, seq, heads, dim };
-        let strides = Strides { batch: 0, seq: self.step.saturating_mul(width), heads: dim };
-        let from = (self.entries.start * width).min(data.len());
-        Ok(TensorRef::from_strides(&data[from..], shape, strides)?.part(0..1, own))
     }
 }
 

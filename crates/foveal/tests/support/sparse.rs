@@ -6,7 +6,7 @@ use foveal::mask::{Dense, Extent};
 use foveal::plan::{Backward, Inputs};
 use foveal::reference::Options;
 use foveal::sparse::{Combine, Factors, SparseTransformer, SubBlocks, Window};
-use foveal::{Attention, Element, Forward, Mask};
+use foveal::{Attention, Element, Forward, Mask, Tensor};
 
 /// May position `i` of head `head` see position `j`? From the index sets, as published.
 pub fn sees(factors: Factors, combine: Combine, head: usize, i: usize, j: usize) -> bool {
@@ -103,4 +103,19 @@ pub fn assert_like(
         let worst = error(got.as_slice(), &expected);
         assert!(worst < 1e-5, "{what} {name}: {worst:e}");
     }
+}
+
+/// The gradient of a loss by central differences.
+pub fn differences(x: &[f64], loss: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let at = |n: usize, by: f64| {
+        let mut x = x.to_vec();
+        x[n] += by;
+        loss(&x)
+    };
+    (0..x.len()).map(|n| (at(n, STEP) - at(n, -STEP)) / (2.0 * STEP)).collect()
+}
+
+pub fn wide<E: Element>(x: &Tensor<E>) -> Vec<f64> {
+    x.as_slice().iter().map(|x| f64::from(x.to_f32())).collect()
 }
