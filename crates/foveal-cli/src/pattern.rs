@@ -2,19 +2,21 @@
 
 use anyhow::{Context, ensure};
 use clap::ValueEnum;
+use foveal::plan::Inputs;
 use foveal::sparse::{
-    AngularHash, BigBird, BlockPlan, Combine, Factors, Longformer, Moba, Picture, Reformer,
-    SparseTransformer, SubBlocks, Window, reach,
+    AngularHash, BigBird, BlockPlan, Branches, Combine, Factors, Longformer, Moba, NativeSizes,
+    NativeSparse, Picture, Reformer, SparseTransformer, SubBlocks, Window, reach,
 };
 use foveal::testing::normal;
-use foveal::{Cpu, Mask, Shape};
+use foveal::{Cpu, Mask, Shape, Tensor};
 use serde_json::json;
 
 use crate::output;
 
 /// Show which tokens see which, how many pairs that are, and after how many layers all is reached.
 ///
-/// `reformer` and `moba` choose by content: queries and keys are random vectors of 64 numbers.
+/// `reformer`, `moba` and `native_sparse` choose by content: queries and keys are random vectors of 64 numbers. The compressed
+/// tokens of `native_sparse` are not in its picture: they are means of the blocks.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The pattern.
@@ -38,7 +40,7 @@ pub(crate) struct Arguments {
     /// Whether the two sets of `strided` and `fixed` are merged, or take heads or layers in turn.
     #[arg(long, value_enum, default_value_t = Turns::Merged)]
     combine: Turns,
-    /// Keys of `window`, the query's own included; keys on each side for `longformer`.
+    /// Keys of `window` and the window of `native_sparse`, the query's own included; keys on each side for `longformer`.
     #[arg(long, default_value_t = 8)]
     window: usize,
     /// Distance between neighbouring keys of a window of `longformer`.
@@ -47,12 +49,13 @@ pub(crate) struct Arguments {
     /// Global tokens of `longformer`.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     global: Vec<usize>,
-    /// Tokens of a block of `bigbird` and `moba`, and of a chunk of `reformer`.
+    /// Tokens of a block of `bigbird`, `moba` and `native_sparse`, and of a chunk of `reformer`.
     #[arg(long, default_value_t = 4)]
     block: usize,
-    /// Blocks that a row of `moba` sees, its own included.
-    #[arg(long, default_value_t = 3)]
-    top: usize,
+    /// Blocks that a row sees: of `moba`, its own included (3), or of `native_sparse`, the first, its own and the one
+    /// before included (5).
+    #[arg(long)]
+    top: Option<usize>,
     /// Rounds of hashing of `reformer`.
     #[arg(long, default_value_t = 2)]
     rounds: usize,
@@ -80,6 +83,8 @@ enum Name {
     Bigbird,
     Reformer,
     Moba,
+    #[value(name = "native_sparse")]
+    NativeSparse,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -160,24 +165,39 @@ fn masks(arguments: &Arguments) -> anyhow::Result<Vec<Mask>> {
             let plan = BlockPlan::published([heads, n.div_ceil(block), random], seed)?;
             vec![BigBird { block, plan, causal }.mask()?]
         }
-        Name::Reformer | Name::Moba => vec![chosen(arguments)?],
+        Name::Reformer | Name::Moba | Name::NativeSparse => vec![chosen(arguments)?],
     })
 }
 
 /// What heads see that choose by content.
 fn chosen(arguments: &Arguments) -> anyhow::Result<Mask> {
-    let &Arguments { n, heads, block, top, rounds, seed, .. } = arguments;
+    let &Arguments { n, heads, block, window, rounds, seed, .. } = arguments;
     let shape = Shape { batch: 1, seq: n, heads, dim: 64 };
     let [q, k] = [seed, seed.wrapping_add(1)].map(|seed| normal(shape, seed));
     let (q, k) = (q?, k?);
-    if arguments.name == Name::Moba {
-        let layer = Moba::new(block, top)?;
-        return Ok(layer.mask(&layer.choose(q.view(), k.view())?, n));
-    }
-    let layer = Reformer::new(block)?;
-    // As many buckets as published: two for each chunk.
-    let hash = AngularHash::new(shape.dim, 2 * n.div_ceil(block), rounds, seed)?;
-    Ok(layer.mask(&hash.buckets(q.view(), Cpu::detect()?)?))
+    let (q, k) = (q.view(), k.view());
+    Ok(match arguments.name {
+        Name::Moba => {
+            let layer = Moba::new(block, arguments.top.unwrap_or(3))?;
+            layer.mask(&layer.choose(q, k)?, n)
+        }
+        Name::NativeSparse => {
+            let top = arguments.top.unwrap_or(5);
+            let sizes = NativeSizes { length: block, stride: block, block, top, window };
+            let layer = NativeSparse::new(sizes)?;
+            let (means, gates) = (layer.pool(k)?, Tensor::zeros(Shape { dim: 3, ..shape })?);
+            let tokens = Inputs { q, k, v: k };
+            let compressed = Inputs { q, k: means.view(), v: means.view() };
+            let inputs = Branches { compressed, selected: tokens, window: tokens };
+            layer.mask(&layer.forward(inputs, gates.view())?.choices, n)
+        }
+        _ => {
+            let layer = Reformer::new(block)?;
+            // As many buckets as published: two for each chunk.
+            let hash = AngularHash::new(shape.dim, 2 * n.div_ceil(block), rounds, seed)?;
+            layer.mask(&hash.buckets(q, Cpu::detect()?)?)
+        }
+    })
 }
 
 fn sparse_transformer(arguments: &Arguments) -> anyhow::Result<Vec<Mask>> {

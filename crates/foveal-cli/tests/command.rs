@@ -360,8 +360,17 @@ fn pattern_draws_counts_and_says_what_is_reached() {
     assert!(
         stdout(&alone).ends_with("every earlier token is not reached in any number of layers\n")
     );
-    for name in ["full", "window", "strided", "fixed", "longformer", "bigbird", "reformer", "moba"]
-    {
+    for name in [
+        "full",
+        "window",
+        "strided",
+        "fixed",
+        "longformer",
+        "bigbird",
+        "reformer",
+        "moba",
+        "native_sparse",
+    ] {
         let output = run(&["pattern", name]);
         assert_eq!(stdout(&output).lines().count(), 66, "{name}: {}", stderr(&output));
     }
@@ -371,6 +380,8 @@ fn pattern_draws_counts_and_says_what_is_reached() {
         (&["pattern", "longformer", "--global", "64"], "beyond the last"),
         (&["pattern", "bigbird", "--block", "0"], "0 tokens"),
         (&["pattern", "moba", "--block", "0"], "tokens of a block"),
+        (&["pattern", "native_sparse", "--top", "2"], "at least 3"),
+        (&["pattern", "native_sparse", "--block", "0"], "at least 1"),
         (&["pattern", "reformer", "--block", "0"], "tokens of a chunk"),
         (&["pattern", "reformer", "--rounds", "0"], "rounds of hashing"),
         (&["pattern", "window", "--n", "5000"], "at most 4096"),

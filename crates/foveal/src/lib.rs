@@ -44,7 +44,7 @@
 //! | [`inspect`] | weights, column sums, entropies and block means, made again from the log-sum-exp | Zhang et al. 2023; Li et al. 2024 |
 //! | [`differential`] | the difference of two softmaxes, forward and backward | Ye et al. 2024 |
 //! | [`latent`] | multi-head latent attention over rows that all heads share | DeepSeek-V2 2024 |
-//! | [`sparse`] | exact attention to chosen keys: forward, backward, token by token | Child et al. 2019; Beltagy et al. 2020; Zaheer et al. 2020; Kitaev et al. 2020; Lu et al. 2025 |
+//! | [`sparse`] | exact attention to chosen keys: forward, backward, token by token | Child et al. 2019; Beltagy et al. 2020; Zaheer et al. 2020; Kitaev et al. 2020; Lu et al. 2025; Yuan et al. 2025 |
 //! | [`linear`] | linear attention with a matrix state: forward, backward, token by token | Katharopoulos et al. 2020 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |

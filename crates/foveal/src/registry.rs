@@ -127,6 +127,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: true,
     },
     Mechanism {
+        name: "native_sparse",
+        group: Group::Sparse,
+        summary: "compressed tokens, the blocks whose compressed tokens weigh most, and a window, summed by gates",
+        paper: "arXiv:2502.11089",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
         name: "linear",
         group: Group::Linear,
         summary: "queries and keys mapped to positive numbers, their products normalised; causal or not",

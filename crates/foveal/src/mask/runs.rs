@@ -82,7 +82,7 @@ fn ones(first: usize, end: usize) -> u64 {
 }
 
 /// Sets the bits of `first..end` (relative to the words' beginning) and leaves the others alone.
-pub(super) fn set_bits(bits: &mut [u64], first: usize, end: usize) {
+pub(crate) fn set_bits(bits: &mut [u64], first: usize, end: usize) {
     let used = bits.len().min(end.div_ceil(64));
     for (w, word) in bits.iter_mut().enumerate().take(used).skip(first / 64) {
         *word |= ones(first.max(w * 64) - w * 64, end - w * 64);

@@ -172,11 +172,12 @@ pub(super) fn best(scores: &[f32], first: usize, to: &mut [u32]) {
     let better = |a: f32, b: f32| a > b || b.is_nan() && !a.is_nan();
     let mut held = 0;
     for (n, &own) in (first..).zip(scores) {
-        let place = to[..held].partition_point(|&other| !better(own, score(other)));
-        if place < to.len() {
-            held = (held + 1).min(to.len());
-            to[place..held].rotate_right(1);
-            to[place] = n as u32;
+        if held == to.len() && to.last().is_none_or(|&last| !better(own, score(last))) {
+            continue;
         }
+        let place = to[..held].partition_point(|&other| !better(own, score(other)));
+        held = (held + 1).min(to.len());
+        to[place..held].rotate_right(1);
+        to[place] = n as u32;
     }
 }

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::exact::state::join_rows;
 use crate::mask::Mask;
 use crate::plan::{Inputs, expect};
-use crate::problem::{Attention, Forward, Scale};
+use crate::problem::{Attention, Forward};
 use crate::tensor::{Shape, Strides, Tensor, TensorRef};
 use crate::workspace::Workspace;
 use std::ops::Range;
@@ -43,6 +43,12 @@ impl<E: Element> Held<E> {
     pub(super) fn clear(&mut self) {
         self.keys.clear();
         self.values.clear();
+    }
+
+    /// All keys.
+    pub(super) fn view(&self) -> Result<TensorRef<'_, E>> {
+        let StateHeads { kv_heads: heads, key_dim: dim, .. } = self.shape;
+        TensorRef::new(&self.keys, Shape { batch: 1, seq: self.entries(), heads, dim })
     }
 
     /// How many tokens there are to append, if they fit.
@@ -107,8 +113,7 @@ impl<E: Element> Held<E> {
         let kv = own.start * kv_heads / heads..(own.end * kv_heads).div_ceil(heads);
         let k = entries.view(&self.keys, [kv_heads, key_dim], kv.clone())?;
         let v = entries.view(&self.values, [kv_heads, value_dim], kv)?;
-        let scale = Scale::Value(self.runner.scale);
-        let attention = Attention::new().mask(mask).scale(scale).cpu(self.runner.cpu);
+        let attention = self.runner.attention(mask);
         let plan = attention.plan_decode(q.shape(), k.shape(), v.shape())?;
         self.workspace.reserve(plan.workspace_bytes());
         let mut out = Tensor::zeros(plan.out_shape())?;

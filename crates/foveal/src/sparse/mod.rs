@@ -16,6 +16,7 @@
 //! | [`BigBird`] | neighbouring, global and random blocks | Zaheer et al. 2020 |
 //! | [`Reformer`] | tokens that hash alike ([`AngularHash`]), sorted and cut into chunks | Kitaev et al. 2020 |
 //! | [`Moba`] | the own block, and earlier ones whose mean key suits the query | Lu et al. 2025 |
+//! | [`NativeSparse`] | compressed tokens, selected blocks and a window, summed by gates | Yuan et al. 2025 |
 //!
 //! Any other layout of blocks is a [`crate::mask::Blocks`], whose live blocks alone are computed.
 //!
@@ -27,6 +28,9 @@ mod held;
 mod longformer;
 mod lsh;
 mod moba;
+mod native_pattern;
+mod native_sparse;
+mod native_state;
 mod parts;
 mod pattern;
 mod picture;
@@ -40,6 +44,8 @@ pub use choices::BlockChoices;
 pub use longformer::Longformer;
 pub use lsh::{AngularHash, Buckets};
 pub use moba::{Moba, MobaState};
+pub use native_sparse::{Branches, NativeForward, NativeSizes, NativeSparse};
+pub use native_state::NativeState;
 pub use picture::{MAX_PICTURE, Picture, reach};
 pub use reformer::{Reformer, ReformerForward, SelfLogit};
 pub use sparse_transformer::{Combine, Factors, SparseTransformer, SubBlocks, Window};

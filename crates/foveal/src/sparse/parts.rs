@@ -230,9 +230,8 @@ fn units<'p>(all: &'p [Heads], out: Shape, group: usize) -> Vec<Unit<'p>> {
 }
 
 impl Runner {
-    fn attention(&self, part: &Part) -> Attention<'static> {
-        let scale = Scale::Value(self.scale);
-        Attention::new().mask(part.mask.clone()).scale(scale).cpu(self.cpu)
+    pub(super) fn attention(&self, mask: Mask) -> Attention<'static> {
+        Attention::new().mask(mask).scale(Scale::Value(self.scale)).cpu(self.cpu)
     }
 
     /// The joined output of all parts. `heads` covers all query heads in order.
@@ -301,7 +300,7 @@ impl Runner {
     ) -> Result<()> {
         let mut held = [None, None, None];
         let gathered = part.gather(inputs, &mut held, memory)?;
-        let attention = self.attention(part);
+        let attention = self.attention(part.mask.clone());
         let Inputs { q, k, v } = gathered;
         let plan = attention.plan(q.shape(), k.shape(), v.shape())?;
         memory.workspace.reserve(plan.workspace_bytes());
@@ -405,7 +404,7 @@ impl Runner {
         let out = part.queries.of(call.out, held_out, (&mut memory.free, threads))?;
         let d_out = part.queries.of(call.d_out, held_d_out, (&mut memory.free, threads))?;
         let lse = part.queries.of(call.lse, &mut logs, (&mut memory.logs, threads))?;
-        let attention = self.attention(part);
+        let attention = self.attention(part.mask.clone());
         let Inputs { q, k, v } = gathered;
         let plan = attention.plan(q.shape(), k.shape(), v.shape())?;
         memory.workspace.reserve(plan.backward_workspace_bytes::<E>());
