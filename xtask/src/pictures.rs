@@ -8,12 +8,12 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 /// Columns of the terminal.
-const COLUMNS: usize = 80;
+const COLUMNS: usize = 92;
 /// A character's width and a line's height, in the font size of the style.
 const CELL: (f64, f64) = (8.4, 19.0);
 const MARGIN: f64 = 14.0;
 
-const QUESTIONS: [&str; 2] = ["What is the capital of France?", "And which river crosses it?"];
+const QUESTIONS: [&str; 2] = ["What is the capital of France?", "Write one sentence about that city."];
 const SENTENCE: &str = "The cat sat on the mat because it was tired";
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
