@@ -234,6 +234,20 @@ impl<'a, E> Rows<'a, E> {
         Rows { data: &self.data[at.min(end)..end], stride, count, width }
     }
 
+    /// The same rows, if they are stored as `f32`.
+    pub(crate) fn as_f32(&self) -> Option<Rows<'a, f32>>
+    where
+        E: Element,
+    {
+        let Rows { data, stride, count, width } = *self;
+        if E::DTYPE != DType::F32 {
+            return None;
+        }
+        // SAFETY: of all storage types only `f32` itself has this name.
+        let data = unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), data.len()) };
+        Some(Rows { data, stride, count, width })
+    }
+
     /// A range of each row's elements.
     ///
     /// # Panics
@@ -480,6 +494,11 @@ impl<E> Patch<'_, E> {
         assert!(token < self.tokens.len() && head < self.heads.len());
         // SAFETY: patches of a tensor share no row, and this one is borrowed exclusively.
         unsafe { self.rows.row(self.batch, self.tokens.start + token, self.heads.start + head) }
+    }
+
+    /// Elements from one token to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.rows.strides.seq
     }
 }
 

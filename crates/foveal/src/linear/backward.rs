@@ -18,7 +18,7 @@
 //! block, and what [`Recurrence::kept`] says for each token of a sequence.
 
 use super::block::{BLOCK, BlockGradient, Matrix, Pass, Written};
-use super::driver::{Engine, Gathered, Place, Recurrent, take};
+use super::driver::{Engine, Gathered, Place, Recurrent, scratches, take};
 use super::tokens::{Sizes, expect};
 use super::{DecayForm, FeatureMap, Recurrence, State, Tokens};
 use crate::element::Element;
@@ -123,7 +123,8 @@ impl<R: Recurrence> Recurrent<R> {
         let kept = self.mechanism.kept(sizes.key_dim, sizes.value_dim);
         let blocks = longest.unwrap_or(0).div_ceil(BLOCK);
         let floats = Scratch::floats(&sizes, blocks * BLOCK * kept);
-        let (level, scratches) = self.scratches(workspace, units, floats)?;
+        let cpu = self.machine()?;
+        let (level, scratches) = (cpu.level, scratches(workspace, cpu, units, floats)?);
         let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let (spans, each) = (sizes.spans, sizes.heads / sizes.groups);
         let Gradients { d_q, d_k, d_v, d_log_decay, d_beta } = gradients;

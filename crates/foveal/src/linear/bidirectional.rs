@@ -12,12 +12,13 @@
 
 use super::backward::{Gradients, Upstream, check_gradients, check_upstream};
 use super::block::BLOCK;
-use super::driver::{Engine, Gathered, Place, Recurrent, take};
+use super::driver::{Engine, Gathered, Place, Recurrent, scratches, take};
 use super::tokens::{Sizes, expect};
 use super::{Linear, Recurrence, State, Tokens};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
+use crate::simd::near::Near;
 use crate::simd::row::scale_into;
 use crate::simd::sweep::{Decay, Layout, Read, Sweep, TokenRows, Write, sweep};
 use crate::simd::token::{
@@ -57,7 +58,9 @@ impl Recurrent<Linear> {
         expect("outputs", out_shape(tokens), out.shape())?;
         state.check(sizes.state(), self.mechanism.form().normaliser)?;
         let units = sizes.spans.count() * sizes.heads;
-        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
+        let cpu = self.machine()?;
+        let (level, scratches) =
+            (cpu.level, scratches(workspace, cpu, units, Scratch::floats(&sizes))?);
         let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let queries = Spans::new(tokens.q.shape().batch, tokens.q.shape().seq, None)?;
         let items = out.into_patches(queries, 1).zip(state.units_mut(1)).enumerate();
@@ -87,7 +90,9 @@ impl Recurrent<Linear> {
         upstream.initial.check(sizes.state(), normaliser)?;
         d_state.check(sizes.state(), normaliser)?;
         let units = sizes.spans.count() * sizes.groups;
-        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
+        let cpu = self.machine()?;
+        let (level, scratches) =
+            (cpu.level, scratches(workspace, cpu, units, Scratch::floats(&sizes))?);
         let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let queries = Spans::new(tokens.q.shape().batch, tokens.q.shape().seq, None)?;
         let each = sizes.heads / sizes.groups;
@@ -214,7 +219,8 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
     }
 
     fn gather_keys(&mut self, (first, len): (usize, usize)) {
-        self.engine.gather_keys(&mut self.scratch.rows, Place { first, len, ..self.place });
+        let Gathered { k, v, .. } = &mut self.scratch.rows;
+        self.engine.gather_keys((k, v), Place { first, len, ..self.place });
     }
 
     fn gather_queries(&mut self, (first, len): (usize, usize)) {
@@ -393,5 +399,17 @@ fn plain<'a>(
     read: Option<Read<'a>>,
 ) -> Sweep<'a> {
     let decay = Decay::None;
-    Sweep { state, layout, tokens, reverse: false, decay, before: None, write, read, after: None }
+    let near = Near::nothing();
+    Sweep {
+        state,
+        layout,
+        tokens,
+        reverse: false,
+        decay,
+        before: None,
+        write,
+        read,
+        after: None,
+        near,
+    }
 }

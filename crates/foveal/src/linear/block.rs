@@ -1,6 +1,7 @@
 //! What a mechanism's kernels see: the mapped rows of some neighbouring tokens of one head.
 
 use crate::simd::Level;
+use crate::simd::near::Near;
 use crate::simd::sweep::{self, Decay, Layout, Read, Sweep, TokenRows, Write};
 use crate::simd::token::{self, Features};
 
@@ -32,6 +33,7 @@ impl Matrix<'_> {
             write,
             read,
             after: None,
+            near: Near::nothing(),
         }
     }
 }
@@ -44,9 +46,12 @@ pub struct Block<'a> {
     pub(crate) len: usize,
     /// Numbers of a padded query or key, and of a padded value.
     pub(crate) strides: (usize, usize),
-    pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) v: &'a [f32],
+    /// Mapped queries.
+    pub(crate) q: TokenRows<'a>,
+    /// Mapped keys.
+    pub(crate) k: TokenRows<'a>,
+    /// Values.
+    pub(crate) v: TokenRows<'a>,
     /// Factors of the state, one number a token or one padded key.
     pub(crate) decay: &'a [f32],
     pub(crate) beta: &'a [f32],
@@ -60,11 +65,14 @@ pub struct Block<'a> {
     pub(crate) factors: &'a mut [f32],
     /// Out, for delta rules: what each key read before its token wrote, padded values.
     pub(crate) reads: &'a mut [f32],
+    /// Rows that come next.
+    pub(crate) near: Near,
 }
 
 impl<'a> Block<'a> {
+    /// Queries and keys that were gathered.
     pub(crate) fn features(&self) -> Features<'a> {
-        Features { q: self.q, k: self.k, stride: self.strides.0 }
+        Features { q: self.q.data, k: self.k.data, stride: self.strides.0 }
     }
 
     /// Rows of key channels.
@@ -72,18 +80,12 @@ impl<'a> Block<'a> {
         TokenRows { data, stride: self.strides.0 }
     }
 
-    /// Rows of value channels.
-    pub(crate) fn values(&self, data: &'a [f32]) -> TokenRows<'a> {
-        TokenRows { data, stride: self.strides.1 }
-    }
-
     /// S ← decay S + k vᵀ, out = Sᵀ q.
     pub(crate) fn write_and_read(&mut self, decay: Decay<'_>) {
-        let write = Write { rows: self.keys(self.k), columns: self.values(self.v) };
-        let by = self.keys(self.q);
-        let read = Read { by, out: self.out };
+        let write = Write { rows: self.k, columns: self.v };
+        let read = Read { by: self.q, out: self.out };
         let sweep = self.state.sweep(self.len, Some(write), Some(read));
-        sweep::sweep(self.level, Sweep { decay, ..sweep });
+        sweep::sweep(self.level, Sweep { decay, near: self.near, ..sweep });
     }
 }
 

@@ -23,6 +23,7 @@ use super::reference::{Memory, Token};
 use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::problem::Scale;
 use crate::simd::delta::{self, Ahead, Behind, Rows};
+use crate::simd::near::Near;
 use crate::simd::sweep::{self, Decay, Read, Sweep, TokenRows, Write};
 use crate::simd::token;
 
@@ -71,8 +72,7 @@ impl Recurrence for Delta {
     }
 
     fn block(&self, block: &mut Block<'_>) {
-        let rows =
-            Rows { q: block.keys(block.q), k: block.keys(block.k), v: block.values(block.v) };
+        let rows = Rows { q: block.q, k: block.k, v: block.v };
         delta::ahead(
             block.level,
             Ahead {
@@ -83,6 +83,7 @@ impl Recurrence for Delta {
                 beta: block.beta,
                 reads: block.reads,
                 out: block.out,
+                near: block.near,
             },
         );
     }
@@ -135,6 +136,7 @@ impl Delta {
                 beta: block.beta,
                 products: block.d_beta,
                 out: d_r,
+                near: Near::nothing(),
             },
         );
         let numbers = terms.iter_mut().zip(block.d_beta.iter_mut()).zip(block.beta);

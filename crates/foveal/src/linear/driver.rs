@@ -1,13 +1,15 @@
 //! The driver of all recurrences: splits a call into sequences and heads, gathers tokens, keeps states.
 //!
 //! ```text
-//! for each sequence and head (shared out over threads):
-//!     pack S into panels, or leave it in place for a few tokens
-//!     for each block of 32 tokens: gather φ(q), φ(k), v, gates; the mechanism's block; out · scale
+//! for each sequence and some neighbouring heads (shared out over threads):
+//!     pack their S into panels, or leave them in place for a few tokens
+//!     for each block of 32 tokens, for each head: gather φ(q), φ(k), v, gates; the mechanism's block; out · scale
 //!     unpack S
 //! ```
 //!
-//! Memory besides tensors and states: for each thread one state and the rows of one block.
+//! Rows of other heads lie between those of one: a block is read for all heads at once, since memory is fast only from
+//! end to end, and states wait in the second level of cache. No bit of a head depends on which others it goes with.
+//! Memory besides tensors and states: for each thread the states of its heads and the rows of one block.
 
 use super::block::{BLOCK, Block, Matrix};
 use super::tokens::{Sizes, expect};
@@ -17,14 +19,18 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
 use crate::simd::Level;
-use crate::simd::sweep::{Layout, NARROW, padded};
+use crate::simd::near::Near;
+use crate::simd::sweep::{Layout, NARROW, TokenRows, padded};
 use crate::simd::token::{self, Target, gather, scatter};
-use crate::tensor::{Patch, Tensor, TensorMut, TensorRef};
+use crate::tensor::{Patch, Rows, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
+use std::ops::Range;
 use std::slice::ChunksExactMut;
 
 /// So few tokens are computed on the state as it lies.
 const IN_PLACE: usize = 3;
+/// Bytes of the states that a thread goes through for each block: half of a second level of cache.
+const NEAR: usize = 1 << 19;
 
 /// A mechanism that runs over tensors: forward, backward, and token by token.
 ///
@@ -61,17 +67,9 @@ impl<R: Recurrence> Recurrent<R> {
         &self.mechanism
     }
 
-    /// What instructions to use, and `floats` numbers for each thread that `units` of work are worth.
-    pub(super) fn scratches<'w>(
-        &self,
-        workspace: &'w mut Workspace,
-        units: usize,
-        floats: usize,
-    ) -> Result<(Level, ChunksExactMut<'w, f32>)> {
-        let cpu = self.cpu.map_or_else(Cpu::detect, Ok)?;
-        let threads = cpu.threads.count().min(units).max(1);
-        workspace.reserve(4 * threads * floats);
-        Ok((cpu.level, workspace.floats(threads * floats)?.chunks_exact_mut(floats)))
+    /// The instructions and threads of a call.
+    pub(super) fn machine(&self) -> Result<Cpu> {
+        self.cpu.map_or_else(Cpu::detect, Ok)
     }
 
     /// The states with which these tokens' sequences begin: zeros. Allocates them.
@@ -130,14 +128,17 @@ impl<R: Recurrence> Recurrent<R> {
             }
         }
         state.check(sizes.state(), form.normaliser)?;
-        let units = sizes.spans.count() * sizes.heads;
-        let (level, scratches) = self.scratches(workspace, units, Scratch::floats(&sizes))?;
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
-        let mut reads = reads.map(|reads| reads.into_patches(sizes.spans, 1));
-        let patches = out.into_patches(sizes.spans, 1).zip(state.units_mut(1));
-        let items = patches.enumerate().map(move |(index, (out, (matrix, key_sum)))| {
+        let cpu = self.machine()?;
+        let bytes = 4 * sizes.key_dim * sizes.strides().1;
+        let each = together(sizes.heads, sizes.spans.count(), cpu.threads.count(), NEAR / bytes);
+        let units = sizes.spans.count() * (sizes.heads / each);
+        let scratches = scratches(workspace, cpu, units, Scratch::floats(&sizes, each))?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
+        let mut reads = reads.map(|reads| reads.into_patches(sizes.spans, each));
+        let patches = out.into_patches(sizes.spans, each).zip(state.units_mut(each));
+        let items = patches.enumerate().map(move |(index, (out, (matrices, key_sums)))| {
             let reads = reads.as_mut().and_then(Iterator::next);
-            Unit { index, out, reads, matrix, key_sum }
+            Unit { index, each, out, reads, matrices, key_sums }
         });
         for_each_item(items, scratches, |unit, floats| engine.unit(unit, floats));
         Ok(())
@@ -167,13 +168,35 @@ impl Sizes<'_> {
     }
 }
 
-/// One sequence of one head.
+/// `floats` numbers for each thread that `units` of work are worth.
+pub(super) fn scratches(
+    workspace: &mut Workspace,
+    cpu: Cpu,
+    units: usize,
+    floats: usize,
+) -> Result<ChunksExactMut<'_, f32>> {
+    let threads = cpu.threads.count().min(units).max(1);
+    workspace.reserve(4 * threads * floats);
+    Ok(workspace.floats(threads * floats)?.chunks_exact_mut(floats))
+}
+
+/// How many of `heads` one thread takes through a sequence together: a divisor, at most `near`, that leaves work for all
+/// threads if any does.
+pub(super) fn together(heads: usize, sequences: usize, threads: usize, near: usize) -> usize {
+    let enough = |each: usize| sequences * (heads / each) >= threads.min(sequences * heads);
+    let fits = |each: &usize| heads.is_multiple_of(*each) && *each <= near.max(1);
+    (1..=heads).rev().filter(fits).find(|&each| enough(each)).unwrap_or(1)
+}
+
+/// Neighbouring heads of one sequence.
 struct Unit<'a, E> {
     index: usize,
+    /// Heads.
+    each: usize,
     out: Patch<'a, E>,
     reads: Option<Patch<'a, f32>>,
-    matrix: &'a mut [f32],
-    key_sum: &'a mut [f32],
+    matrices: &'a mut [f32],
+    key_sums: &'a mut [f32],
 }
 
 /// Tokens of a head, by absolute position.
@@ -227,31 +250,48 @@ impl<'a> Gathered<'a> {
     }
 }
 
+/// The rows of a block of tokens, in scratch or where the tensors lie.
+struct Mapped<'a> {
+    q: TokenRows<'a>,
+    k: TokenRows<'a>,
+    v: TokenRows<'a>,
+}
+
+/// Rows that need no map, no widening and no padding, as they lie.
+fn in_place<E: Element>(rows: Rows<'_, E>, map: FeatureMap) -> Option<TokenRows<'_>> {
+    let ready = map == FeatureMap::Identity && rows.width() == padded(rows.width());
+    let rows = rows.as_f32().filter(|_| ready)?;
+    Some(TokenRows { data: rows.as_slice(), stride: rows.stride() })
+}
+
 /// What a thread writes to while it computes a unit.
 struct Scratch<'a> {
     rows: Gathered<'a>,
     out: &'a mut [f32],
     reads: &'a mut [f32],
     factors: &'a mut [f32],
-    z: &'a mut [f32],
-    state: &'a mut [f32],
+    /// Of each head: the sum of keys.
+    sums: &'a mut [f32],
+    /// Of each head, packed.
+    states: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
-    fn floats(sizes: &Sizes<'_>) -> usize {
+    fn floats(sizes: &Sizes<'_>, each: usize) -> usize {
         let (keys, values) = sizes.strides();
-        Gathered::floats(sizes) + BLOCK * (2 * values + 1) + keys + sizes.key_dim * values
+        let heads = each * (keys + sizes.key_dim * values);
+        Gathered::floats(sizes) + BLOCK * (2 * values + 1) + heads
     }
 
-    fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>) -> Scratch<'a> {
+    fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>, each: usize) -> Scratch<'a> {
         let (keys, values) = sizes.strides();
         Scratch {
-            state: take(&mut floats, sizes.key_dim * values),
+            states: take(&mut floats, each * sizes.key_dim * values),
             rows: Gathered::take(&mut floats, sizes),
             out: take(&mut floats, BLOCK * values),
             reads: take(&mut floats, BLOCK * values),
             factors: take(&mut floats, BLOCK),
-            z: take(&mut floats, keys),
+            sums: take(&mut floats, each * keys),
         }
     }
 }
@@ -260,61 +300,138 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     fn unit(&self, mut unit: Unit<'_, E>, floats: &mut [f32]) {
         let Sizes { heads, key_dim, value_dim, .. } = self.sizes;
         let (keys, values) = self.sizes.strides();
-        let (batch, span) = self.sizes.spans.get(unit.index / heads);
-        let scratch = Scratch::take(floats, &self.sizes);
-        let Scratch { mut rows, out, reads, factors, z, state } = scratch;
+        let groups = heads / unit.each;
+        let (batch, span) = self.sizes.spans.get(unit.index / groups);
+        let mut scratch = Scratch::take(floats, &self.sizes, unit.each);
         let in_place = span.len() <= IN_PLACE && values == value_dim;
         let layout = match in_place {
             true => Layout::dense(key_dim, value_dim),
             false => Layout::packed(key_dim, value_dim, NARROW),
         };
+        let (size, sums) = (key_dim * value_dim, unit.key_sums.len() / unit.each);
         if !in_place {
-            layout.pack(unit.matrix, value_dim, state);
+            let states = scratch.states.chunks_exact_mut(key_dim * values);
+            for (matrix, state) in unit.matrices.chunks_exact(size).zip(states) {
+                layout.pack(matrix, value_dim, state);
+            }
         }
-        z.fill(0.0);
-        z[..unit.key_sum.len()].copy_from_slice(unit.key_sum);
+        scratch.sums.fill(0.0);
+        for (own, z) in scratch.sums.chunks_exact_mut(keys).enumerate() {
+            z[..sums].copy_from_slice(&unit.key_sums[own * sums..(own + 1) * sums]);
+        }
         for first in span.clone().step_by(BLOCK) {
             let len = BLOCK.min(span.end - first);
-            self.gather(&mut rows, Place { batch, first, len, head: unit.index % heads });
-            factors[..len].fill(1.0);
-            self.mechanism.block(&mut Block {
-                level: self.level,
-                len,
-                strides: (keys, values),
-                q: &rows.q[..len * keys],
-                k: &rows.k[..len * keys],
-                v: &rows.v[..len * values],
-                decay: rows.decay,
-                beta: &rows.beta[..len],
-                state: Matrix {
-                    data: if in_place { &mut *unit.matrix } else { &mut *state },
-                    layout,
-                },
-                z,
-                out: &mut out[..len * values],
-                factors: &mut factors[..len],
-                reads: &mut reads[..len * values],
-            });
-            let to = Target { patch: &mut unit.out, first: first - span.start, head: 0 };
-            let (out, factors) = (&out[..len * values], &factors[..len]);
-            scatter(self.level, out, factors, self.sizes.scale, to);
-            if let Some(patch) = &mut unit.reads {
-                for t in 0..len {
-                    let to = patch.row(first - span.start + t, 0);
-                    to.copy_from_slice(&reads[t * values..][..value_dim]);
-                }
+            for own in 0..unit.each {
+                let head = unit.index % groups * unit.each + own;
+                let place = Place { batch, first, len, head };
+                let near = self.near(&mut unit, span.clone(), place, own);
+                self.block(
+                    &mut unit,
+                    (own, first - span.start),
+                    place,
+                    (&mut scratch, layout),
+                    near,
+                );
             }
         }
         if !in_place {
-            layout.unpack(state, unit.matrix, value_dim);
+            let states = scratch.states.chunks_exact(key_dim * values);
+            for (matrix, state) in unit.matrices.chunks_exact_mut(size).zip(states) {
+                layout.unpack(state, matrix, value_dim);
+            }
         }
-        unit.key_sum.copy_from_slice(&z[..unit.key_sum.len()]);
+        for (own, z) in scratch.sums.chunks_exact(keys).enumerate() {
+            unit.key_sums[own * sums..(own + 1) * sums].copy_from_slice(&z[..sums]);
+        }
+    }
+
+    /// The rows of the block that comes after this one: of the next head, or of the first one and the next tokens.
+    fn near(&self, unit: &mut Unit<'_, E>, span: Range<usize>, place: Place, own: usize) -> Near {
+        let Place { batch, first, len, head } = place;
+        let (own, first) = match own + 1 < unit.each {
+            true => (own + 1, first),
+            false => (0, first + len),
+        };
+        if first >= span.end {
+            return Near::nothing();
+        }
+        let head = head / unit.each * unit.each + own;
+        let tokens = first..span.end.min(first + BLOCK);
+        let mut near = Near::of(tokens.len());
+        let Tokens { q, k, v, .. } = self.tokens;
+        for rows in
+            [q.head(batch, self.group(head)), k.head(batch, self.group(head)), v.head(batch, head)]
+        {
+            let rows = rows.slice(tokens.clone());
+            near.add(rows.as_ptr(), rows.stride(), rows.width());
+        }
+        let start = first - span.start;
+        near.add(unit.out.row(start, own).as_ptr(), unit.out.stride(), self.sizes.value_dim);
+        if let Some(reads) = &mut unit.reads {
+            near.add(reads.row(start, own).as_ptr(), reads.stride(), self.sizes.value_dim);
+        }
+        if let Some(log_decay) = self.tokens.log_decay.filter(|x| x.shape().dim > 1) {
+            let rows = log_decay.head(batch, head).slice(tokens);
+            near.add(rows.as_ptr(), rows.stride(), rows.width());
+        }
+        near
+    }
+
+    /// One block of the `own`-th head of a unit, `start` tokens after its beginning.
+    fn block(
+        &self,
+        unit: &mut Unit<'_, E>,
+        (own, start): (usize, usize),
+        place: Place,
+        (scratch, layout): (&mut Scratch<'_>, Layout),
+        near: Near,
+    ) {
+        let Sizes { key_dim, value_dim, .. } = self.sizes;
+        let (keys, values) = self.sizes.strides();
+        let len = place.len;
+        let Scratch { rows: Gathered { q, k, v, decay, beta }, out, reads, factors, sums, states } =
+            scratch;
+        self.gather_gates((decay, beta), place);
+        let Mapped { q, k, v } = self.mapped((q, k, v), place);
+        factors[..len].fill(1.0);
+        let data = match layout.row_stride {
+            Some(_) => &mut unit.matrices[own * key_dim * value_dim..][..key_dim * value_dim],
+            None => &mut states[own * key_dim * values..][..key_dim * values],
+        };
+        self.mechanism.block(&mut Block {
+            level: self.level,
+            len,
+            strides: (keys, values),
+            q,
+            k,
+            v,
+            decay,
+            beta: &beta[..len],
+            state: Matrix { data, layout },
+            z: &mut sums[own * keys..][..keys],
+            out: &mut out[..len * values],
+            factors: &mut factors[..len],
+            reads: &mut reads[..len * values],
+            near,
+        });
+        let to = Target { patch: &mut unit.out, first: start, head: own };
+        scatter(self.level, &out[..len * values], &factors[..len], self.sizes.scale, to);
+        if let Some(patch) = &mut unit.reads {
+            for t in 0..len {
+                let to = patch.row(start + t, own);
+                to.copy_from_slice(&reads[t * values..][..value_dim]);
+            }
+        }
     }
 
     /// The mapped rows of a block of tokens.
     pub(super) fn gather(&self, rows: &mut Gathered<'_>, place: Place) {
         self.gather_queries(rows, place);
-        self.gather_keys(rows, place);
+        self.gather_keys((rows.k, rows.v), place);
+        self.gather_gates((rows.decay, rows.beta), place);
+    }
+
+    fn gather_gates(&self, (decay, beta): (&mut [f32], &mut [f32]), place: Place) {
         let Place { batch, first, len, head } = place;
         let range = first..first + len;
         if let Some(log_decay) = self.tokens.log_decay {
@@ -322,17 +439,42 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             match self.mechanism.form().decay {
                 DecayForm::Scalar => (0..len).for_each(|t| {
                     // In f64, since an error is multiplied along the sequence.
-                    rows.decay[t] = f64::from(log_decay.row(t)[0]).exp() as f32;
+                    decay[t] = f64::from(log_decay.row(t)[0]).exp() as f32;
                 }),
-                _ => gather(self.level, log_decay, FeatureMap::Exp, rows.decay),
+                _ => gather(self.level, log_decay, FeatureMap::Exp, decay),
             }
-        } else if let Some(decay) = self.mechanism.fixed_decay(head) {
-            rows.decay[..len].fill(decay);
+        } else if let Some(fixed) = self.mechanism.fixed_decay(head) {
+            decay[..len].fill(fixed);
         }
-        if let Some(beta) = self.tokens.beta {
-            let beta = beta.head(batch, head).slice(range);
-            (0..len).for_each(|t| rows.beta[t] = beta.row(t)[0]);
+        if let Some(given) = self.tokens.beta {
+            let given = given.head(batch, head).slice(range);
+            (0..len).for_each(|t| beta[t] = given.row(t)[0]);
         }
+    }
+
+    /// The rows of a block of tokens: where they lie, or mapped and gathered.
+    fn mapped<'r>(
+        &'r self,
+        (q, k, v): (&'r mut [f32], &'r mut [f32], &'r mut [f32]),
+        place: Place,
+    ) -> Mapped<'r> {
+        let Place { batch, first, len, head } = place;
+        let (map, range, group) = (self.mechanism.form().map, first..first + len, self.group(head));
+        let rows = |tensor: TensorRef<'r, E>, head| tensor.head(batch, head).slice(range.clone());
+        let own = (rows(self.tokens.k, group), rows(self.tokens.v, head));
+        let queries = rows(self.tokens.q, group);
+        let q = in_place(queries, map).unwrap_or_else(|| {
+            gather(self.level, queries, map, q);
+            TokenRows { data: q, stride: self.sizes.strides().0 }
+        });
+        let here = self.tokens.present.is_none();
+        let lie = in_place(own.0, map).zip(in_place(own.1, FeatureMap::Identity));
+        let (k, v) = lie.filter(|_| here).unwrap_or_else(|| {
+            self.gather_keys((k, v), place);
+            let (keys, values) = self.sizes.strides();
+            (TokenRows { data: k, stride: keys }, TokenRows { data: v, stride: values })
+        });
+        Mapped { q, k, v }
     }
 
     pub(super) fn gather_queries(&self, rows: &mut Gathered<'_>, place: Place) {
@@ -342,19 +484,19 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     }
 
     /// Keys and values; those of absent tokens are zeros.
-    pub(super) fn gather_keys(&self, rows: &mut Gathered<'_>, place: Place) {
+    pub(super) fn gather_keys(&self, (to_k, to_v): (&mut [f32], &mut [f32]), place: Place) {
         let Place { batch, first, len, head } = place;
         let Tokens { k, v, .. } = *self.tokens;
         let range = first..first + len;
         let map = self.mechanism.form().map;
         let keys = k.head(batch, self.group(head)).slice(range.clone());
-        gather(self.level, keys, map, rows.k);
+        gather(self.level, keys, map, to_k);
         let values = v.head(batch, head).slice(range.clone());
-        gather(self.level, values, FeatureMap::Identity, rows.v);
+        gather(self.level, values, FeatureMap::Identity, to_v);
         let (keys, values) = self.sizes.strides();
         for t in (0..len).filter(|t| !self.is_present(batch, first + t)) {
-            rows.k[t * keys..(t + 1) * keys].fill(0.0);
-            rows.v[t * values..(t + 1) * values].fill(0.0);
+            to_k[t * keys..(t + 1) * keys].fill(0.0);
+            to_v[t * values..(t + 1) * values].fill(0.0);
         }
     }
 

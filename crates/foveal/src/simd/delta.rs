@@ -9,6 +9,7 @@
 //! that the state goes through the registers once a token. Sums over rows are one chain each: no bit depends on where a
 //! sequence is cut.
 
+use super::near::{Near, Share};
 use super::sweep::{Layout, TokenRows};
 use super::{Simd, dispatch};
 
@@ -33,6 +34,8 @@ pub(crate) struct Ahead<'a> {
     pub(crate) reads: &'a mut [f32],
     /// Out: o.
     pub(crate) out: &'a mut [f32],
+    /// What is asked for meanwhile.
+    pub(crate) near: Near,
 }
 
 /// What [`behind`] reads and writes.
@@ -49,6 +52,8 @@ pub(crate) struct Behind<'a> {
     pub(crate) products: &'a [f32],
     /// Out: d, the gradient of u.
     pub(crate) out: &'a mut [f32],
+    /// What is asked for meanwhile.
+    pub(crate) near: Near,
 }
 
 struct Io<'a> {
@@ -60,6 +65,7 @@ struct Io<'a> {
     products: &'a [f32],
     reads: *mut f32,
     out: *mut f32,
+    near: Near,
 }
 
 dispatch! {
@@ -69,15 +75,24 @@ dispatch! {
 
 #[inline(always)]
 fn ahead_kernel<S: Simd>(s: S, args: Ahead<'_>) {
-    let Ahead { state, layout, rows, decay, beta, reads, out } = args;
+    let Ahead { state, layout, rows, decay, beta, reads, out, near } = args;
     let (tokens, columns) = (beta.len(), layout.columns);
     check(state, layout, rows, tokens);
     assert!(reads.len() >= tokens * columns && out.len() >= tokens * columns);
     assert!(decay.is_none_or(|decay| decay.len() >= tokens));
     let (reads, out) = (reads.as_mut_ptr(), out.as_mut_ptr());
     let state = state.as_mut_ptr();
-    let io =
-        Io { state, layout, rows, decay: decay.unwrap_or(&[]), beta, products: &[], reads, out };
+    let io = Io {
+        state,
+        layout,
+        rows,
+        decay: decay.unwrap_or(&[]),
+        beta,
+        products: &[],
+        reads,
+        out,
+        near,
+    };
     // SAFETY: rows and outputs hold `tokens` rows of the state's extents, and the state its layout.
     unsafe {
         match decay {
@@ -94,14 +109,15 @@ dispatch! {
 
 #[inline(always)]
 fn behind_kernel<S: Simd>(s: S, args: Behind<'_>) {
-    let Behind { state, layout, rows, decay, beta, products, out } = args;
+    let Behind { state, layout, rows, decay, beta, products, out, near } = args;
     let tokens = beta.len();
     check(state, layout, rows, tokens);
     assert!(out.len() >= tokens * layout.columns && products.len() >= tokens);
     assert!(decay.is_none_or(|decay| decay.len() >= tokens));
     let (reads, out) = (std::ptr::null_mut(), out.as_mut_ptr());
     let state = state.as_mut_ptr();
-    let io = Io { state, layout, rows, decay: decay.unwrap_or(&[]), beta, products, reads, out };
+    let io =
+        Io { state, layout, rows, decay: decay.unwrap_or(&[]), beta, products, reads, out, near };
     // SAFETY: as above; reads are not written.
     unsafe {
         match decay {
@@ -131,16 +147,23 @@ unsafe fn panels<S: Simd, const DECAY: bool, const BEHIND: bool>(s: S, io: &Io<'
         let vectors = panel.width / S::LANES;
         let mut v = 0;
         while v < vectors {
+            let first = panel.first + v * S::LANES;
+            let width = match vectors - v {
+                4.. if S::LANES == 16 => 4,
+                2.. => 2,
+                _ => 1,
+            };
             let at = Column {
                 state: io.state.wrapping_add(panel.offset + v * S::LANES),
                 stride: panel.stride,
-                first: panel.first + v * S::LANES,
+                first,
+                share: io.near.share(first, width * S::LANES, io.layout.columns),
             };
             // SAFETY: so many vectors of the panel are left from this column on.
             v += unsafe {
-                match vectors - v {
-                    4.. if S::LANES == 16 => tokens::<S, DECAY, BEHIND, 4>(s, io, at),
-                    2.. => tokens::<S, DECAY, BEHIND, 2>(s, io, at),
+                match width {
+                    4 => tokens::<S, DECAY, BEHIND, 4>(s, io, at),
+                    2 => tokens::<S, DECAY, BEHIND, 2>(s, io, at),
                     _ => tokens::<S, DECAY, BEHIND, 1>(s, io, at),
                 }
             };
@@ -154,6 +177,7 @@ struct Column {
     state: *mut f32,
     stride: usize,
     first: usize,
+    share: Share,
 }
 
 /// Takes V vectors of columns through all tokens; returns V.
@@ -175,6 +199,7 @@ unsafe fn tokens<S: Simd, const DECAY: bool, const BEHIND: bool, const V: usize>
             let t = if BEHIND { count - 1 - i } else { i };
             let next = if BEHIND { t.wrapping_sub(1) } else { t + 1 };
             let place = t * columns + at.first;
+            io.near.ask(s, i, at.share);
             let mut v = [s.splat(0.0); V];
             for n in 0..V {
                 v[n] = s.load(row(io.rows.v, t).add(at.first + n * S::LANES));

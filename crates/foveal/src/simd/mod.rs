@@ -31,6 +31,7 @@ pub(crate) mod delta;
 pub(crate) mod encode;
 pub(crate) mod gradient;
 pub(crate) mod math;
+pub(crate) mod near;
 pub(crate) mod nn;
 pub(crate) mod norm;
 pub(crate) mod pairs;

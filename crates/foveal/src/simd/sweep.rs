@@ -13,6 +13,7 @@
 //! pass. An element of M is one chain of operations in the order of tokens, an element of a read one chain over rows:
 //! no bit depends on how many tokens share a pass or a call.
 
+use super::near::{Near, Share};
 use super::{Simd, dispatch};
 
 /// Columns of a packed panel: what stays in the first level of cache.
@@ -193,6 +194,8 @@ pub(crate) struct Sweep<'a> {
     pub(crate) read: Option<Read<'a>>,
     /// Added after the read.
     pub(crate) after: Option<Write<'a>>,
+    /// What is asked for meanwhile.
+    pub(crate) near: Near,
 }
 
 const SCALAR: u32 = 1;
@@ -250,6 +253,7 @@ struct Io {
     read: (Source, *mut f32),
     after: (Source, Source),
     out_stride: usize,
+    near: Near,
 }
 
 dispatch! {
@@ -285,7 +289,7 @@ fn sweep_kernel<S: Simd>(s: S, args: Sweep<'_>) {
 
 /// Where everything lies, and which parts there are; checked.
 fn checked(args: Sweep<'_>) -> (Io, u32) {
-    let Sweep { state, layout, tokens, reverse, decay, before, write, read, after } = args;
+    let Sweep { state, layout, tokens, reverse, decay, before, write, read, after, near } = args;
     let Layout { rows, columns, .. } = layout;
     assert!(columns.is_multiple_of(16) && layout.panel.is_multiple_of(16));
     assert!(layout.row_stride.is_none_or(|stride| stride >= columns));
@@ -302,6 +306,7 @@ fn checked(args: Sweep<'_>) -> (Io, u32) {
         read: (Source::NONE, std::ptr::null_mut()),
         after: (Source::NONE, Source::NONE),
         out_stride: columns,
+        near,
     };
     let (decay_rows, kind, width) = match decay {
         Decay::None => (None, 0, 0),
@@ -343,19 +348,22 @@ unsafe fn panels<S: Simd, const OPS: u32>(s: S, io: &Io, layout: Layout) {
         let vectors = panel.width / S::LANES;
         let mut v = 0;
         while v < vectors {
+            let first = panel.first + v * S::LANES;
+            let width = if vectors - v >= 4 && io.tokens == 1 { 4 } else { 2.min(vectors - v) };
             let at = Column {
                 state: io.state.wrapping_add(panel.offset + v * S::LANES),
                 stride: panel.stride,
-                first: panel.first + v * S::LANES,
+                first,
+                share: io.near.share(first, width * S::LANES, layout.columns),
             };
             // SAFETY: so many vectors of the panel are left from this column on.
             v += unsafe {
-                match vectors - v {
-                    4.. if io.tokens == 1 => {
+                match width {
+                    4 => {
                         pass::<S, OPS, 1, 4>(s, io, at, 0);
                         4
                     }
-                    2.. => tokens::<S, OPS, 2>(s, io, at),
+                    2 => tokens::<S, OPS, 2>(s, io, at),
                     _ => tokens::<S, OPS, 1>(s, io, at),
                 }
             };
@@ -369,6 +377,7 @@ struct Column {
     state: *mut f32,
     stride: usize,
     first: usize,
+    share: Share,
 }
 
 /// Takes V vectors of columns through all tokens; returns V.
@@ -434,35 +443,38 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
         }
         let mut before = [[zero; V]; T];
         let mut sums = [[zero; V]; T];
-        for r in 0..io.rows {
-            let p = at.state.add(r * at.stride);
-            let mut m = [zero; V];
-            for v in 0..V {
-                m[v] = s.load(p.add(v * S::LANES));
-            }
-            for i in 0..T {
-                if OPS & LATE == 0 {
-                    multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
-                }
-                if OPS & BEFORE != 0 {
-                    accumulate(s, *before_by[i].add(r), &m, &mut before[i]);
-                }
-                if OPS & WRITE != 0 {
-                    accumulate(s, *x[i].add(r), &y[i], &mut m);
-                }
-                if OPS & READ != 0 {
-                    accumulate(s, *by[i].add(r), &m, &mut sums[i]);
-                }
-                if OPS & AFTER != 0 {
-                    accumulate(s, *after_x[i].add(r), &after_y[i], &mut m);
-                }
-                if OPS & LATE != 0 {
-                    multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
-                }
-            }
-            if OPS != READ {
+        for part in 0..T {
+            io.near.ask(s, t + part, at.share);
+            for r in io.rows * part / T..io.rows * (part + 1) / T {
+                let p = at.state.add(r * at.stride);
+                let mut m = [zero; V];
                 for v in 0..V {
-                    s.store(p.add(v * S::LANES), m[v]);
+                    m[v] = s.load(p.add(v * S::LANES));
+                }
+                for i in 0..T {
+                    if OPS & LATE == 0 {
+                        multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
+                    }
+                    if OPS & BEFORE != 0 {
+                        accumulate(s, *before_by[i].add(r), &m, &mut before[i]);
+                    }
+                    if OPS & WRITE != 0 {
+                        accumulate(s, *x[i].add(r), &y[i], &mut m);
+                    }
+                    if OPS & READ != 0 {
+                        accumulate(s, *by[i].add(r), &m, &mut sums[i]);
+                    }
+                    if OPS & AFTER != 0 {
+                        accumulate(s, *after_x[i].add(r), &after_y[i], &mut m);
+                    }
+                    if OPS & LATE != 0 {
+                        multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
+                    }
+                }
+                if OPS != READ {
+                    for v in 0..V {
+                        s.store(p.add(v * S::LANES), m[v]);
+                    }
                 }
             }
         }
