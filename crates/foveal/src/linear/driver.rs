@@ -324,14 +324,7 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             for own in 0..unit.each {
                 let head = unit.index % groups * unit.each + own;
                 let place = Place { batch, first, len, head };
-                let near = self.near(&mut unit, span.clone(), place, own);
-                self.block(
-                    &mut unit,
-                    (own, first - span.start),
-                    place,
-                    (&mut scratch, layout),
-                    near,
-                );
+                self.block(&mut unit, own, place, (&mut scratch, layout));
             }
         }
         if !in_place {
@@ -346,7 +339,7 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     }
 
     /// The rows of the block that comes after this one: of the next head, or of the first one and the next tokens.
-    fn near(&self, unit: &mut Unit<'_, E>, span: Range<usize>, place: Place, own: usize) -> Near {
+    fn near(&self, unit: &mut Unit<'_, E>, own: usize, place: Place, span: Range<usize>) -> Near {
         let Place { batch, first, len, head } = place;
         let (own, first) = match own + 1 < unit.each {
             true => (own + 1, first),
@@ -359,9 +352,8 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
         let tokens = first..span.end.min(first + BLOCK);
         let mut near = Near::of(tokens.len());
         let Tokens { q, k, v, .. } = self.tokens;
-        for rows in
-            [q.head(batch, self.group(head)), k.head(batch, self.group(head)), v.head(batch, head)]
-        {
+        let group = self.group(head);
+        for rows in [q.head(batch, group), k.head(batch, group), v.head(batch, head)] {
             let rows = rows.slice(tokens.clone());
             near.add(rows.as_ptr(), rows.stride(), rows.width());
         }
@@ -381,11 +373,13 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     fn block(
         &self,
         unit: &mut Unit<'_, E>,
-        (own, start): (usize, usize),
+        own: usize,
         place: Place,
         (scratch, layout): (&mut Scratch<'_>, Layout),
-        near: Near,
     ) {
+        let span = self.sizes.spans.get(unit.index / (self.sizes.heads / unit.each)).1;
+        let start = place.first - span.start;
+        let near = self.near(unit, own, place, span);
         let Sizes { key_dim, value_dim, .. } = self.sizes;
         let (keys, values) = self.sizes.strides();
         let len = place.len;
@@ -467,12 +461,14 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             gather(self.level, queries, map, q);
             TokenRows { data: q, stride: self.sizes.strides().0 }
         });
-        let here = self.tokens.present.is_none();
-        let lie = in_place(own.0, map).zip(in_place(own.1, FeatureMap::Identity));
-        let (k, v) = lie.filter(|_| here).unwrap_or_else(|| {
-            self.gather_keys((k, v), place);
-            let (keys, values) = self.sizes.strides();
-            (TokenRows { data: k, stride: keys }, TokenRows { data: v, stride: values })
+        let lie = |rows, map| in_place(rows, map).filter(|_| self.tokens.present.is_none());
+        let k = lie(own.0, map).unwrap_or_else(|| {
+            self.gather_present(own.0, map, place, k);
+            TokenRows { data: k, stride: self.sizes.strides().0 }
+        });
+        let v = lie(own.1, FeatureMap::Identity).unwrap_or_else(|| {
+            self.gather_present(own.1, FeatureMap::Identity, place, v);
+            TokenRows { data: v, stride: self.sizes.strides().1 }
         });
         Mapped { q, k, v }
     }
@@ -486,17 +482,20 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     /// Keys and values; those of absent tokens are zeros.
     pub(super) fn gather_keys(&self, (to_k, to_v): (&mut [f32], &mut [f32]), place: Place) {
         let Place { batch, first, len, head } = place;
-        let Tokens { k, v, .. } = *self.tokens;
         let range = first..first + len;
         let map = self.mechanism.form().map;
-        let keys = k.head(batch, self.group(head)).slice(range.clone());
-        gather(self.level, keys, map, to_k);
-        let values = v.head(batch, head).slice(range.clone());
-        gather(self.level, values, FeatureMap::Identity, to_v);
-        let (keys, values) = self.sizes.strides();
-        for t in (0..len).filter(|t| !self.is_present(batch, first + t)) {
-            to_k[t * keys..(t + 1) * keys].fill(0.0);
-            to_v[t * values..(t + 1) * values].fill(0.0);
+        let keys = self.tokens.k.head(batch, self.group(head)).slice(range.clone());
+        self.gather_present(keys, map, place, to_k);
+        let values = self.tokens.v.head(batch, head).slice(range);
+        self.gather_present(values, FeatureMap::Identity, place, to_v);
+    }
+
+    /// Rows, with zeros for those of absent tokens.
+    fn gather_present(&self, rows: Rows<'_, E>, map: FeatureMap, place: Place, to: &mut [f32]) {
+        gather(self.level, rows, map, to);
+        let stride = padded(rows.width());
+        for t in (0..place.len).filter(|t| !self.is_present(place.batch, place.first + t)) {
+            to[t * stride..(t + 1) * stride].fill(0.0);
         }
     }
 

@@ -9,7 +9,7 @@
 //! that the state goes through the registers once a token. Sums over rows are one chain each: no bit depends on where a
 //! sequence is cut.
 
-use super::near::{Near, Share};
+use super::near::{Near, Turn};
 use super::sweep::{Layout, TokenRows};
 use super::{Simd, dispatch};
 
@@ -157,7 +157,7 @@ unsafe fn panels<S: Simd, const DECAY: bool, const BEHIND: bool>(s: S, io: &Io<'
                 state: io.state.wrapping_add(panel.offset + v * S::LANES),
                 stride: panel.stride,
                 first,
-                share: io.near.share(first, width * S::LANES, io.layout.columns),
+                turn: Turn::new(first, width * S::LANES, io.layout.columns),
             };
             // SAFETY: so many vectors of the panel are left from this column on.
             v += unsafe {
@@ -177,7 +177,7 @@ struct Column {
     state: *mut f32,
     stride: usize,
     first: usize,
-    share: Share,
+    turn: Turn,
 }
 
 /// Takes V vectors of columns through all tokens; returns V.
@@ -199,7 +199,7 @@ unsafe fn tokens<S: Simd, const DECAY: bool, const BEHIND: bool, const V: usize>
             let t = if BEHIND { count - 1 - i } else { i };
             let next = if BEHIND { t.wrapping_sub(1) } else { t + 1 };
             let place = t * columns + at.first;
-            io.near.ask(s, i, at.share);
+            io.near.ask(s, i, at.turn);
             let mut v = [s.splat(0.0); V];
             for n in 0..V {
                 v[n] = s.load(row(io.rows.v, t).add(at.first + n * S::LANES));

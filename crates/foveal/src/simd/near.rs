@@ -1,7 +1,7 @@
 //! Rows that are wanted next, asked for while a state goes through other tokens.
 //!
 //! ```text
-//! for each pass over the rows of some columns, token t:   the same share of row t of every tensor → second level
+//! for each pass over the rows of some columns, token t:   row t of every tensor → second level, if it is their turn
 //! ```
 //!
 //! Sweeps of a state are bound by arithmetic and leave the memory idle; rows of one head lie between those of others, where
@@ -12,8 +12,6 @@ use super::Simd;
 const LINE: usize = 64;
 /// Tensors that a block reads and writes at most.
 const TENSORS: usize = 8;
-/// Shares of a row are multiples of 2⁻¹⁶.
-const ONE: usize = 1 << 16;
 
 /// Rows of one tensor, by address.
 #[derive(Debug, Clone, Copy)]
@@ -54,37 +52,34 @@ impl Near {
         self.count += 1;
     }
 
-    /// Which share of each row a pass over `width` of `columns` columns asks for.
-    pub(super) fn share(&self, first: usize, width: usize, columns: usize) -> Share {
-        let of = |column: usize| if self.count == 0 { 0 } else { column * ONE / columns };
-        Share { from: of(first), to: of(first + width) }
-    }
-
-    /// Asks for a share of a token's rows.
+    /// Asks for a token's rows, if it is the turn of these columns.
     #[inline(always)]
-    pub(super) fn ask<S: Simd>(&self, s: S, token: usize, share: Share) {
-        if token >= self.tokens {
+    pub(super) fn ask<S: Simd>(&self, s: S, token: usize, turn: Turn) {
+        if token >= self.tokens || token as u32 % turn.groups != turn.group {
             return;
         }
         for rows in &self.rows[..self.count] {
             let row = rows.first.wrapping_add(token * rows.stride);
-            // Rows need not begin where lines do: a share goes on to the line of its last byte.
-            let (from, to) = (rows.bytes * share.from / ONE, rows.bytes * share.to / ONE);
-            let mut at = from / LINE * LINE;
-            while at < to {
-                s.prefetch(row.wrapping_add(at));
-                at += LINE;
-            }
-            if share.to == ONE {
-                s.prefetch(row.wrapping_add(rows.bytes - 1));
+            // Rows need not begin where lines do.
+            let (end, skip) = (row.wrapping_add(rows.bytes), row.addr() % LINE);
+            let mut line = row.wrapping_sub(skip);
+            while line < end {
+                s.prefetch(line);
+                line = line.wrapping_add(LINE);
             }
         }
     }
 }
 
-/// A part of a row: where it begins and ends.
+/// Which of the groups of columns, each of which goes through all tokens, this is.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Share {
-    from: usize,
-    to: usize,
+pub(super) struct Turn {
+    group: u32,
+    groups: u32,
+}
+
+impl Turn {
+    pub(super) fn new(first: usize, width: usize, columns: usize) -> Turn {
+        Turn { group: (first / width) as u32, groups: (columns / width).max(1) as u32 }
+    }
 }

@@ -13,7 +13,7 @@
 //! pass. An element of M is one chain of operations in the order of tokens, an element of a read one chain over rows:
 //! no bit depends on how many tokens share a pass or a call.
 
-use super::near::{Near, Share};
+use super::near::{Near, Turn};
 use super::{Simd, dispatch};
 
 /// Columns of a packed panel: what stays in the first level of cache.
@@ -354,7 +354,7 @@ unsafe fn panels<S: Simd, const OPS: u32>(s: S, io: &Io, layout: Layout) {
                 state: io.state.wrapping_add(panel.offset + v * S::LANES),
                 stride: panel.stride,
                 first,
-                share: io.near.share(first, width * S::LANES, layout.columns),
+                turn: Turn::new(first, width * S::LANES, layout.columns),
             };
             // SAFETY: so many vectors of the panel are left from this column on.
             v += unsafe {
@@ -377,7 +377,7 @@ struct Column {
     state: *mut f32,
     stride: usize,
     first: usize,
-    share: Share,
+    turn: Turn,
 }
 
 /// Takes V vectors of columns through all tokens; returns V.
@@ -444,7 +444,7 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
         let mut before = [[zero; V]; T];
         let mut sums = [[zero; V]; T];
         for part in 0..T {
-            io.near.ask(s, t + part, at.share);
+            io.near.ask(s, t + part, at.turn);
             for r in io.rows * part / T..io.rows * (part + 1) / T {
                 let p = at.state.add(r * at.stride);
                 let mut m = [zero; V];
