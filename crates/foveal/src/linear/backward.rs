@@ -1,10 +1,10 @@
 //! The driver of gradients: passes over each sequence, forwards with the state and backwards with its gradient.
 //!
 //! ```text
-//! for each sequence and query/key head (shared out over threads), for each of its value heads:
-//!     First, for delta rules    tokens backwards, with dS
-//!     Ahead                     tokens forwards, with Sᵀ from the initial state       → dφ(q)
-//!     Back                      tokens backwards, with dS and dSᵀ                     → dφ(k), dv
+//! for each sequence and some neighbouring query/key heads with their value heads (shared out over threads):
+//!     First, for delta rules    blocks backwards, with dS
+//!     Ahead                     blocks forwards, with Sᵀ from the initial state       → dφ(q)
+//!     Back                      blocks backwards, with dS and dSᵀ                     → dφ(k), dv
 //! ```
 //!
 //! The state is made again, not stored: each product of a gradient with a state is a read of a sweep, of the state or
@@ -14,21 +14,22 @@
 //! d log a_t = Σ_{i≥t} (q_i ∘ dq_i − k_i ∘ dk_i) + rowsum(dS_T ∘ S_T)         (one number: summed over channels)
 //! ```
 //!
-//! taken in f64, so that no state has to be undone. Memory besides tensors: for each thread three states, the rows of one
-//! block, and what [`Recurrence::kept`] says for each token of a sequence.
+//! taken in f64, so that no state has to be undone. All heads of a unit go through a block before the next one, as forward.
+//! Memory besides tensors: for each thread the rows of one block, and for each of its heads three states and what
+//! [`Recurrence::kept`] says for each token of a sequence.
 
 use super::block::{BLOCK, BlockGradient, Matrix, Pass, Written};
-use super::driver::{Engine, Gathered, Place, Recurrent, scratches, take};
+use super::driver::{Engine, Gathered, NEAR, Place, Recurrent, scratches, take, together};
 use super::tokens::{Sizes, expect};
 use super::{DecayForm, FeatureMap, Recurrence, State, Tokens};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
+use crate::simd::near::Near;
 use crate::simd::sweep::padded;
-use crate::simd::token::{Target, accumulate_rows, derive, gather};
+use crate::simd::token::{Target, accumulate_rows, copy_rows, derive, gather};
 use crate::tensor::{Patch, Shape, Tensor, TensorMut, TensorRef};
 use crate::workspace::Workspace;
-use std::ops::Range;
 
 /// Where gradients are written, all `f32`. What was there is overwritten.
 #[derive(Debug)]
@@ -118,17 +119,20 @@ impl<R: Recurrence> Recurrent<R> {
         check_gradients(tokens, &gradients)?;
         upstream.initial.check(sizes.state(), form.normaliser)?;
         d_state.check(sizes.state(), form.normaliser)?;
-        let units = sizes.spans.count() * sizes.groups;
         let longest = (0..sizes.spans.count()).map(|n| sizes.spans.get(n).1.len()).max();
         let kept = self.mechanism.kept(sizes.key_dim, sizes.value_dim);
-        let blocks = longest.unwrap_or(0).div_ceil(BLOCK);
-        let floats = Scratch::floats(&sizes, blocks * BLOCK * kept);
-        let cpu = self.machine()?;
+        let carried = Carried::floats(&sizes, longest.unwrap_or(0).next_multiple_of(BLOCK) * kept);
+        let (cpu, spans) = (self.machine()?, sizes.spans);
+        let per = sizes.heads / sizes.groups;
+        let near = NEAR / (8 * per * sizes.key_dim * sizes.strides().1);
+        let groups = together(sizes.groups, spans.count(), cpu.threads.count(), near);
+        let units = spans.count() * (sizes.groups / groups);
+        let each = groups * per;
+        let floats = Scratch::floats(&sizes) + each * carried;
         let (level, scratches) = (cpu.level, scratches(workspace, cpu, units, floats)?);
         let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
-        let (spans, each) = (sizes.spans, sizes.heads / sizes.groups);
         let Gradients { d_q, d_k, d_v, d_log_decay, d_beta } = gradients;
-        let keys = d_q.into_patches(spans, 1).zip(d_k.into_patches(spans, 1));
+        let keys = d_q.into_patches(spans, groups).zip(d_k.into_patches(spans, groups));
         let mut decays = d_log_decay.map(|d| d.into_patches(spans, each));
         let mut betas = d_beta.map(|d| d.into_patches(spans, each));
         let states = d_state.units_mut(each).zip(upstream.initial.units(each));
@@ -139,7 +143,7 @@ impl<R: Recurrence> Recurrent<R> {
             let (d_state, initial) = states;
             Unit { index, d_q, d_k, d_v, d_log_decay, d_beta, d_state, initial }
         });
-        let work = Backward { engine, upstream, kept };
+        let work = Backward { engine, upstream, kept, carried, each };
         for_each_item(items, scratches, |unit, floats| work.unit(unit, floats));
         Ok(())
     }
@@ -192,7 +196,7 @@ pub(super) fn check_gradients<E: Element>(
     Ok(())
 }
 
-/// One sequence of one query/key head with the value heads that read it.
+/// One sequence of neighbouring query/key heads with the value heads that read them.
 struct Unit<'a> {
     index: usize,
     d_q: Patch<'a, f32>,
@@ -214,34 +218,20 @@ struct Scratch<'a> {
     d_v: &'a mut [f32],
     d_decay: &'a mut [f32],
     d_beta: &'a mut [f32],
-    z: &'a mut [f32],
-    dz: &'a mut [f32],
     spare: &'a mut [f32],
-    /// The sum of a decay's gradient over later tokens, as pairs of f32 that add up to an f64's worth of digits.
-    suffix: [&'a mut [f32]; 2],
-    ahead: &'a mut [f32],
-    back: &'a mut [f32],
-    back_transposed: &'a mut [f32],
-    kept: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
-    fn floats(sizes: &Sizes<'_>, kept: usize) -> usize {
+    fn floats(sizes: &Sizes<'_>) -> usize {
         let (keys, values) = sizes.strides();
         let decay = padded(sizes.decay_dim.unwrap_or(1));
-        let rows = Gathered::floats(sizes) + BLOCK * (2 * keys + 3 * values + decay + 1);
-        let states = 2 * keys * sizes.value_dim + values * sizes.key_dim;
-        rows + 3 * keys + 2 * decay + states + kept
+        Gathered::floats(sizes) + BLOCK * (2 * keys + 3 * values + decay + 1) + keys
     }
 
-    fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>) -> Scratch<'a> {
+    fn take(floats: &mut &'a mut [f32], sizes: &Sizes<'_>) -> Scratch<'a> {
         let (keys, values) = sizes.strides();
         let decay = padded(sizes.decay_dim.unwrap_or(1));
-        let floats = &mut floats;
         Scratch {
-            ahead: take(floats, keys * sizes.value_dim),
-            back_transposed: take(floats, keys * sizes.value_dim),
-            back: take(floats, values * sizes.key_dim),
             rows: Gathered::take(floats, sizes),
             g: take(floats, BLOCK * values),
             reads: take(floats, BLOCK * values),
@@ -250,9 +240,40 @@ impl<'a> Scratch<'a> {
             d_v: take(floats, BLOCK * values),
             d_decay: take(floats, BLOCK * decay),
             d_beta: take(floats, BLOCK),
+            spare: take(floats, keys),
+        }
+    }
+}
+
+/// What a value head carries from block to block.
+struct Carried<'a> {
+    z: &'a mut [f32],
+    dz: &'a mut [f32],
+    /// The sum of a decay's gradient over later tokens, as pairs of f32 that add up to an f64's worth of digits.
+    suffix: [&'a mut [f32]; 2],
+    ahead: &'a mut [f32],
+    back: &'a mut [f32],
+    back_transposed: &'a mut [f32],
+    kept: &'a mut [f32],
+}
+
+impl<'a> Carried<'a> {
+    fn floats(sizes: &Sizes<'_>, kept: usize) -> usize {
+        let (keys, values) = sizes.strides();
+        let states = 2 * keys * sizes.value_dim + values * sizes.key_dim;
+        states + 2 * keys + 2 * padded(sizes.decay_dim.unwrap_or(1)) + kept
+    }
+
+    fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>) -> Carried<'a> {
+        let (keys, values) = sizes.strides();
+        let decay = padded(sizes.decay_dim.unwrap_or(1));
+        let floats = &mut floats;
+        Carried {
+            ahead: take(floats, keys * sizes.value_dim),
+            back_transposed: take(floats, keys * sizes.value_dim),
+            back: take(floats, values * sizes.key_dim),
             z: take(floats, keys),
             dz: take(floats, keys),
-            spare: take(floats, keys),
             suffix: [take(floats, decay), take(floats, decay)],
             kept: std::mem::take(floats),
         }
@@ -262,64 +283,109 @@ impl<'a> Scratch<'a> {
 struct Backward<'a, 'b, R, E> {
     engine: Engine<'a, 'b, R, E>,
     upstream: Upstream<'a, E>,
+    /// Numbers a token that a pass keeps.
     kept: usize,
+    /// Numbers that a value head carries.
+    carried: usize,
+    /// Value heads of a unit.
+    each: usize,
+}
+
+/// A block of a value head of a unit.
+#[derive(Debug, Clone, Copy)]
+struct Spot {
+    pass: Pass,
+    /// Which of the unit's value heads.
+    own: usize,
+    place: Place,
+    /// Tokens of the sequence before the block.
+    start: usize,
+    /// What earlier passes have written to the unit's gradients.
+    before: Written,
 }
 
 impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
-    fn unit(&self, mut unit: Unit<'_>, floats: &mut [f32]) {
-        let Sizes { spans, groups, heads, .. } = self.engine.sizes;
-        let (batch, span) = spans.get(unit.index / groups);
-        for t in 0..span.len() {
-            unit.d_q.row(t, 0).fill(0.0);
-            unit.d_k.row(t, 0).fill(0.0);
+    fn unit(&self, mut unit: Unit<'_>, mut floats: &mut [f32]) {
+        let sizes = &self.engine.sizes;
+        let units = sizes.heads / self.each;
+        let (batch, span) = sizes.spans.get(unit.index / units);
+        let mut scratch = Scratch::take(&mut floats, sizes);
+        for own in 0..self.each {
+            self.begin(&unit, own, self.carried(floats, own));
         }
-        let each = heads / groups;
-        for own in 0..each {
-            let head = unit.index % groups * each + own;
-            let place = Place { batch, first: span.start, len: span.len(), head };
-            self.head(&mut unit, own, place, Scratch::take(floats, &self.engine.sizes));
+        let head = unit.index % units * self.each;
+        let mut before = Written::default();
+        for &pass in self.engine.mechanism.passes() {
+            let mut written = Written::default();
+            let blocks = span.len().div_ceil(BLOCK);
+            let spot = |n: usize, own: usize| {
+                let start = BLOCK * if pass == Pass::Ahead { n } else { blocks - 1 - n };
+                let (first, len) = (span.start + start, BLOCK.min(span.len() - start));
+                let place = Place { batch, first, len, head: head + own };
+                Spot { pass, own, place, start, before }
+            };
+            for n in 0..blocks {
+                for own in 0..self.each {
+                    let next = match own + 1 < self.each {
+                        true => Some(spot(n, own + 1)),
+                        false => (n + 1 < blocks).then(|| spot(n + 1, 0)),
+                    };
+                    let near = next.map_or([Near::nothing(); 2], |next| {
+                        self.near(&mut unit, next, self.carried(floats, next.own).kept, written)
+                    });
+                    let carried = self.carried(floats, own);
+                    written = self.block(&mut unit, spot(n, own), (&mut scratch, carried), near);
+                }
+            }
+            if pass == Pass::Ahead {
+                for own in 0..self.each {
+                    self.start_suffix(&unit, own, self.carried(floats, own));
+                }
+            }
+            before = before.and(written);
+        }
+        for own in 0..self.each {
+            self.end(&mut unit, own, self.carried(floats, own));
         }
     }
 
-    /// All passes of the `own`-th value head of a unit.
-    fn head(&self, unit: &mut Unit<'_>, own: usize, place: Place, mut scratch: Scratch<'_>) {
+    fn carried<'f>(&self, floats: &'f mut [f32], own: usize) -> Carried<'f> {
+        Carried::take(&mut floats[own * self.carried..][..self.carried], &self.engine.sizes)
+    }
+
+    /// The initial state and the gradient of the final one, packed.
+    fn begin(&self, unit: &Unit<'_>, own: usize, carried: Carried<'_>) {
+        let Sizes { key_dim, value_dim, .. } = self.engine.sizes;
+        let of = own * key_dim * value_dim..(own + 1) * key_dim * value_dim;
+        let (initial, d_final) = (&unit.initial.0[of.clone()], &unit.d_state.0[of]);
+        let (rows, transposed) = self.engine.sizes.layouts();
+        transposed.pack_transposed(initial, carried.ahead);
+        transposed.pack_transposed(d_final, carried.back_transposed);
+        rows.pack(d_final, value_dim, carried.back);
+        let sums = if unit.initial.1.is_empty() { 0 } else { key_dim };
+        for (padded, all) in [(carried.z, unit.initial.1), (carried.dz, &*unit.d_state.1)] {
+            padded.fill(0.0);
+            padded[..sums].copy_from_slice(&all[own * sums..][..sums]);
+        }
+    }
+
+    /// The gradient of the initial state.
+    fn end(&self, unit: &mut Unit<'_>, own: usize, carried: Carried<'_>) {
         let Sizes { key_dim, value_dim, .. } = self.engine.sizes;
         let size = key_dim * value_dim;
-        let of = |n: usize| own * n..(own + 1) * n;
-        let matrix = &unit.initial.0[of(size)];
-        let d_matrix = &mut unit.d_state.0[of(size)];
+        let d_matrix = &mut unit.d_state.0[own * size..][..size];
+        self.engine.sizes.layouts().0.unpack(carried.back, d_matrix, value_dim);
         let sums = if unit.initial.1.is_empty() { 0 } else { key_dim };
-        let (rows, transposed) = self.engine.sizes.layouts();
-        transposed.pack_transposed(matrix, scratch.ahead);
-        transposed.pack_transposed(d_matrix, scratch.back_transposed);
-        rows.pack(d_matrix, value_dim, scratch.back);
-        for (padded, own) in [
-            (&mut scratch.z, &unit.initial.1[of(sums)]),
-            (&mut scratch.dz, &unit.d_state.1[of(sums)]),
-        ] {
-            padded.fill(0.0);
-            padded[..sums].copy_from_slice(own);
-        }
-        let blocks = place.len.div_ceil(BLOCK);
-        for &pass in self.engine.mechanism.passes() {
-            for n in 0..blocks {
-                let n = if pass == Pass::Ahead { n } else { blocks - 1 - n };
-                let tokens = n * BLOCK..place.len.min((n + 1) * BLOCK);
-                self.block(pass, unit, (own, place, tokens), &mut scratch);
-            }
-            if pass == Pass::Ahead {
-                self.start_suffix(&unit.d_state.0[of(size)], &mut scratch);
-            }
-        }
-        rows.unpack(scratch.back, &mut unit.d_state.0[of(size)], value_dim);
-        unit.d_state.1[of(sums)].copy_from_slice(&scratch.dz[..sums]);
+        unit.d_state.1[own * sums..][..sums].copy_from_slice(&carried.dz[..sums]);
     }
 
     /// rowsum(dS_T ∘ S_T), from the gradient of the final state and the state after the last token.
-    fn start_suffix(&self, d_matrix: &[f32], scratch: &mut Scratch<'_>) {
+    fn start_suffix(&self, unit: &Unit<'_>, own: usize, carried: Carried<'_>) {
         let (form, transposed) =
             (self.engine.mechanism.form().decay, self.engine.sizes.layouts().1);
-        let Scratch { suffix: [high, low], ahead, .. } = scratch;
+        let Carried { suffix: [high, low], ahead, .. } = carried;
+        let size = self.engine.sizes.key_dim * self.engine.sizes.value_dim;
+        let d_matrix = &unit.d_state.0[own * size..][..size];
         high.fill(0.0);
         low.fill(0.0);
         let rows = d_matrix.chunks_exact(self.engine.sizes.value_dim).enumerate();
@@ -333,28 +399,58 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         }
     }
 
-    /// One pass over one block of a head.
+    /// The rows that a block reads, and those that it writes to if it writes what the one before it wrote.
+    fn near(&self, unit: &mut Unit<'_>, next: Spot, kept: &[f32], written: Written) -> [Near; 2] {
+        let Spot { own, place: Place { batch, first, len, head }, start, .. } = next;
+        let Sizes { heads, groups, key_dim, value_dim, decay_dim, .. } = self.engine.sizes;
+        let (mut read, mut write) = (Near::of(len), Near::of(len));
+        self.engine.near_inputs(&mut read, next.place);
+        let rows = self.upstream.d_out.head(batch, head).slice(first..first + len);
+        read.add(rows.as_ptr(), rows.stride(), rows.width());
+        if let Some(reads) = self.upstream.reads {
+            let rows = reads.head(batch, head).slice(first..first + len);
+            read.add(rows.as_ptr(), rows.stride(), rows.width());
+        }
+        if next.pass != self.engine.mechanism.passes()[0] {
+            read.add(kept[start * self.kept..].as_ptr(), self.kept, self.kept);
+        }
+        let group = own / (heads / groups);
+        let patches = [
+            (written.q, Some(&mut unit.d_q), group, key_dim),
+            (written.k, Some(&mut unit.d_k), group, key_dim),
+            (written.v, Some(&mut unit.d_v), own, value_dim),
+            (written.decay, unit.d_log_decay.as_mut(), own, decay_dim.unwrap_or(1)),
+        ];
+        for (wanted, patch, head, width) in patches {
+            if let Some(patch) = patch.filter(|_| wanted) {
+                write.add(patch.row(start, head).as_ptr(), patch.stride(), width);
+            }
+        }
+        [read, write]
+    }
+
+    /// One pass over one block of a head; returns what it has written.
     fn block(
         &self,
-        pass: Pass,
         unit: &mut Unit<'_>,
-        (own, place, tokens): (usize, Place, Range<usize>),
-        scratch: &mut Scratch<'_>,
-    ) {
+        spot: Spot,
+        (scratch, carried): (&mut Scratch<'_>, Carried<'_>),
+        near: [Near; 2],
+    ) -> Written {
         let engine = &self.engine;
         let (keys, values) = engine.sizes.strides();
         let decay = padded(engine.sizes.decay_dim.unwrap_or(1));
-        let len = tokens.len();
-        let here = Place { first: place.first + tokens.start, len, ..place };
-        engine.gather(&mut scratch.rows, here);
-        engine.gather_upstream(self.upstream.d_out, here, scratch.g);
+        let Place { batch, first, len, head } = spot.place;
+        engine.gather(&mut scratch.rows, spot.place);
+        engine.gather_upstream(self.upstream.d_out, spot.place, scratch.g);
         if let Some(reads) = self.upstream.reads {
-            let reads = reads.head(here.batch, here.head).slice(here.first..here.first + len);
+            let reads = reads.head(batch, head).slice(first..first + len);
             gather(engine.level, reads, FeatureMap::Identity, scratch.reads);
         }
-        let (rows, transposed) = self.engine.sizes.layouts();
+        let (rows, transposed) = engine.sizes.layouts();
+        let Carried { z, dz, suffix, ahead, back, back_transposed, kept } = carried;
         let written = engine.mechanism.backward(
-            pass,
+            spot.pass,
             &mut BlockGradient {
                 level: engine.level,
                 len,
@@ -366,21 +462,23 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
                 decay: scratch.rows.decay,
                 beta: &scratch.rows.beta[..len],
                 reads: &scratch.reads[..len * values],
-                kept: &mut scratch.kept[tokens.start * self.kept..][..len * self.kept],
-                ahead: Matrix { data: scratch.ahead, layout: transposed },
-                back: Matrix { data: scratch.back, layout: rows },
-                back_transposed: Matrix { data: scratch.back_transposed, layout: transposed },
-                sums: (scratch.z, scratch.dz),
+                kept: &mut kept[spot.start * self.kept..][..len * self.kept],
+                ahead: Matrix { data: ahead, layout: transposed },
+                back: Matrix { data: back, layout: rows },
+                back_transposed: Matrix { data: back_transposed, layout: transposed },
+                sums: (z, dz),
                 spare: scratch.spare,
                 d_q: &mut scratch.d_q[..len * keys],
                 d_k: &mut scratch.d_k[..len * keys],
                 d_v: &mut scratch.d_v[..len * values],
                 d_decay: &mut scratch.d_decay[..len * decay],
                 d_beta: &mut scratch.d_beta[..len],
-                suffix: scratch.suffix.each_mut().map(|suffix| &mut **suffix),
+                suffix,
+                near,
             },
         );
-        self.scatter(written, unit, (own, here, tokens.start), scratch);
+        self.scatter(written, unit, spot, scratch);
+        written
     }
 
     /// Adds or copies what a pass has written to the gradients.
@@ -388,46 +486,45 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         &self,
         written: Written,
         unit: &mut Unit<'_>,
-        (own, place, start): (usize, Place, usize),
+        spot: Spot,
         scratch: &mut Scratch<'_>,
     ) {
         let engine = &self.engine;
         let (level, map) = (engine.level, engine.mechanism.form().map);
         let (keys, values) = engine.sizes.strides();
         let Scratch { rows, d_q, d_k, d_v, d_decay, d_beta, .. } = scratch;
-        let Place { batch, first, len, .. } = place;
-        if written.q {
-            derive(level, map, &rows.q[..len * keys], &mut d_q[..len * keys]);
-        }
-        if written.k {
-            derive(level, map, &rows.k[..len * keys], &mut d_k[..len * keys]);
-        }
+        let Spot { own, place: Place { batch, first, len, .. }, start, before, .. } = spot;
         for t in (0..len).filter(|t| !engine.is_present(batch, first + t)) {
             d_k[t * keys..(t + 1) * keys].fill(0.0);
             d_v[t * values..(t + 1) * values].fill(0.0);
         }
-        if written.q {
-            let to = Target { patch: &mut unit.d_q, first: start, head: 0 };
-            accumulate_rows(level, d_q, keys, len, to);
-        }
-        if written.k {
-            let to = Target { patch: &mut unit.d_k, first: start, head: 0 };
-            accumulate_rows(level, d_k, keys, len, to);
+        let per = engine.sizes.heads / engine.sizes.groups;
+        let features = [
+            (written.q, before.q, &*rows.q, &mut *d_q, &mut unit.d_q),
+            (written.k, before.k, &*rows.k, &mut *d_k, &mut unit.d_k),
+        ];
+        for (written, before, mapped, gradient, patch) in features {
+            if !written {
+                continue;
+            }
+            let gradient = &mut gradient[..len * keys];
+            derive(level, map, &mapped[..len * keys], gradient);
+            let to = Target { patch, first: start, head: own / per };
+            match before || own % per > 0 {
+                true => accumulate_rows(level, gradient, keys, len, to),
+                false => copy_rows(level, gradient, keys, len, to),
+            }
         }
         let decay = padded(engine.sizes.decay_dim.unwrap_or(1));
-        for t in 0..len {
-            let at = start + t;
-            if written.v {
-                let to = unit.d_v.row(at, own);
-                to.copy_from_slice(&d_v[t * values..][..to.len()]);
-            }
-            if let Some(patch) = unit.d_log_decay.as_mut().filter(|_| written.decay) {
-                let to = patch.row(at, own);
-                to.copy_from_slice(&d_decay[t * decay..][..to.len()]);
-            }
-            if let Some(patch) = unit.d_beta.as_mut().filter(|_| written.beta) {
-                patch.row(at, own)[0] = d_beta[t];
-            }
+        if written.v {
+            let to = Target { patch: &mut unit.d_v, first: start, head: own };
+            copy_rows(level, d_v, values, len, to);
+        }
+        if let Some(patch) = unit.d_log_decay.as_mut().filter(|_| written.decay) {
+            copy_rows(level, d_decay, decay, len, Target { patch, first: start, head: own });
+        }
+        if let Some(patch) = unit.d_beta.as_mut().filter(|_| written.beta) {
+            copy_rows(level, d_beta, 1, len, Target { patch, first: start, head: own });
         }
     }
 }

@@ -115,6 +115,19 @@ pub struct Written {
     pub beta: bool,
 }
 
+impl Written {
+    /// What either has written.
+    pub(super) fn and(self, other: Written) -> Written {
+        Written {
+            q: self.q | other.q,
+            k: self.k | other.k,
+            v: self.v | other.v,
+            decay: self.decay | other.decay,
+            beta: self.beta | other.beta,
+        }
+    }
+}
+
 /// Neighbouring tokens of one head, backward.
 #[derive(Debug)]
 pub struct BlockGradient<'a> {
@@ -150,6 +163,8 @@ pub struct BlockGradient<'a> {
     pub(crate) d_beta: &'a mut [f32],
     /// The sum of `d_decay` over later tokens, in two parts.
     pub(crate) suffix: [&'a mut [f32]; 2],
+    /// Rows that come next: read, and written.
+    pub(crate) near: [Near; 2],
 }
 
 impl<'a> BlockGradient<'a> {
@@ -175,7 +190,8 @@ impl<'a> BlockGradient<'a> {
         let write = Write { rows, columns: TokenRows { data: self.k, stride: keys } };
         let by = TokenRows { data: self.g, stride: values };
         let sweep = self.ahead.sweep(self.len, Some(write), Some(Read { by, out: self.d_q }));
-        sweep::sweep(self.level, Sweep { decay, ..sweep });
+        let near = self.near[0].with(&self.near[1]);
+        sweep::sweep(self.level, Sweep { decay, near, ..sweep });
     }
 
     /// dv = dSᵀ k and dk = dS v with dS ← decay (dS + q gᵀ), from the last token to the first.
@@ -185,10 +201,13 @@ impl<'a> BlockGradient<'a> {
         let write = Write { rows: rows(self.q, keys), columns: rows(self.g, values) };
         let read = Read { by: rows(self.k, keys), out: self.d_v };
         let sweep = self.back.sweep(self.len, Some(write), Some(read));
-        sweep::sweep(self.level, Sweep { decay, reverse: true, ..sweep });
+        sweep::sweep(self.level, Sweep { decay, reverse: true, near: self.near[0], ..sweep });
         let write = Write { rows: rows(self.g, values), columns: rows(self.q, keys) };
         let read = Read { by: rows(self.v, values), out: self.d_k };
         let sweep = self.back_transposed.sweep(self.len, Some(write), Some(read));
-        sweep::sweep(self.level, Sweep { decay: transposed, reverse: true, ..sweep });
+        sweep::sweep(
+            self.level,
+            Sweep { decay: transposed, reverse: true, near: self.near[1], ..sweep },
+        );
     }
 }

@@ -23,7 +23,6 @@ use super::reference::{Memory, Token};
 use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::problem::Scale;
 use crate::simd::delta::{self, Ahead, Behind, Rows};
-use crate::simd::near::Near;
 use crate::simd::sweep::{self, Decay, Read, Sweep, TokenRows, Write};
 use crate::simd::token;
 
@@ -136,7 +135,7 @@ impl Delta {
                 beta: block.beta,
                 products: block.d_beta,
                 out: d_r,
-                near: Near::nothing(),
+                near: block.near[0].with(&block.near[1]),
             },
         );
         let numbers = terms.iter_mut().zip(block.d_beta.iter_mut()).zip(block.beta);
@@ -174,7 +173,15 @@ impl Delta {
         let read = Read { by: rows(block.g, values), out: block.d_q };
         let before = Read { by: rows(d_r, values), out: block.d_k };
         let plain = block.ahead.sweep(block.len, Some(write), Some(read));
-        sweep::sweep(block.level, Sweep { decay, before: Some(before), ..plain });
+        sweep::sweep(
+            block.level,
+            Sweep {
+                decay,
+                before: Some(before),
+                near: block.near[0].with(&block.near[1]),
+                ..plain
+            },
+        );
         token::dots(block.level, block.q, block.d_q, block.d_beta);
         terms.iter_mut().zip(&*block.d_beta).for_each(|(term, own)| *term += own);
     }
@@ -189,7 +196,16 @@ impl Delta {
         let read = Read { by: rows(block.d_v, values), out: block.d_k };
         let after = Write { rows: rows(d_r, values), columns: rows(block.k, keys) };
         let plain = block.back_transposed.sweep(block.len, Some(write), Some(read));
-        sweep::sweep(block.level, Sweep { decay, reverse: true, after: Some(after), ..plain });
+        sweep::sweep(
+            block.level,
+            Sweep {
+                decay,
+                reverse: true,
+                after: Some(after),
+                near: block.near[0].with(&block.near[1]),
+                ..plain
+            },
+        );
         if self.gated {
             let [high, low] = &mut block.suffix;
             token::sum_later(block.level, terms, 1, [high, low], block.d_decay);

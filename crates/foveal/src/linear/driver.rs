@@ -30,7 +30,7 @@ use std::slice::ChunksExactMut;
 /// So few tokens are computed on the state as it lies.
 const IN_PLACE: usize = 3;
 /// Bytes of the states that a thread goes through for each block: half of a second level of cache.
-const NEAR: usize = 1 << 19;
+pub(super) const NEAR: usize = 1 << 19;
 
 /// A mechanism that runs over tensors: forward, backward, and token by token.
 ///
@@ -351,22 +351,28 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
         let head = head / unit.each * unit.each + own;
         let tokens = first..span.end.min(first + BLOCK);
         let mut near = Near::of(tokens.len());
-        let Tokens { q, k, v, .. } = self.tokens;
-        let group = self.group(head);
-        for rows in [q.head(batch, group), k.head(batch, group), v.head(batch, head)] {
-            let rows = rows.slice(tokens.clone());
-            near.add(rows.as_ptr(), rows.stride(), rows.width());
-        }
+        self.near_inputs(&mut near, Place { batch, first, len: tokens.len(), head });
         let start = first - span.start;
         near.add(unit.out.row(start, own).as_ptr(), unit.out.stride(), self.sizes.value_dim);
         if let Some(reads) = &mut unit.reads {
             near.add(reads.row(start, own).as_ptr(), reads.stride(), self.sizes.value_dim);
         }
-        if let Some(log_decay) = self.tokens.log_decay.filter(|x| x.shape().dim > 1) {
-            let rows = log_decay.head(batch, head).slice(tokens);
+        near
+    }
+
+    /// Adds what a block reads of the tensors of tokens.
+    pub(super) fn near_inputs(&self, near: &mut Near, place: Place) {
+        let Place { batch, first, len, head } = place;
+        let Tokens { q, k, v, log_decay, .. } = *self.tokens;
+        let (range, group) = (first..first + len, self.group(head));
+        for rows in [q.head(batch, group), k.head(batch, group), v.head(batch, head)] {
+            let rows = rows.slice(range.clone());
             near.add(rows.as_ptr(), rows.stride(), rows.width());
         }
-        near
+        if let Some(log_decay) = log_decay.filter(|x| x.shape().dim > 1) {
+            let rows = log_decay.head(batch, head).slice(range);
+            near.add(rows.as_ptr(), rows.stride(), rows.width());
+        }
     }
 
     /// One block of the `own`-th head of a unit, `start` tokens after its beginning.

@@ -11,7 +11,7 @@ use super::Simd;
 
 const LINE: usize = 64;
 /// Tensors that a block reads and writes at most.
-const TENSORS: usize = 8;
+const TENSORS: usize = 12;
 
 /// Rows of one tensor, by address.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +50,16 @@ impl Near {
         self.rows[self.count] =
             Lines { first: first.cast(), stride: stride * size, bytes: width * size };
         self.count += 1;
+    }
+
+    /// These rows and others of the same tokens.
+    pub(crate) fn with(mut self, others: &Near) -> Near {
+        for rows in &others.rows[..others.count] {
+            self.rows[self.count] = *rows;
+            self.count += 1;
+        }
+        self.tokens = self.tokens.max(others.tokens);
+        self
     }
 
     /// Asks for a token's rows, if it is the turn of these columns.
