@@ -9,36 +9,28 @@
 use foveal::mask::{Pattern, Site};
 use foveal::plan::Inputs;
 use foveal::sparse::{
-    AngularHash, BigBird, BlockChoices, BlockPlan, Buckets, Longformer, Moba, Reformer,
-    SparseTransformer,
+    AngularHash, BigBird, BlockPlan, Branches, Longformer, Moba, NativeSizes, NativeSparse,
+    Reformer, SparseTransformer,
 };
-use foveal::testing::multiply_add;
-use foveal::{Attention, Cpu, DType, Forward, Level, Mask, Shape, Tensor, Threads};
+use foveal::testing::{multiply_add, normal};
+use foveal::{Attention, Cpu, DType, Level, Mask, Shape, Tensor, TensorRef, Threads};
 use std::time::Instant;
 
 const DIM: usize = 64;
 
-fn main() -> foveal::Result<()> {
+type Result<T> = foveal::Result<T>;
+
+fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.is_empty() || wanted.iter().any(|x| x == name);
     let cpu = Cpu { level: Level::detect()?, threads: Threads::ONE };
     println!("{}, one thread, D {DIM}", cpu.level);
     if has("ratio") {
-        let layers = |n: usize| {
-            let l = (n as f64).sqrt() as usize;
-            vec![
-                Case::exact("causal", Mask::causal(), n, cpu),
-                Case::layer("fixed, l 128, c 8", SparseTransformer::fixed(128, 8), n, cpu),
-                Case::layer("strided, l = √N", SparseTransformer::strided(l), n, cpu),
-                Case::exact("window 512", Mask::window(512), n, cpu),
-                Case::exact("BigBird, block 64, 3 random", bigbird(n), n, cpu),
-                Case::longformer(n, cpu),
-                Case::reformer(n, cpu),
-                Case::moba(n, cpu),
-            ]
-        };
         for n in [16384, 32768] {
-            compare(n, layers(n), 7, cpu)?;
+            let cases = PATTERNS.iter().chain(FIXED).map(|(name, make)| make(name, n, cpu));
+            let causal = Case::exact("causal", Mask::causal(), n, cpu);
+            let cases = std::iter::once(causal).chain(cases.collect::<Result<Vec<_>>>()?);
+            compare(n, cases.collect(), 7, cpu)?;
         }
     }
     if has("growth") {
@@ -50,116 +42,162 @@ fn main() -> foveal::Result<()> {
     Ok(())
 }
 
-/// What is timed.
-enum What {
-    Exact(Attention<'static>),
-    Layer(SparseTransformer),
-    Longformer(Longformer),
-    /// Hashing is not timed.
-    Reformer(Reformer, Buckets),
-    /// Nor is choosing.
-    Moba(Moba, BlockChoices),
+type Make = fn(&'static str, usize, Cpu) -> Result<Case>;
+
+fn root(n: usize) -> usize {
+    (n as f64).sqrt().ceil() as usize
+}
+
+/// Patterns whose cost for each query grows as √N or not at all.
+const PATTERNS: &[(&str, Make)] = &[
+    ("fixed, l = √N, c 8", |name, n, cpu| {
+        Case::transformer(name, SparseTransformer::fixed(root(n), 8)?, n, cpu)
+    }),
+    ("strided, l = √N", |name, n, cpu| {
+        Case::transformer(name, SparseTransformer::strided(root(n))?, n, cpu)
+    }),
+    ("window 512", |name, n, cpu| Ok(Case::exact(name, Mask::window(512), n, cpu))),
+    ("BigBird, blocks of 64, 3 random", |name, n, cpu| {
+        let plan = BlockPlan::published([1, n.div_ceil(64), 3], 1)?;
+        Ok(Case::exact(name, BigBird { block: 64, plan, causal: false }.mask()?, n, cpu))
+    }),
+    ("Longformer, 256 each side, 4 global", Case::longformer),
+    ("Reformer, chunks of 128, 2 rounds", Case::reformer),
+    ("MoBA, blocks of 512, 3 of them", Case::moba),
+    ("Native Sparse Attention, as published", Case::native),
+];
+
+/// The one that has an aim at a length.
+const FIXED: &[(&str, Make)] = &[("fixed, l 128, c 8", |name, n, cpu| {
+    Case::transformer(name, SparseTransformer::fixed(128, 8)?, n, cpu)
+})];
+
+/// Seconds of a forward and a backward.
+type Run = Box<dyn Fn(Inputs<'_, f32, f32>, TensorRef<'_, f32>) -> Result<[f64; 2]>>;
+
+fn timed<F, B>(
+    forward: impl FnOnce() -> Result<F>,
+    backward: impl FnOnce(&F) -> Result<B>,
+) -> Result<[f64; 2]> {
+    let start = Instant::now();
+    let result = forward()?;
+    let seconds = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    std::hint::black_box(backward(&result)?);
+    Ok([seconds, start.elapsed().as_secs_f64()])
 }
 
 struct Case {
-    name: String,
-    what: What,
+    name: &'static str,
+    run: Run,
     /// Pairs that are seen.
     live: f64,
-    forward: f64,
-    backward: f64,
+    /// The best times of forward and backward.
+    best: [f64; 2],
 }
 
 impl Case {
-    fn exact(name: &str, mask: Mask, n: usize, cpu: Cpu) -> Case {
+    fn new(name: &'static str, live: f64, run: Run) -> Case {
+        Case { name, run, live, best: [f64::MAX; 2] }
+    }
+
+    fn exact(name: &'static str, mask: Mask, n: usize, cpu: Cpu) -> Case {
         let live = pairs(&mask, n);
-        let what = What::Exact(Attention::new().mask(mask).cpu(cpu));
-        Case { name: name.into(), what, live, forward: f64::MAX, backward: f64::MAX }
+        let attention = Attention::new().mask(mask).cpu(cpu);
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            let forward = || attention.forward(x.q, x.k, x.v);
+            timed(forward, |forward| attention.backward(x, forward, d_out))
+        };
+        Case::new(name, live, Box::new(run))
     }
 
-    fn layer(name: &str, layer: foveal::Result<SparseTransformer>, n: usize, cpu: Cpu) -> Case {
-        let layer = layer.expect("good parameters").cpu(cpu);
-        let (live, what) = (pairs(&layer.mask(), n), What::Layer(layer));
-        Case { name: name.into(), what, live, forward: f64::MAX, backward: f64::MAX }
+    fn transformer(
+        name: &'static str,
+        layer: SparseTransformer,
+        n: usize,
+        cpu: Cpu,
+    ) -> Result<Case> {
+        let (layer, live) = (layer.cpu(cpu), pairs(&layer.mask(), n));
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            timed(|| layer.forward(x), |forward| layer.backward(x, forward, d_out))
+        };
+        Ok(Case::new(name, live, Box::new(run)))
     }
 
-    fn of(name: &str, what: What, live: f64) -> Case {
-        Case { name: name.into(), what, live, forward: f64::MAX, backward: f64::MAX }
-    }
-
-    /// A window of 512 keys, and 4 global tokens.
-    fn longformer(n: usize, cpu: Cpu) -> Case {
+    /// A window of 513 keys, and 4 global tokens.
+    fn longformer(name: &'static str, n: usize, cpu: Cpu) -> Result<Case> {
         let global = (0..4).map(|g| g * n / 4).collect();
         let layer = Longformer::new(256).global(vec![global]).cpu(cpu);
         let live = pairs(&layer.mask(), n);
-        Case::of("Longformer, 256 each side, 4 global", What::Longformer(layer), live)
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            timed(|| layer.forward(x, x), |forward| layer.backward(x, x, forward, d_out))
+        };
+        Ok(Case::new(name, live, Box::new(run)))
     }
 
-    /// Two rounds of chunks of 128.
-    fn reformer(n: usize, cpu: Cpu) -> Case {
-        let [qk, ..] = tensors(n).expect("small tensors");
-        let hash = AngularHash::new(DIM, 2 * n / 128, 2, 1).expect("an even number");
-        let buckets = hash.buckets(qk.view(), cpu).expect("vectors of this dim");
-        let layer = Reformer::new(128).expect("a good size").cpu(cpu);
+    /// Two rounds of chunks of 128; hashing is not timed.
+    fn reformer(name: &'static str, n: usize, cpu: Cpu) -> Result<Case> {
+        let [qk, ..] = tensors(n)?;
+        let buckets = AngularHash::new(DIM, 2 * n / 128, 2, 1)?.buckets(qk.view(), cpu)?;
+        let layer = Reformer::new(128)?.cpu(cpu);
         let live = (0..2).map(|round| chunk_pairs(buckets.of(0, 0, round), 128)).sum();
-        Case::of("Reformer, chunks of 128, 2 rounds", What::Reformer(layer, buckets), live)
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            let backward = |forward: &_| layer.backward((x.q, x.v), &buckets, forward, d_out);
+            timed(|| layer.forward(x.q, x.v, &buckets), backward)
+        };
+        Ok(Case::new(name, live, Box::new(run)))
     }
 
-    /// The own block and two others.
-    fn moba(n: usize, cpu: Cpu) -> Case {
-        let [q, k, ..] = tensors(n).expect("small tensors");
-        let layer = Moba::new(512, 3).expect("good sizes").cpu(cpu);
-        let choices = layer.choose(q.view(), k.view()).expect("equal shapes");
-        let chosen = (0..n).map(|t| 512 * choices.of(0, 0, t).count() + t % 512 + 1).sum::<usize>();
-        Case::of("MoBA, blocks of 512, 3 of them", What::Moba(layer, choices), chosen as f64)
+    /// The own block and two others; choosing is timed with forward.
+    fn moba(name: &'static str, n: usize, cpu: Cpu) -> Result<Case> {
+        let [q, k, ..] = tensors(n)?;
+        let layer = Moba::new(512, 3)?.cpu(cpu);
+        let choices = layer.choose(q.view(), k.view())?;
+        let live = (0..n).map(|t| 512 * choices.of(0, 0, t).count() + t % 512 + 1).sum::<usize>();
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            let forward = || {
+                let choices = layer.choose(x.q, x.k)?;
+                Ok((layer.forward(x, &choices)?, choices))
+            };
+            timed(forward, |(forward, choices)| layer.backward(x, choices, forward, d_out))
+        };
+        Ok(Case::new(name, live as f64, Box::new(run)))
+    }
+
+    /// One head; choosing is timed with forward, pooling is not timed.
+    fn native(name: &'static str, n: usize, cpu: Cpu) -> Result<Case> {
+        let (layer, sizes) =
+            (NativeSparse::new(NativeSizes::default())?.cpu(cpu), NativeSizes::default());
+        let [_, k, v, _] = tensors(n)?;
+        let (k, v) = (layer.pool(k.view())?, layer.pool(v.view())?);
+        let gates = normal(Shape { batch: 1, seq: n, heads: 1, dim: 3 }, 9)?;
+        let seen = |t: usize| {
+            let own = t / sizes.block;
+            let blocks = own.min(sizes.top - 1) * sizes.block + t % sizes.block + 1;
+            layer.compressed_tokens(t + 1) + blocks + (t + 1).min(sizes.window)
+        };
+        let live = (0..n).map(seen).sum::<usize>();
+        let run = move |x: Inputs<'_, f32, f32>, d_out: TensorRef<'_, f32>| {
+            let compressed = Inputs { k: k.view(), v: v.view(), ..x };
+            let inputs = Branches { compressed, selected: x, window: x };
+            let forward = || layer.forward(inputs, gates.view());
+            timed(forward, |forward| layer.backward(inputs, gates.view(), forward, d_out))
+        };
+        Ok(Case::new(name, live as f64, Box::new(run)))
     }
 
     /// One forward and one backward; keeps the best times.
-    fn round(&mut self, x: &[Tensor<f32>; 4]) -> foveal::Result<()> {
+    fn round(&mut self, x: &[Tensor<f32>; 4]) -> Result<()> {
         let [q, k, v, d_out] = x.each_ref().map(Tensor::view);
-        let inputs = Inputs { q, k, v };
-        let start = Instant::now();
-        match &self.what {
-            What::Reformer(layer, buckets) => {
-                let forward = layer.forward(q, v, buckets)?;
-                self.forward = self.forward.min(start.elapsed().as_secs_f64());
-                let start = Instant::now();
-                std::hint::black_box(layer.backward((q, v), buckets, &forward, d_out)?);
-                self.backward = self.backward.min(start.elapsed().as_secs_f64());
-                return Ok(());
-            }
-            What::Longformer(layer) => {
-                let forward = layer.forward(inputs, inputs)?;
-                self.forward = self.forward.min(start.elapsed().as_secs_f64());
-                let start = Instant::now();
-                std::hint::black_box(layer.backward(inputs, inputs, &forward, d_out)?);
-                self.backward = self.backward.min(start.elapsed().as_secs_f64());
-                return Ok(());
-            }
-            _ => {}
-        }
-        let forward: Forward<f32> = match &self.what {
-            What::Layer(layer) => layer.forward(inputs)?,
-            What::Moba(layer, choices) => layer.forward(inputs, choices)?,
-            What::Exact(attention) => attention.forward(q, k, v)?,
-            _ => return Ok(()),
-        };
-        self.forward = self.forward.min(start.elapsed().as_secs_f64());
-        let start = Instant::now();
-        std::hint::black_box(match &self.what {
-            What::Layer(layer) => layer.backward(inputs, &forward, d_out)?,
-            What::Moba(layer, choices) => layer.backward(inputs, choices, &forward, d_out)?,
-            What::Exact(attention) => attention.backward(inputs, &forward, d_out)?,
-            _ => return Ok(()),
-        });
-        self.backward = self.backward.min(start.elapsed().as_secs_f64());
+        let times = (self.run)(Inputs { q, k, v }, d_out)?;
+        self.best = [0, 1].map(|n| self.best[n].min(times[n]));
         Ok(())
     }
 
     /// Operations a second of forward and backward on seen pairs.
     fn rates(&self) -> [f64; 2] {
         let forward = self.live * 4.0 * DIM as f64;
-        [forward / self.forward, 2.5 * forward / self.backward]
+        [forward / self.best[0], 2.5 * forward / self.best[1]]
     }
 }
 
@@ -175,12 +213,6 @@ fn pairs(mask: &Mask, n: usize) -> f64 {
     seen as f64 / count * n as f64
 }
 
-/// Blocks of 64, 3 of them at random.
-fn bigbird(n: usize) -> Mask {
-    let plan = BlockPlan::published([1, n.div_ceil(64), 3], 1).expect("fewer than blocks");
-    BigBird { block: 64, plan, causal: false }.mask().expect("a good size")
-}
-
 /// Pairs of one round of sorted chunks, causal, without those of a token with itself.
 fn chunk_pairs(buckets: &[u32], chunk: usize) -> f64 {
     let mut order: Vec<usize> = (0..buckets.len()).collect();
@@ -192,58 +224,65 @@ fn chunk_pairs(buckets: &[u32], chunk: usize) -> f64 {
     rows.map(|(n, row)| seen(row, chunks[n]) + seen(row, back(n))).sum::<usize>() as f64
 }
 
-fn tensors(n: usize) -> foveal::Result<[Tensor<f32>; 4]> {
-    let shape = Shape { batch: 1, seq: n, heads: 1, dim: DIM };
-    let mut state = 1u64;
-    let mut tensor = || {
-        let mut next = || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / 8_388_608.0 - 1.0
-        };
-        Tensor::from_vec((0..n * DIM).map(|_| next()).collect(), shape)
-    };
-    Ok([tensor()?, tensor()?, tensor()?, tensor()?])
+fn tensors(n: usize) -> Result<[Tensor<f32>; 4]> {
+    let tensor = |seed| normal(Shape { batch: 1, seq: n, heads: 1, dim: DIM }, seed);
+    Ok([tensor(1)?, tensor(2)?, tensor(3)?, tensor(4)?])
 }
 
 /// 64k tokens and 8 heads, forward and backward, and the most memory that the process held meanwhile.
-fn layer(cpu: Cpu) -> foveal::Result<()> {
+fn layer(cpu: Cpu) -> Result<()> {
     let shape = Shape { batch: 1, seq: 65536, heads: 8, dim: DIM };
-    let data =
-        |n: usize| (0..shape.seq * 8 * DIM).map(move |i| ((i * 7 + n) % 13) as f32 / 13.0 - 0.5);
-    let mut x = Vec::new();
-    for n in 0..4 {
-        x.push(Tensor::from_vec(data(n).collect(), shape)?);
-    }
-    let [q, k, v, d_out] = &x[..] else { return Ok(()) };
-    let inputs = Inputs { q: q.view(), k: k.view(), v: v.view() };
-    let results = ((4 * shape.seq * 8 * DIM + shape.seq * 8) * 4) >> 20;
+    let [q, k, v, d_out] = [1, 2, 3, 4].map(|seed| normal(shape, seed));
+    let (q, k, v, d_out) = (q?, k?, v?, d_out?);
+    let x = Inputs { q: q.view(), k: k.view(), v: v.view() };
+    let d_out = d_out.view();
     println!("\n65536 tokens, 8 heads, forward and backward");
-    println!("| pattern | s | MiB beyond inputs and results |");
-    println!("|---|---|---|");
+    println!("| pattern | forward, s | backward, s | MiB beyond inputs and results |");
+    println!("|---|---|---|---|");
+    // Output and three gradients, and a log-sum-exp.
+    let results = (4 * shape.seq * 8 * DIM + shape.seq * 8) * 4;
+    let show = |name: &str, run: &dyn Fn() -> Result<[f64; 2]>, results: usize| {
+        // Starts counting the most anew.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        let before = resident("VmRSS");
+        let [forward, backward] = run()?;
+        let more = before.zip(resident("VmHWM")).map(|(a, b)| (b - a).saturating_sub(results));
+        let more = more.map_or("?".into(), |more| (more >> 20).to_string());
+        println!("| {name} | {forward:.1} | {backward:.1} | {more} |");
+        Ok::<_, foveal::Error>(())
+    };
     for (name, layer) in [
         ("fixed, l 256, c 8", SparseTransformer::fixed(256, 8)?),
         ("strided, l 256", SparseTransformer::strided(256)?),
     ] {
-        // Starts counting the most anew.
-        let _ = std::fs::write("/proc/self/clear_refs", "5");
-        let (layer, before, start) = (layer.cpu(cpu), resident("VmRSS"), Instant::now());
-        let forward = layer.forward(inputs)?;
-        std::hint::black_box(layer.backward(inputs, &forward, d_out.view())?);
-        let seconds = start.elapsed().as_secs_f64();
-        let more = before.zip(resident("VmHWM")).map(|(a, b)| (b - a).saturating_sub(results));
-        let more = more.map_or("?".into(), |more| more.to_string());
-        println!("| {name} | {seconds:.1} | {more} |");
+        let layer = layer.cpu(cpu);
+        show(name, &|| timed(|| layer.forward(x), |f| layer.backward(x, f, d_out)), results)?;
     }
-    Ok(())
+    let longformer = Longformer::new(256).global(vec![vec![0, 16384, 32768, 49152]]).cpu(cpu);
+    // Both projections have gradients.
+    let run = || timed(|| longformer.forward(x, x), |f| longformer.backward(x, x, f, d_out));
+    show("Longformer, 256 each side, 4 global", &run, results + 3 * shape.seq * 8 * DIM * 4)?;
+    let moba = Moba::new(512, 3)?.cpu(cpu);
+    let run = || {
+        let choices = moba.choose(x.q, x.k)?;
+        timed(|| moba.forward(x, &choices), |f| moba.backward(x, &choices, f, d_out))
+    };
+    show("MoBA, blocks of 512, 3 of them", &run, results)?;
+    let reformer = Reformer::new(128)?.cpu(cpu);
+    let buckets = AngularHash::new(DIM, 1024, 2, 1)?.buckets(x.q, cpu)?;
+    let run = || {
+        let backward = |f: &_| reformer.backward((x.q, x.v), &buckets, f, d_out);
+        timed(|| reformer.forward(x.q, x.v, &buckets), backward)
+    };
+    // Queries are keys: an output and two gradients.
+    show("Reformer, chunks of 128, 2 rounds", &run, results - shape.seq * 8 * DIM * 4)
 }
 
-/// What the system says about the memory of the process, MiB.
+/// What the system says about the memory of the process, bytes.
 fn resident(name: &str) -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with(name))?;
-    Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? >> 10)
+    Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? << 10)
 }
 
 /// Best floating-point operations a second of multiply-adds on registers.
@@ -255,7 +294,7 @@ fn peak(level: Level) -> f64 {
     operations as f64 / seconds
 }
 
-fn compare(n: usize, mut cases: Vec<Case>, rounds: usize, cpu: Cpu) -> foveal::Result<()> {
+fn compare(n: usize, mut cases: Vec<Case>, rounds: usize, cpu: Cpu) -> Result<()> {
     let x = tensors(n)?;
     let mut best = 0.0f64;
     for _ in 0..rounds {
@@ -269,55 +308,37 @@ fn compare(n: usize, mut cases: Vec<Case>, rounds: usize, cpu: Cpu) -> foveal::R
         "| pattern | pairs a query | forward, ms | of peak | × causal | backward, ms | of peak | × causal |"
     );
     println!("|---|---|---|---|---|---|---|---|");
-    let (forward, backward) = (cases[0].forward, cases[0].backward);
+    let causal = cases[0].best;
     for case in &cases {
         let share = case.rates().map(|rate| 100.0 * rate / best);
         println!(
             "| {} | {:.0} | {:.2} | {:.0} % | {:.1} | {:.2} | {:.0} % | {:.1} |",
             case.name,
             case.live / n as f64,
-            case.forward * 1e3,
+            case.best[0] * 1e3,
             share[0],
-            forward / case.forward,
-            case.backward * 1e3,
+            causal[0] / case.best[0],
+            case.best[1] * 1e3,
             share[1],
-            backward / case.backward
+            causal[1] / case.best[1]
         );
     }
     Ok(())
 }
 
 /// Times of lengths from 2k to 64k, and the slope of the line through their logarithms.
-fn growth(cpu: Cpu) -> foveal::Result<()> {
-    type Make = fn(usize, Cpu) -> Case;
-    fn root(n: usize) -> usize {
-        (n as f64).sqrt().ceil() as usize
-    }
-    let patterns: [(&str, Make); 7] = [
-        ("fixed, l = √N, c 8", |n, cpu| {
-            Case::layer("", SparseTransformer::fixed(root(n), 8), n, cpu)
-        }),
-        ("strided, l = √N", |n, cpu| {
-            Case::layer("", SparseTransformer::strided(root(n)), n, cpu)
-        }),
-        ("window 512", |n, cpu| Case::exact("", Mask::window(512), n, cpu)),
-        ("BigBird, block 64, 3 random", |n, cpu| Case::exact("", bigbird(n), n, cpu)),
-        ("Longformer, 256 each side, 4 global", Case::longformer),
-        ("Reformer, chunks of 128, 2 rounds", Case::reformer),
-        ("MoBA, blocks of 512, 3 of them", Case::moba),
-    ];
+fn growth(cpu: Cpu) -> Result<()> {
     let lengths = [2048, 4096, 8192, 16384, 32768, 65536];
     println!("\n| pattern | forward, ms at {lengths:?} | exponent | backward, ms | exponent |");
     println!("|---|---|---|---|---|");
-    for (name, make) in patterns {
+    for (name, make) in PATTERNS {
         let mut times = [vec![], vec![]];
         for n in lengths {
-            let (x, mut case) = (tensors(n)?, make(n, cpu));
+            let (x, mut case) = (tensors(n)?, make(name, n, cpu)?);
             for _ in 0..(7 * 16384 / n).clamp(4, 30) {
                 case.round(&x)?;
             }
-            times[0].push(case.forward);
-            times[1].push(case.backward);
+            (0..2).for_each(|way| times[way].push(case.best[way]));
         }
         let show = |times: &[f64]| {
             times.iter().map(|t| format!("{:.2}", t * 1e3)).collect::<Vec<_>>().join(", ")
