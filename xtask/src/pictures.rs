@@ -13,7 +13,8 @@ const COLUMNS: usize = 92;
 const CELL: (f64, f64) = (8.4, 19.0);
 const MARGIN: f64 = 14.0;
 
-const QUESTIONS: [&str; 2] = ["What is the capital of France?", "Write one sentence about that city."];
+const QUESTIONS: [&str; 2] =
+    ["What is the capital of France?", "Write one sentence about that city."];
 const SENTENCE: &str = "The cat sat on the mat because it was tired";
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {

@@ -345,7 +345,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
             before = before.and(written);
         }
         for own in 0..self.each {
-            self.end(&mut unit, own, self.carried(floats, own));
+            self.end(&mut unit, own, &self.carried(floats, own));
         }
     }
 
@@ -370,7 +370,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
     }
 
     /// The gradient of the initial state.
-    fn end(&self, unit: &mut Unit<'_>, own: usize, carried: Carried<'_>) {
+    fn end(&self, unit: &mut Unit<'_>, own: usize, carried: &Carried<'_>) {
         let Sizes { key_dim, value_dim, .. } = self.engine.sizes;
         let size = key_dim * value_dim;
         let d_matrix = &mut unit.d_state.0[own * size..][..size];
