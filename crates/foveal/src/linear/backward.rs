@@ -474,7 +474,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
                 d_decay: &mut scratch.d_decay[..len * decay],
                 d_beta: &mut scratch.d_beta[..len],
                 suffix,
-                near,
+                near: near.each_ref(),
             },
         );
         self.scatter(written, unit, spot, scratch);

@@ -18,7 +18,6 @@ use super::{Linear, Recurrence, State, Tokens};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
-use crate::simd::near::Near;
 use crate::simd::row::scale_into;
 use crate::simd::sweep::{Decay, Layout, Read, Sweep, TokenRows, Write, sweep};
 use crate::simd::token::{
@@ -399,7 +398,6 @@ fn plain<'a>(
     read: Option<Read<'a>>,
 ) -> Sweep<'a> {
     let decay = Decay::None;
-    let near = Near::nothing();
     Sweep {
         state,
         layout,
@@ -410,6 +408,6 @@ fn plain<'a>(
         write,
         read,
         after: None,
-        near,
+        near: None,
     }
 }

@@ -33,7 +33,7 @@ impl Matrix<'_> {
             write,
             read,
             after: None,
-            near: Near::nothing(),
+            near: None,
         }
     }
 }
@@ -66,7 +66,7 @@ pub struct Block<'a> {
     /// Out, for delta rules: what each key read before its token wrote, padded values.
     pub(crate) reads: &'a mut [f32],
     /// Rows that come next.
-    pub(crate) near: Near,
+    pub(crate) near: Option<&'a Near>,
 }
 
 impl<'a> Block<'a> {
@@ -164,7 +164,7 @@ pub struct BlockGradient<'a> {
     /// The sum of `d_decay` over later tokens, in two parts.
     pub(crate) suffix: [&'a mut [f32]; 2],
     /// Rows that come next: read, and written.
-    pub(crate) near: [Near; 2],
+    pub(crate) near: [&'a Near; 2],
 }
 
 impl<'a> BlockGradient<'a> {
@@ -190,8 +190,8 @@ impl<'a> BlockGradient<'a> {
         let write = Write { rows, columns: TokenRows { data: self.k, stride: keys } };
         let by = TokenRows { data: self.g, stride: values };
         let sweep = self.ahead.sweep(self.len, Some(write), Some(Read { by, out: self.d_q }));
-        let near = self.near[0].with(&self.near[1]);
-        sweep::sweep(self.level, Sweep { decay, near, ..sweep });
+        let near = self.near[0].with(self.near[1]);
+        sweep::sweep(self.level, Sweep { decay, near: Some(&near), ..sweep });
     }
 
     /// dv = dSᵀ k and dk = dS v with dS ← decay (dS + q gᵀ), from the last token to the first.
@@ -201,13 +201,13 @@ impl<'a> BlockGradient<'a> {
         let write = Write { rows: rows(self.q, keys), columns: rows(self.g, values) };
         let read = Read { by: rows(self.k, keys), out: self.d_v };
         let sweep = self.back.sweep(self.len, Some(write), Some(read));
-        sweep::sweep(self.level, Sweep { decay, reverse: true, near: self.near[0], ..sweep });
+        sweep::sweep(self.level, Sweep { decay, reverse: true, near: Some(self.near[0]), ..sweep });
         let write = Write { rows: rows(self.g, values), columns: rows(self.q, keys) };
         let read = Read { by: rows(self.v, values), out: self.d_k };
         let sweep = self.back_transposed.sweep(self.len, Some(write), Some(read));
         sweep::sweep(
             self.level,
-            Sweep { decay: transposed, reverse: true, near: self.near[1], ..sweep },
+            Sweep { decay: transposed, reverse: true, near: Some(self.near[1]), ..sweep },
         );
     }
 }

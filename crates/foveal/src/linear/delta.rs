@@ -135,7 +135,7 @@ impl Delta {
                 beta: block.beta,
                 products: block.d_beta,
                 out: d_r,
-                near: block.near[0].with(&block.near[1]),
+                near: Some(&block.near[0].with(block.near[1])),
             },
         );
         let numbers = terms.iter_mut().zip(block.d_beta.iter_mut()).zip(block.beta);
@@ -178,7 +178,7 @@ impl Delta {
             Sweep {
                 decay,
                 before: Some(before),
-                near: block.near[0].with(&block.near[1]),
+                near: Some(&block.near[0].with(block.near[1])),
                 ..plain
             },
         );
@@ -202,7 +202,7 @@ impl Delta {
                 decay,
                 reverse: true,
                 after: Some(after),
-                near: block.near[0].with(&block.near[1]),
+                near: Some(&block.near[0].with(block.near[1])),
                 ..plain
             },
         );

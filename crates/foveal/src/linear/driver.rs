@@ -339,14 +339,20 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     }
 
     /// The rows of the block that comes after this one: of the next head, or of the first one and the next tokens.
-    fn near(&self, unit: &mut Unit<'_, E>, own: usize, place: Place, span: Range<usize>) -> Near {
+    fn near(
+        &self,
+        unit: &mut Unit<'_, E>,
+        own: usize,
+        place: Place,
+        span: Range<usize>,
+    ) -> Option<Near> {
         let Place { batch, first, len, head } = place;
         let (own, first) = match own + 1 < unit.each {
             true => (own + 1, first),
             false => (0, first + len),
         };
-        if first >= span.end {
-            return Near::nothing();
+        if first >= span.end || span.len() <= IN_PLACE {
+            return None;
         }
         let head = head / unit.each * unit.each + own;
         let tokens = first..span.end.min(first + BLOCK);
@@ -357,7 +363,7 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
         if let Some(reads) = &mut unit.reads {
             near.add(reads.row(start, own).as_ptr(), reads.stride(), self.sizes.value_dim);
         }
-        near
+        Some(near)
     }
 
     /// Adds what a block reads of the tensors of tokens.
@@ -412,7 +418,7 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             out: &mut out[..len * values],
             factors: &mut factors[..len],
             reads: &mut reads[..len * values],
-            near,
+            near: near.as_ref(),
         });
         let to = Target { patch: &mut unit.out, first: start, head: own };
         scatter(self.level, &out[..len * values], &factors[..len], self.sizes.scale, to);

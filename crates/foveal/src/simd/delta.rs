@@ -35,7 +35,7 @@ pub(crate) struct Ahead<'a> {
     /// Out: o.
     pub(crate) out: &'a mut [f32],
     /// What is asked for meanwhile.
-    pub(crate) near: Near,
+    pub(crate) near: Option<&'a Near>,
 }
 
 /// What [`behind`] reads and writes.
@@ -53,7 +53,7 @@ pub(crate) struct Behind<'a> {
     /// Out: d, the gradient of u.
     pub(crate) out: &'a mut [f32],
     /// What is asked for meanwhile.
-    pub(crate) near: Near,
+    pub(crate) near: Option<&'a Near>,
 }
 
 struct Io<'a> {
@@ -65,7 +65,7 @@ struct Io<'a> {
     products: &'a [f32],
     reads: *mut f32,
     out: *mut f32,
-    near: Near,
+    near: Option<&'a Near>,
 }
 
 dispatch! {
@@ -199,7 +199,9 @@ unsafe fn tokens<S: Simd, const DECAY: bool, const BEHIND: bool, const V: usize>
             let t = if BEHIND { count - 1 - i } else { i };
             let next = if BEHIND { t.wrapping_sub(1) } else { t + 1 };
             let place = t * columns + at.first;
-            io.near.ask(s, i, at.turn);
+            if let Some(near) = io.near {
+                near.ask(s, i, at.turn);
+            }
             let mut v = [s.splat(0.0); V];
             for n in 0..V {
                 v[n] = s.load(row(io.rows.v, t).add(at.first + n * S::LANES));

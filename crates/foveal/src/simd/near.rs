@@ -53,13 +53,14 @@ impl Near {
     }
 
     /// These rows and others of the same tokens.
-    pub(crate) fn with(mut self, others: &Near) -> Near {
+    pub(crate) fn with(&self, others: &Near) -> Near {
+        let mut all = *self;
         for rows in &others.rows[..others.count] {
-            self.rows[self.count] = *rows;
-            self.count += 1;
+            all.rows[all.count] = *rows;
+            all.count += 1;
         }
-        self.tokens = self.tokens.max(others.tokens);
-        self
+        all.tokens = all.tokens.max(others.tokens);
+        all
     }
 
     /// Asks for a token's rows, if it is the turn of these columns.

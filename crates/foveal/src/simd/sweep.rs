@@ -195,7 +195,7 @@ pub(crate) struct Sweep<'a> {
     /// Added after the read.
     pub(crate) after: Option<Write<'a>>,
     /// What is asked for meanwhile.
-    pub(crate) near: Near,
+    pub(crate) near: Option<&'a Near>,
 }
 
 const SCALAR: u32 = 1;
@@ -242,7 +242,7 @@ impl Source {
     }
 }
 
-struct Io {
+struct Io<'a> {
     state: *mut f32,
     rows: usize,
     tokens: usize,
@@ -253,7 +253,7 @@ struct Io {
     read: (Source, *mut f32),
     after: (Source, Source),
     out_stride: usize,
-    near: Near,
+    near: Option<&'a Near>,
 }
 
 dispatch! {
@@ -288,7 +288,7 @@ fn sweep_kernel<S: Simd>(s: S, args: Sweep<'_>) {
 }
 
 /// Where everything lies, and which parts there are; checked.
-fn checked(args: Sweep<'_>) -> (Io, u32) {
+fn checked(args: Sweep<'_>) -> (Io<'_>, u32) {
     let Sweep { state, layout, tokens, reverse, decay, before, write, read, after, near } = args;
     let Layout { rows, columns, .. } = layout;
     assert!(columns.is_multiple_of(16) && layout.panel.is_multiple_of(16));
@@ -343,7 +343,7 @@ fn checked(args: Sweep<'_>) -> (Io, u32) {
 /// # Safety
 /// Every pointer of `io` that `OPS` names is valid for its rows, and the state for its layout.
 #[inline(always)]
-unsafe fn panels<S: Simd, const OPS: u32>(s: S, io: &Io, layout: Layout) {
+unsafe fn panels<S: Simd, const OPS: u32>(s: S, io: &Io<'_>, layout: Layout) {
     for panel in layout.panels() {
         let vectors = panel.width / S::LANES;
         let mut v = 0;
@@ -385,7 +385,7 @@ struct Column {
 /// # Safety
 /// As for [`panels`], for V vectors from the column on.
 #[inline(always)]
-unsafe fn tokens<S: Simd, const OPS: u32, const V: usize>(s: S, io: &Io, at: Column) -> usize {
+unsafe fn tokens<S: Simd, const OPS: u32, const V: usize>(s: S, io: &Io<'_>, at: Column) -> usize {
     let mut t = 0;
     // SAFETY: the caller's promise, for tokens below the count.
     unsafe {
@@ -415,7 +415,7 @@ unsafe fn tokens<S: Simd, const OPS: u32, const V: usize>(s: S, io: &Io, at: Col
 #[inline(always)]
 unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
     s: S,
-    io: &Io,
+    io: &Io<'_>,
     at: Column,
     t: usize,
 ) {
@@ -444,7 +444,9 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
         let mut before = [[zero; V]; T];
         let mut sums = [[zero; V]; T];
         for part in 0..T {
-            io.near.ask(s, t + part, at.turn);
+            if let Some(near) = io.near {
+                near.ask(s, t + part, at.turn);
+            }
             for r in io.rows * part / T..io.rows * (part + 1) / T {
                 let p = at.state.add(r * at.stride);
                 let mut m = [zero; V];
@@ -494,7 +496,7 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
 
 /// The indices of the tokens of a pass, in the order in which it takes them.
 #[inline(always)]
-fn token_indices<const T: usize>(io: &Io, t: usize) -> [usize; T] {
+fn token_indices<const T: usize>(io: &Io<'_>, t: usize) -> [usize; T] {
     let mut tokens = [0; T];
     for i in 0..T {
         tokens[i] = if io.reverse { io.tokens - 1 - t - i } else { t + i };
