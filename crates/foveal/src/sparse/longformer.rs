@@ -10,7 +10,7 @@
 //! global rows, joined by log-sum-exp; nothing is counted twice. Cost for each query: 2·reach + 1 + global keys, and
 //! N for each global row. Beltagy et al. 2020, section 3.
 
-use super::parts::{GATHERED, Heads, Part, Runner, Tokens};
+use super::parts::{GATHERED, Heads, Part, Runner, SORTED, Tokens};
 use super::rows::{Listed, by_residue};
 use crate::cpu::Cpu;
 use crate::element::Element;
@@ -225,7 +225,7 @@ impl Longformer {
                 mask,
             });
         } else {
-            let step = (GATHERED / length.div_ceil(gap).max(1)).max(1);
+            let step = (SORTED / length.div_ceil(gap).max(1)).max(1);
             for first in (0..gap.min(*length)).step_by(step) {
                 let residues = || first..(first + step).min(gap);
                 let (rows, starts) = by_residue(0..*length, gap, residues());

@@ -369,6 +369,7 @@ impl NativeSparse {
         let step = (LOOKED / (group * compressed.seq.max(1))).clamp(64, 1024);
         let attention = self.compressed(runner, [compressed.seq, keys]);
         let (mut sums, mut scores) = (vec![0.0f32; compressed.seq], vec![]);
+        let counts = self.counts();
         for (b, kv) in (0..batch).flat_map(|b| (0..compressed.heads).map(move |kv| (b, kv))) {
             let own = kv * group..(kv + 1) * group;
             let [q, k] = [q.part(b..b + 1, own.clone()), k.part(b..b + 1, kv..kv + 1)];
@@ -385,7 +386,7 @@ impl NativeSparse {
                     }
                     let blocks = self.candidates((row + keys).checked_sub(seq));
                     scores.clear();
-                    scores.extend(blocks.clone().map(|block| self.score(&sums, block)));
+                    scores.extend(blocks.clone().map(|block| self.score((&sums, &counts), block)));
                     best(&scores, blocks.start, choices.row_mut([b, kv, row]));
                 }
             }
@@ -393,13 +394,25 @@ impl NativeSparse {
         Ok(choices)
     }
 
+    /// How often P of a block counts its compressed tokens, from the first that reaches into it on.
+    fn counts(&self) -> Vec<f32> {
+        let NativeSizes { length, stride, block, .. } = self.sizes;
+        let (length, block) = (length / stride, block / stride);
+        let mut counts = vec![0.0; length + block - 1];
+        for (m, o) in (0..block).flat_map(|m| (0..length).map(move |o| (m, o))) {
+            counts[m + length - 1 - o] += 1.0;
+        }
+        counts
+    }
+
     /// P of a block from the weights of compressed tokens.
-    fn score(&self, weights: &[f32], block: usize) -> f32 {
+    fn score(&self, (weights, counts): (&[f32], &[f32]), block: usize) -> f32 {
         let NativeSizes { length, stride, block: size, .. } = self.sizes;
-        let first = block * (size / stride);
-        let pairs = (0..size / stride).flat_map(|m| (0..length / stride).map(move |o| (m, o)));
-        let places = pairs.filter_map(|(m, o)| (first + m).checked_sub(o));
-        places.filter_map(|place| weights.get(place)).sum()
+        // Before the first compressed token there is none.
+        let (first, before) = (block * (size / stride), length / stride - 1);
+        let skip = before.saturating_sub(first);
+        let weights = weights.get(first + skip - before..).unwrap_or(&[]);
+        weights.iter().zip(&counts[skip..]).map(|(weight, count)| weight * count).sum()
     }
 
     /// The branches besides the first, and their sum.

@@ -18,6 +18,9 @@ use std::ops::Range;
 /// Tokens that mechanisms gather at a time.
 pub(super) const GATHERED: usize = 4096;
 
+/// Tokens that are gathered at a time from all over a sequence: few enough that they stay in cache.
+pub(super) const SORTED: usize = 1024;
+
 /// Output numbers that a unit may have for so many tokens.
 const UNIT: usize = 1 << 21;
 

@@ -8,18 +8,18 @@
 //! out:     one softmax over what all rounds see; a key seen in n rounds counts n times
 //! ```
 //!
-//! Exact given the buckets, which carry no gradient. Sorted tokens are gathered some thousand at a time; rounds, and
+//! Exact given the buckets, which carry no gradient. Sorted tokens are gathered some at a time; rounds, and
 //! the row itself, are joined by log-sum-exp. Cost for each query: 2·m keys a round, and sorting. Kitaev et al. 2020,
 //! section 2.
 
 use super::lsh::Buckets;
-use super::parts::{GATHERED, Heads, Memory, Part, Runner, Tokens};
+use super::parts::{Heads, Memory, Part, Runner, SORTED, Tokens};
 use super::rows::Listed;
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::exact::state::join_rows;
-use crate::mask::{Coverage, Mask, Pattern, Site};
+use crate::mask::{Coverage, Mask, Pattern, Site, set_bits};
 use crate::plan::{Backward, Inputs, expect};
 use crate::problem::{Attention, Forward, Scale};
 use crate::tensor::{Shape, Tensor, TensorRef};
@@ -200,9 +200,9 @@ impl Reformer {
         Ok(Runner { scale: self.scale.resolve(qk.dim)?, cpu })
     }
 
-    /// Chunks of all rounds of one head, some thousand rows at a time.
+    /// Chunks of all rounds of one head, some rows at a time.
     fn parts(&self, sorted: &Sorted, (batch, head): (usize, usize)) -> Heads {
-        let step = (GATHERED / self.chunk).max(1).saturating_mul(self.chunk);
+        let step = (SORTED / self.chunk).max(1).saturating_mul(self.chunk);
         let mut parts = vec![];
         for round in 0..sorted.rounds.len() {
             for start in (0..sorted.rounds[round].len()).step_by(step) {
@@ -224,8 +224,10 @@ impl Reformer {
         let tokens = |entries: &[Entry]| entries.iter().map(|entry| entry.token as usize).collect();
         let (queries, keys) =
             (Listed::sorted(tokens(&own[rows])), Listed::sorted(tokens(&entries)));
+        let breaks = |n: &usize| *n == 0 || !entries[*n].follows(entries[*n - 1]);
         let mask = Mask::pattern(Chunks {
             before: before.len(),
+            runs: (0..entries.len()).filter(breaks).collect(),
             entries,
             chunk: self.chunk,
             causal: self.causal,
@@ -313,6 +315,13 @@ struct Entry {
     bucket: u64,
 }
 
+impl Entry {
+    /// Whether it is a later token of the same bucket.
+    fn follows(self, other: Entry) -> bool {
+        self.bucket == other.bucket && self.token > other.token
+    }
+}
+
 /// The tokens of one head, sorted for each round.
 struct Sorted {
     rounds: Vec<Vec<Entry>>,
@@ -376,6 +385,8 @@ impl Sorted {
 struct Chunks {
     /// The keys; rows are those behind the first `before`.
     entries: Vec<Entry>,
+    /// Where runs of ascending tokens of one bucket begin.
+    runs: Vec<usize>,
     before: usize,
     chunk: usize,
     causal: bool,
@@ -429,8 +440,22 @@ impl Pattern for Chunks {
             return;
         }
         let row = self.entries[i as usize];
-        for (b, &key) in (seen.start - keys.start..).zip(&self.entries[seen]) {
-            bits[b / 64] |= u64::from(self.shows(row, key)) << (b % 64);
+        let first = self.runs.partition_point(|&start| start <= seen.start) - 1;
+        let runs = &self.runs[first..self.runs.partition_point(|&start| start < seen.end)];
+        let ends = runs[1..].iter().copied().chain([seen.end]);
+        for (&start, end) in runs.iter().zip(ends) {
+            let run = start.max(seen.start)..end;
+            if self.strict && self.entries[run.start].bucket != row.bucket {
+                continue;
+            }
+            let before = |end: u32| {
+                run.start + self.entries[run.clone()].partition_point(|key| key.token < end)
+            };
+            let own = before(row.token);
+            set_bits(bits, run.start - keys.start, own - keys.start);
+            if !self.causal {
+                set_bits(bits, before(row.token + 1) - keys.start, run.end - keys.start);
+            }
         }
     }
 

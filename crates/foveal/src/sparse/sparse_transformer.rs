@@ -11,7 +11,7 @@
 //! of earlier blocks. Cost for each query: l/2 or l + N/(2l) keys (strided), l/2 + c·N/(2l) (fixed); with l ≈ √N
 //! that is O(N√N) a head. Child et al. 2019, sections 4.2 and 4.3; `num_verts` as in its released kernels.
 
-use super::parts::{GATHERED, Heads, Part, Runner, Tokens};
+use super::parts::{GATHERED, Heads, Part, Runner, SORTED, Tokens};
 use super::pattern::{Segments, Stairs, blocks};
 use super::rows::{Listed, by_residue};
 use crate::cpu::Cpu;
@@ -298,7 +298,7 @@ fn classes([queries, keys]: [usize; 2], stride: usize, skip: usize) -> Vec<Part>
     if longest <= skip {
         return vec![];
     }
-    let step = (GATHERED / longest).max(1);
+    let step = (SORTED / longest).max(1);
     let waves = (0..stride.min(keys)).step_by(step);
     let wave = |first: usize| {
         let residues = first..(first + step).min(stride).min(keys);
