@@ -185,15 +185,15 @@ impl Figures {
         let resident = numbers::resident_bytes();
         let resident = resident
             .map_or_else(String::new, |bytes| format!(", {} resident", numbers::bytes(bytes)));
-        let cached = match self.cached {
-            0 => String::new(),
-            cached => format!(", {cached} of them cached"),
+        // Of a few tokens behind a cache the rate would be that of opening the file.
+        let speed = match self.cached {
+            0 => format!("{:.1} tok/s", self.prompt_rate()),
+            cached => format!("{cached} of them cached, {:.2} s", self.prompt_seconds),
         };
         format!(
-            "prompt: {} tokens{cached}, {:.1} tok/s; generated: {} tokens, {:.1} tok/s, ended by {}; \
+            "prompt: {} tokens, {speed}; generated: {} tokens, {:.1} tok/s, ended by {}; \
              memory: {} of keys and values{resident}",
             self.prompt_tokens,
-            self.prompt_rate(),
             self.tokens.len(),
             self.generate_rate(),
             self.stop.map_or("an interruption", StopReason::name),

@@ -55,7 +55,7 @@ pub struct Model {
 pub struct State {
     layers: Vec<LayerState>,
     position: usize,
-    keep: Keep,
+    options: CacheOptions,
 }
 
 /// Buffers of a call, kept for the next; any number of states may share them, one at a time.
@@ -160,7 +160,7 @@ impl Model {
             block.mixer.state(options, (layer.reach, reach))
         });
         let layers = layers.collect::<Result<_, Error>>()?;
-        Ok(State { layers, position: 0, keep: options.keep })
+        Ok(State { layers, position: 0, options: *options })
     }
 
     /// Reads `tokens` on from where `state` is, and leaves the logits that `step` asks for in `scratch`.
@@ -231,7 +231,7 @@ impl Model {
     ) -> Result<(), Error> {
         self.embed(tokens, &mut scratch.x)?;
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
-        let rolling = match state.keep {
+        let rolling = match state.options.keep {
             Keep::Rolling(rolling) => Some(rolling),
             _ => None,
         };
@@ -296,7 +296,7 @@ impl State {
     /// Tokens that may go through the layers together: those up to the next multiple of [`CHUNK`], and one where each has
     /// its own choice of keys.
     fn room(&self, phase: Phase) -> usize {
-        match (self.keep, phase) {
+        match (self.options.keep, phase) {
             (Keep::HeavyHitters { .. }, Phase::Generated) => 1,
             _ => CHUNK - self.position % CHUNK,
         }

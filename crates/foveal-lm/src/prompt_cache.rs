@@ -97,7 +97,7 @@ impl<'a> PromptCache<'a> {
             return Err(refuse(reason));
         }
         let stores = stores(state)
-            .filter(|stores| stores.iter().all(|(_, store)| self.fits(store)))
+            .filter(|_| *state.options() == self.options)
             .ok_or_else(|| refuse("the state was made with other options".to_owned()))?;
         let mut arrays = vec![("tokens".to_owned(), Numbers::tokens(tokens))];
         arrays.push(("spans".to_owned(), Numbers::spans(&stores)));
@@ -230,11 +230,6 @@ impl<'a> PromptCache<'a> {
             true => Ok(()),
             false => Err("it is damaged: its contents have changed".to_owned()),
         }
-    }
-
-    fn fits(&self, store: &Store) -> bool {
-        let rolled = self.options.keep != Keep::All && self.options.storage.coded();
-        store.storage() == self.options.storage || rolled
     }
 }
 

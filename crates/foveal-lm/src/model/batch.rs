@@ -13,7 +13,7 @@ use foveal::{MAX_GENERATED_ROWS, Phase};
 use super::{Model, Scratch, State, Step};
 use crate::Error;
 use crate::linear::Run;
-use crate::mixer::{Keep, LayerState};
+use crate::mixer::{CacheOptions, Keep, LayerState};
 
 /// The states of texts that go on together. A text joins and leaves between any two calls.
 #[derive(Debug, Default)]
@@ -21,6 +21,7 @@ pub struct Batch {
     /// For each layer, the states of all texts.
     layers: Vec<Vec<LayerState>>,
     positions: Vec<usize>,
+    options: Vec<CacheOptions>,
 }
 
 impl Batch {
@@ -58,7 +59,7 @@ impl Batch {
         if self.layers.len() != found {
             return Err(Error::State { expected: self.layers.len(), found });
         }
-        if state.keep != Keep::All {
+        if state.options.keep != Keep::All {
             return Err(Error::BatchKeep);
         }
         let reach = |layer: &LayerState| layer.sight().and_then(|(_, reach)| reach);
@@ -72,6 +73,7 @@ impl Batch {
             texts.push(layer);
         }
         self.positions.push(state.position);
+        self.options.push(state.options);
         Ok(())
     }
 
@@ -82,7 +84,8 @@ impl Batch {
         }
         let position = self.positions.swap_remove(text);
         let layers = self.layers.iter_mut().map(|texts| texts.swap_remove(text)).collect();
-        Some(State { layers, position, keep: Keep::All })
+        let options = self.options.swap_remove(text);
+        Some(State { layers, position, options })
     }
 
     /// Bytes of the keys and values that are held.

@@ -36,4 +36,9 @@ impl State {
     pub(crate) fn layers(&self) -> &[LayerState] {
         &self.layers
     }
+
+    /// How it was made.
+    pub(crate) fn options(&self) -> &CacheOptions {
+        &self.options
+    }
 }

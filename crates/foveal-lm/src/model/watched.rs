@@ -36,7 +36,7 @@ impl Model {
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
         self.check(tokens, Step::PROMPT, state.layers.len())?;
-        if state.keep != Keep::All {
+        if state.options.keep != Keep::All {
             return Err(Error::ObservedKeep);
         }
         scratch.logits.clear();

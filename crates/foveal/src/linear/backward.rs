@@ -512,19 +512,19 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
             let to = Target { patch, first: start, head: own / per };
             match before || own % per > 0 {
                 true => accumulate_rows(level, gradient, keys, len, to),
-                false => copy_rows(level, gradient, keys, len, to),
+                false => copy_rows(gradient, keys, len, to),
             }
         }
         let decay = padded(engine.sizes.decay_dim.unwrap_or(1));
         if written.v {
             let to = Target { patch: &mut unit.d_v, first: start, head: own };
-            copy_rows(level, d_v, values, len, to);
+            copy_rows(d_v, values, len, to);
         }
         if let Some(patch) = unit.d_log_decay.as_mut().filter(|_| written.decay) {
-            copy_rows(level, d_decay, decay, len, Target { patch, first: start, head: own });
+            copy_rows(d_decay, decay, len, Target { patch, first: start, head: own });
         }
         if let Some(patch) = unit.d_beta.as_mut().filter(|_| written.beta) {
-            copy_rows(level, d_beta, 1, len, Target { patch, first: start, head: own });
+            copy_rows(d_beta, 1, len, Target { patch, first: start, head: own });
         }
     }
 }

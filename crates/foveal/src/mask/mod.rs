@@ -38,7 +38,7 @@ pub use prefix::Prefix;
 pub use tree::{MAX_TREE, Tree};
 
 pub(crate) use rising::Rising;
-pub(crate) use runs::{fill_range, live_between, set_bits};
+pub(crate) use runs::{add_range, fill_range, live_between, set_bits};
 
 use std::ops::Range;
 use std::sync::Arc;

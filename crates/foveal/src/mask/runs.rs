@@ -92,6 +92,11 @@ pub(crate) fn set_bits(bits: &mut [u64], first: usize, end: usize) {
 /// Sets the bits of the keys that lie in `row`, and clears all others.
 pub(crate) fn fill_range(row: Range<usize>, keys: Range<usize>, bits: &mut [u64]) {
     bits.fill(0);
+    add_range(row, keys, bits);
+}
+
+/// Sets the bits of the keys that lie in `row`, and leaves the others alone.
+pub(crate) fn add_range(row: Range<usize>, keys: Range<usize>, bits: &mut [u64]) {
     let (start, end) = (row.start.max(keys.start), row.end.min(keys.end));
     if start < end {
         set_bits(bits, start - keys.start, end - keys.start);

@@ -8,7 +8,7 @@
 //! mask put together by `and` and `or`. Keys stay at their positions; StreamingLLM (Xiao et al. 2024,
 //! §3.2) also gives them new ones.
 
-use super::{Coverage, Pattern, Site, fill_range, live_between, set_bits};
+use super::{Coverage, Pattern, Site, add_range, fill_range, live_between};
 use std::ops::Range;
 
 /// The first `sinks` tokens and the `width` newest ones.
@@ -56,10 +56,7 @@ impl Pattern for Streaming {
 
     fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
         fill_range(self.newest(i), keys.clone(), bits);
-        let end = self.first(i).end.min(keys.end);
-        if keys.start < end {
-            set_bits(bits, 0, end - keys.start);
-        }
+        add_range(self.first(i), keys, bits);
     }
 
     fn same_for_all_heads(&self) -> bool {

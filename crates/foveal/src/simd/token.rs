@@ -434,33 +434,10 @@ fn accumulate_rows_kernel<S: Simd>(
     }
 }
 
-dispatch! {
-    /// Writes `count` rows, `stride` apart in `from`.
-    pub(crate) fn copy_rows(from: &[f32], stride: usize, count: usize, to: Target<'_, '_, f32>) = copy_rows_kernel
-}
-
-#[inline(always)]
-fn copy_rows_kernel<S: Simd>(
-    s: S,
-    from: &[f32],
-    stride: usize,
-    count: usize,
-    to: Target<'_, '_, f32>,
-) {
+/// Writes `count` rows, `stride` apart in `from`.
+pub(crate) fn copy_rows(from: &[f32], stride: usize, count: usize, to: Target<'_, '_, f32>) {
     for t in 0..count {
         let to = to.patch.row(to.first + t, to.head);
-        let from = &from[t * stride..][..to.len()];
-        for at in (0..to.len()).step_by(S::LANES) {
-            let n = (to.len() - at).min(S::LANES);
-            // SAFETY: `n` numbers are left in both.
-            unsafe {
-                let (p, q) = (to.as_mut_ptr().add(at), from.as_ptr().add(at));
-                if n == S::LANES {
-                    s.store(p, s.load(q));
-                } else {
-                    s.store_part(p, s.load_part(q, n), n);
-                }
-            }
-        }
+        to.copy_from_slice(&from[t * stride..][..to.len()]);
     }
 }

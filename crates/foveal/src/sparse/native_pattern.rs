@@ -3,7 +3,7 @@
 use super::choices::BlockChoices;
 use super::native_sparse::NativeSizes;
 use crate::error::Result;
-use crate::mask::{Coverage, Extent, Pattern, Rising, Site, fill_range, live_between, set_bits};
+use crate::mask::{Coverage, Extent, Pattern, Rising, Site, add_range, fill_range, live_between};
 use std::ops::Range;
 
 /// Compressed tokens all of whose tokens are at or before the row.
@@ -70,10 +70,7 @@ impl Pattern for Forced {
 
     fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
         fill_range(self.newest(i), keys.clone(), bits);
-        let end = self.first(i).end.min(keys.end);
-        if keys.start < end {
-            set_bits(bits, 0, end - keys.start);
-        }
+        add_range(self.first(i), keys, bits);
     }
 
     fn same_for_all_heads(&self) -> bool {

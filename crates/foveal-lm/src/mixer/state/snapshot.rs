@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use foveal::cache::{CodedTiles, ContiguousCache, KvRows, KvStore, QuantizedCache, pieces};
+use foveal::cache::{CodedTiles, KvRows, KvStore, pieces};
 use foveal::{Element, Rows, Shape, Strides, TensorRef};
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -140,95 +140,70 @@ impl Store {
         span: &Span,
         array: impl Fn(Array) -> &'a [u8],
     ) -> Result<(), Error> {
-        let rows = [array(Array::Keys), array(Array::Values)];
+        let new = span.coded.end..span.end;
+        match self {
+            Store::F32(cache) => cache.clear_to(new.start)?,
+            Store::F16(cache) => cache.clear_to(new.start)?,
+            Store::Bf16(cache) => cache.clear_to(new.start)?,
+            Store::Coded(cache) => {
+                let [key_ranges, value_ranges] =
+                    [Array::KeyRanges, Array::ValueRanges].map(|ranges| from_halves(array(ranges)));
+                let tiles = CodedTiles {
+                    key_codes: array(Array::KeyCodes),
+                    key_ranges: &key_ranges,
+                    value_codes: array(Array::ValueCodes),
+                    value_ranges: &value_ranges,
+                };
+                cache.restore(span.coded.clone(), tiles)?;
+            }
+        }
         if !self.coded() && !span.coded.is_empty() {
             let (what, expected) = ("the range of codes", "none");
             let got = format!("{:?}", span.coded);
             return Err(foveal::Error::InvalidParameter { what, expected, got }.into());
         }
-        if let Store::Coded(cache) = self {
-            let [key_ranges, value_ranges] =
-                [array(Array::KeyRanges), array(Array::ValueRanges)].map(from_halves);
-            let tiles = CodedTiles {
-                key_codes: array(Array::KeyCodes),
-                key_ranges: &key_ranges,
-                value_codes: array(Array::ValueCodes),
-                value_ranges: &value_ranges,
-            };
-            cache.restore(span.coded.clone(), tiles)?;
+        // Numbers are stored in what they come from: to go by way of f32 changes no bit.
+        let (heads, (key_dim, value_dim)) = (self.kv_heads(), self.dims());
+        let numbers = |rows, dim| {
+            let shape = Shape { batch: 1, seq: new.len(), heads, dim };
+            let numbers = self.numbers(array(rows));
+            let (what, got) = ("numbers of stored keys or values", numbers.len());
+            match shape.checked_len() {
+                Some(expected) if expected == got => Ok((numbers, shape)),
+                expected => {
+                    let expected = expected.unwrap_or(usize::MAX);
+                    Err(foveal::Error::LengthMismatch { what, expected, got })
+                }
+            }
+        };
+        let (keys, values) = (numbers(Array::Keys, key_dim)?, numbers(Array::Values, value_dim)?);
+        let (k, v) = (heads_first(&keys)?, heads_first(&values)?);
+        self.make_room(None, new.len())?;
+        for piece in pieces(new.clone()) {
+            let part = piece.start - new.start..piece.end - new.start;
+            self.append(k.tokens(part.clone()), v.tokens(part))?;
         }
-        let new = span.coded.end..span.end;
+        Ok(())
+    }
+
+    /// The numbers of an array of rows.
+    fn numbers(&self, bytes: &[u8]) -> Vec<f32> {
         match self {
-            Store::F32(cache) => {
-                cache.clear_to(new.start)?;
-                append(cache, &new, rows, f32::from_le_bytes)
-            }
-            Store::F16(cache) => {
-                cache.clear_to(new.start)?;
-                append(cache, &new, rows, f16::from_le_bytes)
-            }
-            Store::Bf16(cache) => {
-                cache.clear_to(new.start)?;
-                append(cache, &new, rows, bf16::from_le_bytes)
-            }
-            Store::Coded(cache) => append(cache, &new, rows, bf16::from_le_bytes),
+            Store::F32(_) => each(bytes, f32::from_le_bytes),
+            Store::F16(_) => each(bytes, |x| f16::from_le_bytes(x).to_f32()),
+            Store::Bf16(_) | Store::Coded(_) => each(bytes, |x| bf16::from_le_bytes(x).to_f32()),
         }
     }
 }
 
-/// A cache that takes rows of one type.
-trait Appends<E>: KvStore {
-    fn room_for(&mut self, held: usize) -> foveal::Result<()>;
-    fn append(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>) -> foveal::Result<()>;
+fn each<const BYTES: usize, T>(bytes: &[u8], number: impl Fn([u8; BYTES]) -> T) -> Vec<T> {
+    bytes.as_chunks().0.iter().map(|&x| number(x)).collect()
 }
 
-impl<E: Element> Appends<E> for ContiguousCache<E> {
-    fn room_for(&mut self, held: usize) -> foveal::Result<()> {
-        self.grow(held)
-    }
-
-    fn append(&mut self, k: TensorRef<'_, E>, v: TensorRef<'_, E>) -> foveal::Result<()> {
-        ContiguousCache::append(self, k, v)
-    }
-}
-
-impl Appends<bf16> for QuantizedCache {
-    fn room_for(&mut self, held: usize) -> foveal::Result<()> {
-        self.grow(held)
-    }
-
-    fn append(&mut self, k: TensorRef<'_, bf16>, v: TensorRef<'_, bf16>) -> foveal::Result<()> {
-        QuantizedCache::append(self, k, v)
-    }
-}
-
-/// Appends the rows of the positions `new`, as [`Store::array_bytes`] writes them.
-fn append<E: Element, const BYTES: usize>(
-    cache: &mut impl Appends<E>,
-    new: &Range<usize>,
-    rows: [&[u8]; 2],
-    number: fn([u8; BYTES]) -> E,
-) -> Result<(), Error> {
-    let (heads, (key_dim, value_dim)) = (cache.kv_heads(), cache.dims());
-    let shapes = [key_dim, value_dim].map(|dim| Shape { batch: 1, seq: new.len(), heads, dim });
-    for (bytes, shape) in rows.iter().zip(shapes) {
-        let (what, got) = ("numbers of stored keys or values", bytes.len() / BYTES);
-        let expected = shape.checked_len().unwrap_or(usize::MAX);
-        if got != expected {
-            return Err(foveal::Error::LengthMismatch { what, expected, got }.into());
-        }
-    }
-    cache.room_for(new.end - cache.start())?;
-    let numbers = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|&x| number(x)).collect::<Vec<E>>();
-    let [keys, values] = rows.map(numbers);
-    let strides = |dim| Strides { batch: 0, seq: dim, heads: new.len() * dim };
-    let k = TensorRef::from_strides(&keys, shapes[0], strides(key_dim))?;
-    let v = TensorRef::from_strides(&values, shapes[1], strides(value_dim))?;
-    for piece in pieces(new.clone()) {
-        let part = piece.start - new.start..piece.end - new.start;
-        cache.append(k.tokens(part.clone()), v.tokens(part))?;
-    }
-    Ok(())
+/// Rows of one head after the other.
+fn heads_first((numbers, shape): &(Vec<f32>, Shape)) -> foveal::Result<TensorRef<'_, f32>> {
+    let strides = Strides { batch: 0, seq: shape.dim, heads: shape.seq * shape.dim };
+    TensorRef::from_strides(numbers, *shape, strides)
 }
 
 fn extend<E: Element, const BYTES: usize>(
@@ -246,5 +221,5 @@ fn halves(ranges: &[f16]) -> Vec<u8> {
 }
 
 fn from_halves(bytes: &[u8]) -> Vec<f16> {
-    bytes.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x)).collect()
+    each(bytes, f16::from_le_bytes)
 }

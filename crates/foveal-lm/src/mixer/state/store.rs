@@ -48,7 +48,7 @@ impl Store {
         })
     }
 
-    pub(crate) fn storage(&self) -> CacheStorage {
+    pub(super) fn storage(&self) -> CacheStorage {
         match self {
             Store::F32(_) => CacheStorage::F32,
             Store::F16(_) => CacheStorage::F16,
