@@ -13,7 +13,7 @@ use std::ops::{ControlFlow, Range};
 use foveal::{Cpu, nn};
 
 use crate::Error;
-use crate::model::{CHUNK, Model, Scratch, State};
+use crate::model::{CHUNK, Model, Scratch, State, Step};
 
 /// The log-likelihoods of a text's tokens, negative, in nats: one for each but the first. Reads on from where `state` is.
 /// `watch` is told how many tokens have been read, and may break the reading off.
@@ -27,6 +27,8 @@ pub fn token_nll(
     state: &mut State,
     watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Vec<f32>, Error> {
+    // Of a call's last token the next one, which the call does not have, is looked up as well.
+    model.check(tokens, Step::PROMPT, state.layers().len())?;
     let level = Cpu::detect()?.level;
     let mut scratch = Scratch::new();
     let mut nll = Vec::with_capacity(tokens.len().saturating_sub(1));

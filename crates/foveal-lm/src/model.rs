@@ -197,7 +197,8 @@ impl Model {
         Ok(())
     }
 
-    fn check(&self, tokens: &[u32], step: Step, layers: usize) -> Result<(), Error> {
+    /// Refuses what no call takes, before anything is changed.
+    pub(crate) fn check(&self, tokens: &[u32], step: Step, layers: usize) -> Result<(), Error> {
         let vocab = self.config.vocab;
         if let Some(&found) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(Error::Token { found, vocab });

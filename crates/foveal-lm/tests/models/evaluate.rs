@@ -54,6 +54,19 @@ fn cuts_change_no_bit_and_can_be_broken_off() {
 }
 
 #[test]
+fn tokens_that_the_model_does_not_have_are_refused_wherever_they_are() {
+    let model = small::model();
+    for bad in [0, 1, 255, 256, 257, 299] {
+        let mut tokens = vec![7; 300];
+        tokens[bad] = 1024;
+        let mut state = model.state().unwrap();
+        let refused = token_nll(&model, &tokens, &mut state, &mut |_| ControlFlow::Continue(()));
+        assert!(matches!(refused, Err(Error::Token { found: 1024, .. })), "{bad}: {refused:?}");
+        assert_eq!(state.position(), 0);
+    }
+}
+
+#[test]
 fn smollm2_predicts_as_transformers_says() {
     let Some(path) = fetch_model(testing::Model::SmolLm2) else { return };
     let model = Model::load(&path).unwrap();
