@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
-use foveal_lm::generate::{Batcher, Options, Request, Text, prompt_tokens};
+use foveal_lm::generate::{BatchOptions, Batcher, Options, Request, Text, prompt_tokens};
 use foveal_lm::model::MAX_TEXTS;
 use foveal_lm::sample::Sampling;
 use foveal_lm::tokenizer::Tokenizer;
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::compute::ComputeArguments;
 use crate::kv::KvArguments;
-use crate::{output, source};
+use crate::{numbers, output, source};
 
 /// The longest line that is read.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -43,6 +43,11 @@ pub(crate) struct Arguments {
     /// How many texts go on together, at most.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = parallel)]
     parallel: usize,
+
+    /// Keep keys and values of at most N tokens at once; a text waits until there is room for all that it may become. As many
+    /// as the model's context has for each of the texts if left out.
+    #[arg(long, value_name = "N", value_parser = numbers::tokens)]
+    pool: Option<usize>,
 
     /// The most tokens to make for a prompt that doesn't say.
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
@@ -123,8 +128,9 @@ fn batch(arguments: &Arguments) -> anyhow::Result<()> {
         Model::new(&weights).with_context(|| format!("cannot run {}", source::name(path)))?;
     let model = arguments.compute.apply(model);
     let tokenizer = source::tokenizer(path, &weights)?;
-    let batcher = Batcher::new(&model, &tokenizer, arguments.parallel);
-    let batcher = batcher.with_cache(arguments.kv.options()?)?;
+    let &Arguments { parallel, pool, .. } = arguments;
+    let options = BatchOptions { parallel, pool, cache: arguments.kv.options()? };
+    let batcher = Batcher::new(&model, &tokenizer, &options)?;
     let mut job = Job {
         batcher,
         tokenizer: &tokenizer,
@@ -153,6 +159,7 @@ fn batch(arguments: &Arguments) -> anyhow::Result<()> {
             written.with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
+    job.figures.shared = job.batcher.shared();
     output::note(&job.figures.summary(job.lines, start.elapsed().as_secs_f64()));
     Ok(())
 }
@@ -270,16 +277,18 @@ impl Job<'_> {
 #[derive(Debug, Default)]
 struct Figures {
     prompt_tokens: usize,
+    /// Tokens of prompts that an earlier one began with.
+    shared: usize,
     tokens: usize,
     errors: usize,
 }
 
 impl Figures {
     fn summary(&self, lines: usize, seconds: f64) -> String {
-        let Figures { prompt_tokens, tokens, errors } = self;
+        let Figures { prompt_tokens, shared, tokens, errors } = self;
         let rate = if seconds > 0.0 { *tokens as f64 / seconds } else { 0.0 };
         format!(
-            "{lines} prompts of {prompt_tokens} tokens, {errors} with errors; {tokens} tokens generated in {seconds:.1} s, \
+            "{lines} prompts of {prompt_tokens} tokens ({shared} shared), {errors} with errors; {tokens} tokens generated in {seconds:.1} s, \
              {rate:.1} tok/s with the prompts read"
         )
     }

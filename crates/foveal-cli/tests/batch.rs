@@ -138,6 +138,28 @@ fn files_appear_whole_or_not_at_all() {
 }
 
 #[test]
+fn a_pool_bounds_what_is_kept_and_beginnings_are_read_once() {
+    let line = |end: &str| {
+        json!({"prompt": format!("The Queen of Hearts said {end}"), "max_tokens": 9}).to_string()
+    };
+    let long = json!({"prompt": "Alice ".repeat(600), "max_tokens": 3}).to_string();
+    let input = [line("no"), line("yes"), long, line("no more")].join("\n");
+    let output = batch(&["--pool", "300"], input.as_bytes());
+    let found = lines(&output);
+    for n in [0, 1, 3] {
+        let prompt = serde_json::from_str(input.lines().nth(n).unwrap()).unwrap();
+        assert_eq!(found[n]["text"], alone(&prompt)["text"]);
+    }
+    let error = found[2]["error"].as_str().unwrap();
+    assert!(error.contains("more pages") && error.contains("make the pool larger"), "{error}");
+    let output = batch(&[], input.as_bytes());
+    assert_eq!(lines(&output)[..2], found[..2]);
+    let note = String::from_utf8(output.stderr).unwrap();
+    let shared = note.split_once('(').and_then(|(_, rest)| rest.split_once(" shared"));
+    assert!(shared.unwrap().0.parse::<usize>().unwrap() >= 14, "{note}");
+}
+
+#[test]
 fn keys_that_are_given_up_by_choice_are_refused_before_anything_is_read() {
     for keep in [&["--window", "20"][..], &["--evict", "h2o:20"], &["--evict", "snapkv:20"]] {
         let output = batch(keep, b"{\"prompt\": \"Alice\"}\n");

@@ -57,6 +57,14 @@ pub enum Error {
         "the state keeps some keys only, but a batch takes states that keep all; leave out --window, --sinks and --evict"
     )]
     BatchKeep,
+    /// A state whose pages are not those of a batch.
+    #[error(
+        "the state takes its pages from elsewhere than the batch; make all with Model::state_in and the same pages, or none"
+    )]
+    BatchPages,
+    /// Pages of a model with other layers, or keys and values of other sizes.
+    #[error("the pages were made for another model; make them with Model::pages of this one")]
+    PageSizes,
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,

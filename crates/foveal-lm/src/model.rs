@@ -12,6 +12,7 @@
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 mod batch;
+mod paged;
 mod resumed;
 mod watched;
 
@@ -25,7 +26,7 @@ use crate::Error;
 use crate::block::{self, Block};
 use crate::config::ModelConfig;
 use crate::linear::{Linear, Run};
-use crate::mixer::{CacheOptions, Keep, LayerState};
+use crate::mixer::{CacheOptions, Keep, LayerState, Pages};
 use crate::names::Parts;
 use crate::norm::Norm;
 use crate::ropes::Ropes;
@@ -56,6 +57,8 @@ pub struct State {
     layers: Vec<LayerState>,
     position: usize,
     options: CacheOptions,
+    /// Where the layers take their pages from, if they do.
+    pages: Option<Pages>,
 }
 
 /// Buffers of a call, kept for the next; any number of states may share them, one at a time.
@@ -160,7 +163,7 @@ impl Model {
             block.mixer.state(options, (layer.reach, reach))
         });
         let layers = layers.collect::<Result<_, Error>>()?;
-        Ok(State { layers, position: 0, options: *options })
+        Ok(State { layers, position: 0, options: *options, pages: None })
     }
 
     /// Reads `tokens` on from where `state` is, and leaves the logits that `step` asks for in `scratch`.
@@ -170,8 +173,10 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::Token`], [`Error::TooManyTokens`] and [`Error::State`]; nothing has changed then. [`Error::KeyValue`] and
-    /// [`Error::Kernel`] where keys or values are beyond what the state stores; it must be reset then.
+    /// [`Error::Token`], [`Error::TooManyTokens`] and [`Error::State`]; nothing has changed then. [`Error::Kernel`] with
+    /// [`OutOfPages`](foveal::Error::OutOfPages): the state holds the tokens up to its position, and goes on from there when
+    /// there are pages. [`Error::KeyValue`] and [`Error::Kernel`] where keys or values are beyond what the state stores; it
+    /// must be reset then.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -230,6 +235,9 @@ impl Model {
         (state, scratch): (&mut State, &mut Scratch),
         mut observer: Option<&mut dyn Observer>,
     ) -> Result<(), Error> {
+        if let Some((pages, needed)) = state.needed(tokens.len()) {
+            pages.has_free(&needed)?;
+        }
         self.embed(tokens, &mut scratch.x)?;
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.options.keep {

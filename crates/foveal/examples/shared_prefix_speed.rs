@@ -41,29 +41,26 @@ fn measure<E: Element>(cpu: Cpu, group: usize) -> Result<()> {
     let shape = |seq| Shape { batch: 1, seq, heads: KV_HEADS, dim: DIM };
     let (prefix, own) = (numbers::<E>(shape(PREFIX))?, numbers::<E>(shape(OWN))?);
     let pages = (PREFIX + OWN).div_ceil(256);
-    let mut shared = PagePool::<E>::new(KV_HEADS, (DIM, DIM), pages + SEQUENCES)?;
-    let mut alone = PagePool::<E>::new(KV_HEADS, (DIM, DIM), SEQUENCES * pages)?;
-    let root = shared.create();
-    shared.append(root, prefix.view(), prefix.view())?;
-    let (mut shared_ids, mut alone_ids, mut caches) = (vec![], vec![], vec![]);
+    let shared = PagePool::<E>::new(KV_HEADS, (DIM, DIM), pages + SEQUENCES)?;
+    let alone = PagePool::<E>::new(KV_HEADS, (DIM, DIM), SEQUENCES * pages)?;
+    let mut root = shared.create();
+    root.append(prefix.view(), prefix.view())?;
+    let (mut forks, mut copies, mut caches) = (vec![], vec![], vec![]);
     for _ in 0..SEQUENCES {
-        let (fork, id) = (shared.fork(root, PREFIX)?, alone.create());
-        alone.append(id, prefix.view(), prefix.view())?;
+        let (mut fork, mut copy) = (root.fork(PREFIX)?, alone.create());
         let mut cache = ContiguousCache::<E>::new(KV_HEADS, (DIM, DIM), PREFIX + OWN)?;
-        cache.append(prefix.view(), prefix.view())?;
-        shared.append(fork, own.view(), own.view())?;
-        alone.append(id, own.view(), own.view())?;
-        cache.append(own.view(), own.view())?;
-        shared_ids.push(fork);
-        alone_ids.push(id);
+        fork.append(own.view(), own.view())?;
+        for tokens in [prefix.view(), own.view()] {
+            copy.append(tokens, tokens)?;
+            cache.append(tokens, tokens)?;
+        }
+        forks.push(fork);
+        copies.push(copy);
         caches.push(cache);
     }
-    let shared_stores =
-        shared_ids.iter().map(|&id| shared.store(id)).collect::<Result<Vec<_>>>()?;
-    let alone_stores = alone_ids.iter().map(|&id| alone.store(id)).collect::<Result<Vec<_>>>()?;
     let ways: [Vec<&dyn KvStore>; 3] = [
-        shared_stores.iter().map(|store| store as _).collect(),
-        alone_stores.iter().map(|store| store as _).collect(),
+        forks.iter().map(|store| store as _).collect(),
+        copies.iter().map(|store| store as _).collect(),
         caches.iter().map(|store| store as _).collect(),
     ];
     let attention = Attention::new().mask(Mask::causal()).cpu(cpu);

@@ -129,9 +129,6 @@ pub enum Error {
         /// Pages that no sequence holds.
         free: usize,
     },
-    /// A sequence that its pool does not hold (any more).
-    #[error("the pool holds no such sequence; it has been freed, or belongs to another pool")]
-    UnknownSequence,
     /// A stored row whose length does not fit its format or its bytes.
     #[error(transparent)]
     Row(#[from] RowError),

@@ -2,7 +2,7 @@
 
 mod support;
 
-use foveal::cache::{ContiguousCache, KvRows, KvStore, PagePool, SequenceId, TILE};
+use foveal::cache::{ContiguousCache, KvRows, KvStore, PagePool, PagedCache, TILE};
 use foveal::{
     Attention, Element, Error, Mask, Phase, Shape, Tensor, TensorMut, TensorRef, Workspace,
 };
@@ -45,7 +45,7 @@ fn assert_same(a: &dyn KvStore, b: &dyn KvStore, from: usize) {
 /// A pool, and what its sequences should hold.
 struct Twin {
     pool: PagePool<f32>,
-    plain: Vec<(SequenceId, ContiguousCache<f32>)>,
+    plain: Vec<(PagedCache<f32>, ContiguousCache<f32>)>,
     random: Random,
     refused: usize,
     copied: usize,
@@ -64,37 +64,38 @@ impl Twin {
             _ => self.random.below(60),
         };
         let [k, v] = numbers(&mut self.random, count);
-        let (id, plain) = &mut self.plain[n];
-        let (free, before) =
-            (self.pool.free_pages(), self.pool.store(*id).unwrap().pages().to_vec());
+        let (paged, plain) = &mut self.plain[n];
+        let (free, before) = (self.pool.free_pages(), paged.pages().collect::<Vec<_>>());
         let tiles = (plain.end() + count - plain.start()).div_ceil(TILE);
-        match self.pool.append(*id, k.view(), v.view()) {
+        let announced = paged.pages_for(count);
+        match paged.append(k.view(), v.view()) {
             Ok(()) => {
                 plain.grow(plain.end() - plain.start() + count).unwrap();
                 plain.append(k.view(), v.view()).unwrap();
-                let after = self.pool.store(*id).unwrap().pages().to_vec();
+                assert!(announced <= free);
+                let after: Vec<_> = paged.pages().collect();
                 self.copied += usize::from(after[..before.len()] != before);
             }
             Err(Error::OutOfPages { needed, free: left }) => {
-                assert_eq!(left, free);
+                assert_eq!((left, needed), (free, announced));
                 assert!(needed > free && needed <= tiles - before.len() + 1);
                 self.refused += 1;
             }
             Err(other) => panic!("{other}"),
         }
-        let (id, plain) = &self.plain[n];
-        assert_same(&self.pool.store(*id).unwrap(), plain, plain.start());
+        let (paged, plain) = &self.plain[n];
+        assert_same(paged, plain, plain.start());
     }
 
     fn fork(&mut self) {
         let n = self.pick();
-        let (id, plain) = &self.plain[n];
+        let (paged, plain) = &self.plain[n];
         let (start, end) = (plain.start(), plain.end());
         let at = match self.random.below(3) {
             0 => start + self.random.below(end - start + 1),
             _ => end,
         };
-        let fork = self.pool.fork(*id, at).unwrap();
+        let fork = paged.fork(at).unwrap();
         // What a plain cache would hold: the same, cut off.
         let mut cut = ContiguousCache::new(HEADS, DIMS, at).unwrap();
         let mut copy = [vec![], vec![]];
@@ -117,43 +118,51 @@ impl Twin {
         cut.forget(start);
         // A plain cache gives up whole tiles only.
         if cut.start() == start {
-            assert_same(&self.pool.store(fork).unwrap(), &cut, start);
+            assert_same(&fork, &cut, start);
             self.plain.push((fork, cut));
-        } else {
-            self.pool.free(fork).unwrap();
         }
     }
 
     fn forget(&mut self) {
         let n = self.pick();
         let before = self.random.below(self.plain[n].1.end() + 2);
-        let (id, plain) = &mut self.plain[n];
-        self.pool.forget(*id, before).unwrap();
+        let (paged, plain) = &mut self.plain[n];
+        paged.forget(before);
         plain.forget(before);
+    }
+
+    fn truncate(&mut self) {
+        let n = self.pick();
+        let (paged, plain) = &mut self.plain[n];
+        let end = paged.start() + self.random.below(paged.end() - paged.start() + 2);
+        paged.truncate(end);
+        plain.truncate(end);
     }
 
     fn free(&mut self) {
         let n = self.pick();
-        let (id, _) = self.plain.swap_remove(n);
-        self.pool.free(id).unwrap();
-        assert_eq!(self.pool.free(id), Err(Error::UnknownSequence));
-        assert!(self.pool.store(id).is_err() && self.pool.fork(id, 0).is_err());
+        if self.random.below(4) == 0 {
+            let (paged, plain) = &mut self.plain[n];
+            paged.clear();
+            plain.clear();
+        } else {
+            self.plain.swap_remove(n);
+        }
     }
 
     /// Pages are held as often as sequences hold them, and all others are free.
     fn count(&self) {
         let mut held = HashMap::new();
-        for (id, plain) in &self.plain {
-            let store = self.pool.store(*id).unwrap();
-            assert_eq!((store.start(), store.end()), (plain.start(), plain.end()));
-            store.pages().iter().for_each(|page| *held.entry(*page).or_insert(0) += 1);
+        for (paged, plain) in &self.plain {
+            assert_eq!((paged.start(), paged.end()), (plain.start(), plain.end()));
+            paged.pages().for_each(|page| *held.entry(page).or_insert(0) += 1);
         }
         assert_eq!(held.len() + self.pool.free_pages(), self.pool.pages());
     }
 
     fn all(&self) {
-        for (id, plain) in &self.plain {
-            assert_same(&self.pool.store(*id).unwrap(), plain, plain.start());
+        for (paged, plain) in &self.plain {
+            assert_same(paged, plain, plain.start());
         }
     }
 }
@@ -179,6 +188,7 @@ fn ten_thousand_operations() {
             }
             1..=4 => twin.free(),
             5 => twin.forget(),
+            6 => twin.truncate(),
             _ => twin.append(),
         }
         twin.count();
@@ -189,61 +199,61 @@ fn ten_thousand_operations() {
     twin.all();
     // The test saw what it is about.
     assert!(forks > 500 && twin.refused > 100 && twin.copied > 100);
-    while !twin.plain.is_empty() {
-        twin.free();
-    }
+    twin.plain.clear();
     assert_eq!(twin.pool.free_pages(), 40);
 }
 
 #[test]
 fn shared_pages_are_taken_once() {
-    let mut pool = pool::<f32>(5);
+    let pool = pool::<f32>(5);
     let mut random = Random::new(2);
     let [k, v] = numbers(&mut random, 2 * TILE + 10);
-    let first = pool.create();
-    pool.append(first, k.view(), v.view()).unwrap();
+    let mut first = pool.create();
+    first.append(k.view(), v.view()).unwrap();
     assert_eq!(pool.free_pages(), 2);
-    let forks: Vec<_> = (0..10).map(|_| pool.fork(first, 2 * TILE).unwrap()).collect();
+    let mut forks: Vec<_> = (0..10).map(|_| first.fork(2 * TILE).unwrap()).collect();
     assert_eq!(pool.free_pages(), 2);
     // One token each: a page each, until there are none.
     let token = |n: usize| (tokens(&k, n..n + 1), tokens(&v, n..n + 1));
-    for (n, fork) in forks.iter().enumerate() {
+    for (n, fork) in forks.iter_mut().enumerate() {
         let (k, v) = token(n);
-        let result = pool.append(*fork, k, v);
+        let result = fork.append(k, v);
         assert_eq!(
             result,
             if n < 2 { Ok(()) } else { Err(Error::OutOfPages { needed: 1, free: 0 }) }
         );
     }
     // The last page of the first sequence is shared with a fork: the first to write copies it, and there is no page for it.
-    let tail = pool.fork(first, 2 * TILE + 10).unwrap();
+    let mut tail = first.fork(2 * TILE + 10).unwrap();
     let (one_k, one_v) = token(0);
-    assert_eq!(pool.append(first, one_k, one_v), Err(Error::OutOfPages { needed: 1, free: 0 }));
-    pool.free(forks[0]).unwrap();
-    pool.append(first, one_k, one_v).unwrap();
+    assert_eq!(first.append(one_k, one_v), Err(Error::OutOfPages { needed: 1, free: 0 }));
+    forks.swap_remove(0);
+    first.append(one_k, one_v).unwrap();
     assert_eq!(pool.free_pages(), 0);
     // The fork is the page's only holder now, and writes in place.
-    pool.append(tail, one_k, one_v).unwrap();
-    let (a, b) = (pool.store(first).unwrap(), pool.store(tail).unwrap());
-    assert_same(&a, &b, 0);
-    assert_eq!(a.pages()[..2], b.pages()[..2]);
-    assert_ne!(a.pages()[2], b.pages()[2]);
+    tail.append(one_k, one_v).unwrap();
+    assert_same(&first, &tail, 0);
+    let same: Vec<_> = first.pages().zip(tail.pages()).map(|(a, b)| a == b).collect();
+    assert_eq!(same, [true, true, false]);
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let mut pool = pool::<f32>(1);
-    let id = pool.create();
+    let mut cache = pool::<f32>(1).create();
     let [k, v] = numbers(&mut Random::new(3), 3);
     let wrong = Tensor::<f32>::zeros(Shape { batch: 1, seq: 3, heads: HEADS, dim: 9 }).unwrap();
-    assert!(matches!(pool.append(id, wrong.view(), v.view()), Err(Error::ShapeMismatch { .. })));
-    assert!(matches!(pool.append(id, k.view(), wrong.view()), Err(Error::ShapeMismatch { .. })));
-    assert!(matches!(pool.fork(id, 1), Err(Error::OutOfRange { .. })));
-    pool.append(id, k.view(), v.view()).unwrap();
-    assert!(pool.fork(id, 3).is_ok());
-    assert!(matches!(pool.fork(id, 4), Err(Error::OutOfRange { .. })));
-    for (heads, dim, pages) in [(1, 1, usize::MAX), (usize::MAX, 2, 1), (2, usize::MAX, 1)] {
-        let refused = PagePool::<f32>::new(heads, (dim, 1), pages);
+    assert!(matches!(cache.append(wrong.view(), v.view()), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(cache.append(k.view(), wrong.view()), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(cache.fork(1), Err(Error::OutOfRange { .. })));
+    cache.append(k.view(), v.view()).unwrap();
+    assert!(cache.fork(3).is_ok());
+    assert!(matches!(cache.fork(4), Err(Error::OutOfRange { .. })));
+    assert!(cache.clear_to(TILE + 1).is_err());
+    assert_eq!((cache.start(), cache.end()), (0, 3));
+    cache.clear_to(TILE).unwrap();
+    assert_eq!((cache.start(), cache.end(), cache.pool().free_pages()), (TILE, TILE, 1));
+    for (heads, dim) in [(usize::MAX, 2), (2, usize::MAX)] {
+        let refused = PagePool::<f32>::new(heads, (dim, 1), 1);
         assert!(matches!(refused, Err(Error::ShapeOverflow { .. })));
     }
 }
@@ -252,29 +262,28 @@ fn what_does_not_fit_is_refused() {
 fn attention_over_pages<E: Element>() {
     let mut random = Random::new(4);
     let dims = (24, 40);
-    let mut pool = PagePool::<E>::new(2, dims, 12).unwrap();
+    let pool = PagePool::<E>::new(2, dims, 12).unwrap();
     let shape = |seq, dim| Shape { batch: 1, seq, heads: 2, dim };
     let prefix = TILE + 100;
     let lengths = [prefix + 3, prefix + 300, 7, prefix];
     let k: Tensor<f32> = random.tensor(shape(700, dims.0), 1.0);
     let v: Tensor<f32> = random.tensor(shape(700, dims.1), 1.0);
-    let root = pool.create();
-    pool.append(root, tokens(&k, 0..prefix), tokens(&v, 0..prefix)).unwrap();
+    let mut root = pool.create();
+    root.append(tokens(&k, 0..prefix), tokens(&v, 0..prefix)).unwrap();
     let mut plain = vec![];
-    let mut ids = vec![];
+    let mut paged = vec![];
     for (n, &length) in lengths.iter().enumerate() {
         let mut cache = ContiguousCache::<E>::new(2, dims, 700).unwrap();
         let shared = if length >= prefix { prefix } else { 0 };
-        let id = if shared > 0 { pool.fork(root, prefix).unwrap() } else { pool.create() };
+        let mut fork = if shared > 0 { root.fork(prefix).unwrap() } else { pool.create() };
         cache.append(tokens(&k, 0..shared), tokens(&v, 0..shared)).unwrap();
         let own = (20 * n + 100)..(20 * n + 100 + length - shared);
         let (k, v) = (tokens(&k, own.clone()), tokens(&v, own));
         cache.append(k, v).unwrap();
-        pool.append(id, k, v).unwrap();
+        fork.append(k, v).unwrap();
         plain.push(cache);
-        ids.push(id);
+        paged.push(fork);
     }
-    let paged: Vec<_> = ids.iter().map(|id| pool.store(*id).unwrap()).collect();
     let a: Vec<&dyn KvStore> = paged.iter().map(|store| store as &dyn KvStore).collect();
     let b: Vec<&dyn KvStore> = plain.iter().map(|store| store as &dyn KvStore).collect();
     let q: Tensor<E> = random.tensor(Shape { batch: 4, seq: 3, heads: 4, dim: dims.0 }, 1.0);

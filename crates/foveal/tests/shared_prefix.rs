@@ -2,7 +2,7 @@
 
 mod support;
 
-use foveal::cache::{ContiguousCache, KvStore, KvTile, PagePool, SharedTile, TILE};
+use foveal::cache::{ContiguousCache, KvStore, KvTile, PagePool, PagedCache, SharedTile, TILE};
 use foveal::{Attention, Cpu, DType, Element, Mask, Shape, Tensor, TensorMut, Threads, Workspace};
 use half::{bf16, f16};
 use std::num::NonZeroUsize;
@@ -14,9 +14,9 @@ const KV_HEADS: usize = 2;
 const DIMS: (usize, usize) = (24, 40);
 
 /// Sequences of a pool, and each of them in a cache of its own.
-struct Family<E> {
+struct Family<E: Element> {
     pool: PagePool<E>,
-    ids: Vec<foveal::cache::SequenceId>,
+    paged: Vec<PagedCache<E>>,
     plain: Vec<ContiguousCache<E>>,
     random: Random,
 }
@@ -24,7 +24,7 @@ struct Family<E> {
 impl<E: Element> Family<E> {
     fn new(pages: usize) -> Family<E> {
         let pool = PagePool::new(KV_HEADS, DIMS, pages).unwrap();
-        Family { pool, ids: vec![], plain: vec![], random: Random::new(1) }
+        Family { pool, paged: vec![], plain: vec![], random: Random::new(1) }
     }
 
     fn numbers(&mut self, seq: usize) -> [Tensor<f32>; 2] {
@@ -33,21 +33,21 @@ impl<E: Element> Family<E> {
     }
 
     fn create(&mut self, length: usize) -> usize {
-        self.ids.push(self.pool.create());
+        self.paged.push(self.pool.create());
         self.plain.push(ContiguousCache::new(KV_HEADS, DIMS, 2048).unwrap());
-        self.append(self.ids.len() - 1, length);
-        self.ids.len() - 1
+        self.append(self.paged.len() - 1, length);
+        self.paged.len() - 1
     }
 
     fn append(&mut self, n: usize, length: usize) {
         let [k, v] = self.numbers(length);
-        self.pool.append(self.ids[n], k.view(), v.view()).unwrap();
+        self.paged[n].append(k.view(), v.view()).unwrap();
         self.plain[n].append(k.view(), v.view()).unwrap();
     }
 
     /// A sequence with the first `end` tokens of another one and `own` of its own.
     fn fork(&mut self, of: usize, end: usize, own: usize) -> usize {
-        self.ids.push(self.pool.fork(self.ids[of], end).unwrap());
+        self.paged.push(self.paged[of].fork(end).unwrap());
         let mut plain = ContiguousCache::new(KV_HEADS, DIMS, 2048).unwrap();
         // What was rounded once is not changed by another rounding.
         for start in (0..end).step_by(TILE) {
@@ -56,8 +56,8 @@ impl<E: Element> Family<E> {
             plain.append(k.view(), v.view()).unwrap();
         }
         self.plain.push(plain);
-        self.append(self.ids.len() - 1, own);
-        self.ids.len() - 1
+        self.append(self.paged.len() - 1, own);
+        self.paged.len() - 1
     }
 
     fn rows(&self, of: usize, positions: Range<usize>) -> [Tensor<E>; 2] {
@@ -135,23 +135,20 @@ fn decode<E: Element>(
     out.chain(lse.into_iter().map(f32::to_bits)).collect()
 }
 
-fn stores<E: Element>(
-    family: &Family<E>,
-) -> (Vec<foveal::cache::PagedStore<'_, E>>, Vec<&dyn KvStore>) {
-    let paged = family.ids.iter().map(|&id| family.pool.store(id).unwrap()).collect();
-    (paged, family.plain.iter().map(|cache| cache as _).collect())
+fn stores<E: Element>(family: &Family<E>) -> (Vec<&dyn KvStore>, Vec<&dyn KvStore>) {
+    let plain = family.plain.iter().map(|cache| cache as _).collect();
+    (family.paged.iter().map(|cache| cache as _).collect(), plain)
 }
 
 fn has_the_bits_of_caches_of_their_own<E: Element>() {
     let mut family = family::<E>();
-    let batch = family.ids.len();
+    let batch = family.paged.len();
     // A row a head, groups that fill more than a pass together, and groups whose tiles are packed.
     let queries: Vec<Tensor<E>> = [(1, 2), (3, 4), (1, 14), (5, 26)]
         .into_iter()
         .map(|(seq, heads)| family.random.tensor(Shape { batch, seq, heads, dim: DIMS.0 }, 2.0))
         .collect();
     let (paged, plain) = stores(&family);
-    let paged: Vec<&dyn KvStore> = paged.iter().map(|store| store as _).collect();
     for (cpu, q) in cpus().flat_map(|cpu| queries.iter().map(move |q| (cpu, q))) {
         for mask in [Mask::causal(), Mask::window(700), Mask::full()] {
             let attention = Attention::new().mask(mask).cpu(cpu);
@@ -171,10 +168,9 @@ fn sharing_changes_no_bit() {
 #[test]
 fn nor_do_threads_masks_of_heads_and_sequences_or_terms() {
     let mut family = family::<f32>();
-    let batch = family.ids.len();
+    let batch = family.paged.len();
     let q: Tensor<f32> = family.random.tensor(Shape { batch, seq: 2, heads: 4, dim: DIMS.0 }, 2.0);
     let (paged, plain) = stores(&family);
-    let paged: Vec<&dyn KvStore> = paged.iter().map(|store| store as _).collect();
     let by_head = [100, 600, 3, 2000].map(Mask::window).to_vec();
     let by_sequence = (0..batch).map(|n| Mask::window(150 * n + 1)).collect();
     let sinks = [0.5, -1.0, 2.0, 0.0];
@@ -206,7 +202,7 @@ fn numbers_that_are_not_finite_stay_with_those_who_see_them() {
     let mut numbers = k.clone().into_vec();
     numbers[30 * KV_HEADS * DIMS.0] = f32::NAN;
     k = Tensor::from_vec(numbers, k.shape()).unwrap();
-    family.pool.append(family.ids[root], k.view(), v.view()).unwrap();
+    family.paged[root].append(k.view(), v.view()).unwrap();
     family.plain[root].append(k.view(), v.view()).unwrap();
     for own in 0..5 {
         family.fork(root, 600, 20 * own);
@@ -214,7 +210,6 @@ fn numbers_that_are_not_finite_stay_with_those_who_see_them() {
     let q: Tensor<f32> =
         family.random.tensor(Shape { batch: 6, seq: 1, heads: 4, dim: DIMS.0 }, 1.0);
     let (paged, plain) = stores(&family);
-    let paged: Vec<&dyn KvStore> = paged.iter().map(|store| store as _).collect();
     for cpu in cpus() {
         // The longer ones no longer see position 530.
         let attention = Attention::new().mask(Mask::window(110)).cpu(cpu);
@@ -267,7 +262,8 @@ fn a_shared_page_is_read_once_for_up_to_48_rows() {
     family.append(root, 10);
     let (paged, _) = stores(&family);
     let tiles = AtomicUsize::new(0);
-    let counted: Vec<_> = paged.iter().map(|store| Counted { store, tiles: &tiles }).collect();
+    let counted: Vec<_> =
+        paged.iter().map(|store| Counted { store: *store, tiles: &tiles }).collect();
     let counted: Vec<&dyn KvStore> = counted.iter().map(|store| store as _).collect();
     let read = |heads: usize| {
         let shape = Shape { batch: 16, seq: 1, heads, dim: DIMS.0 };

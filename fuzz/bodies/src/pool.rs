@@ -2,7 +2,7 @@
 
 use crate::numbers::Numbers;
 use arbitrary::Unstructured;
-use foveal::cache::{KvRows, KvStore, PagePool, SequenceId, TILE};
+use foveal::cache::{KvRows, KvStore, PagePool, PagedCache, TILE};
 use foveal::{Error, Shape, Tensor};
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ const MOST: usize = 8;
 
 /// What a sequence should hold: a number for each position since its beginning, of which its keys and values are made.
 struct Model {
-    id: SequenceId,
+    cache: PagedCache<f32>,
     start: usize,
     marks: Vec<f32>,
 }
@@ -32,7 +32,7 @@ fn tensor(marks: &[f32], dim: usize) -> Tensor<f32> {
 /// Operations on a pool of a few pages.
 pub(crate) fn pool(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let pages = input.int_in_range(0..=9)?;
-    let mut pool = PagePool::<f32>::new(KV_HEADS, DIMS, pages).expect("a small pool");
+    let pool = PagePool::<f32>::new(KV_HEADS, DIMS, pages).expect("a small pool");
     let mut numbers = Numbers::new(input.arbitrary()?);
     let mut models: Vec<Model> = vec![];
     for _ in 0..48 {
@@ -41,28 +41,26 @@ pub(crate) fn pool(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         }
         let operation = input.int_in_range(0..=9)?;
         if models.is_empty() || operation == 0 && models.len() < MOST {
-            models.push(Model { id: pool.create(), start: 0, marks: vec![] });
+            models.push(Model { cache: pool.create(), start: 0, marks: vec![] });
             continue;
         }
         let n = input.choose_index(models.len())?;
         match operation {
             1 => {
-                let gone = models.swap_remove(n);
-                pool.free(gone.id).expect("a sequence of the pool");
-                assert_eq!(pool.free(gone.id), Err(Error::UnknownSequence));
+                models.swap_remove(n);
             }
-            2 | 3 => fork(&mut pool, &mut models, n, input)?,
+            2 | 3 => fork(&mut models, n, input)?,
             4 => {
                 let before = input.int_in_range(0..=models[n].marks.len() + 2)?;
-                pool.forget(models[n].id, before).expect("a sequence of the pool");
                 let model = &mut models[n];
+                model.cache.forget(before);
                 let start = before.min(model.marks.len()) / TILE * TILE;
                 model.start = model.start.max(start);
             }
             _ => {
                 let count = input.int_in_range(0..=TILE + 40)?;
                 let marks: Vec<f32> = (0..count).map(|_| numbers.next()).collect();
-                append(&mut pool, &mut models[n], &marks);
+                append(&pool, &mut models[n], &marks);
             }
         }
         check(&pool, &models);
@@ -70,21 +68,15 @@ pub(crate) fn pool(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     Ok(())
 }
 
-fn fork(
-    pool: &mut PagePool<f32>,
-    models: &mut Vec<Model>,
-    n: usize,
-    input: &mut Unstructured<'_>,
-) -> arbitrary::Result<()> {
-    let Model { id, start, marks } = &models[n];
+fn fork(models: &mut Vec<Model>, n: usize, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+    let Model { cache, start, marks } = &models[n];
     let end = input.int_in_range(0..=marks.len() + 1)?;
-    match pool.fork(*id, end) {
-        Ok(id) => {
+    match cache.fork(end) {
+        Ok(cache) => {
             assert!((*start..=marks.len()).contains(&end));
-            let model = Model { id, start: *start, marks: marks[..end].to_vec() };
-            match models.len() < MOST {
-                true => models.push(model),
-                false => pool.free(id).expect("a sequence of the pool"),
+            let model = Model { cache, start: *start, marks: marks[..end].to_vec() };
+            if models.len() < MOST {
+                models.push(model);
             }
         }
         Err(error) => {
@@ -96,13 +88,13 @@ fn fork(
 }
 
 /// Appends if there are pages, and changes nothing if not.
-fn append(pool: &mut PagePool<f32>, model: &mut Model, marks: &[f32]) {
+fn append(pool: &PagePool<f32>, model: &mut Model, marks: &[f32]) {
     let free = pool.free_pages();
     let held = model.marks.len() - model.start;
     let tiles = |tokens: usize| tokens.div_ceil(TILE);
     let more = tiles(held + marks.len()) - tiles(held);
     let (k, v) = (tensor(marks, DIMS.0), tensor(marks, DIMS.1));
-    match pool.append(model.id, k.view(), v.view()) {
+    match model.cache.append(k.view(), v.view()) {
         Ok(()) => {
             // Its own last page, if another sequence held it, has been copied.
             assert!((more..=more + 1).contains(&(free - pool.free_pages())));
@@ -120,9 +112,9 @@ fn append(pool: &mut PagePool<f32>, model: &mut Model, marks: &[f32]) {
 fn check(pool: &PagePool<f32>, models: &[Model]) {
     let mut held = HashMap::new();
     for model in models {
-        let store = pool.store(model.id).expect("a sequence of the pool");
+        let store = &model.cache;
         assert_eq!((store.start(), store.end()), (model.start, model.marks.len()));
-        store.pages().iter().for_each(|&page| *held.entry(page).or_insert(0usize) += 1);
+        store.pages().for_each(|page| *held.entry(page).or_insert(0usize) += 1);
         for (head, start) in (0..KV_HEADS)
             .flat_map(|head| (model.start..store.end()).step_by(TILE).map(move |at| (head, at)))
         {
@@ -141,10 +133,10 @@ fn check(pool: &PagePool<f32>, models: &[Model]) {
     }
     assert_eq!(held.len() + pool.free_pages(), pool.pages());
     for model in models {
-        let store = pool.store(model.id).expect("a sequence of the pool");
-        for (tile, page) in store.pages().iter().enumerate() {
+        let store = &model.cache;
+        for (tile, page) in store.pages().enumerate() {
             let shared = store.shared_tile(model.start + tile * TILE);
-            assert_eq!(shared.map(|tile| tile.number), (held[page] > 1).then_some(*page));
+            assert_eq!(shared.map(|tile| tile.number), (held[&page] > 1).then_some(page));
         }
     }
 }

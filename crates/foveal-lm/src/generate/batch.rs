@@ -5,14 +5,17 @@
 //! ```
 //!
 //! So a long prompt holds the others up for one chunk at a time. A text's tokens are those that it has alone: they depend
-//! on its prompt, options and seed, and not on when it came or what ran beside it.
+//! on its prompt, options and seed, and not on when it came or what ran beside it. Keys and values lie in pages, and what a
+//! prompt has in common with an earlier one is read once. A text begins when there are pages for all that it may become:
+//! none runs out of them half way. (Codes of a few bits lie in memory of each text's own.)
 
 use std::collections::VecDeque;
 
+use super::prefixes::Prefixes;
 use super::writing::Writing;
 use super::{Options, Prompt, StopReason};
 use crate::Error;
-use crate::mixer::{CacheOptions, Keep};
+use crate::mixer::{CacheOptions, Demand, Keep, Pages};
 use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
 use crate::tokenizer::Tokenizer;
 
@@ -45,14 +48,32 @@ pub struct Text {
     pub stopped: StopReason,
 }
 
+/// How texts go on together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// How many at most, 1 to [`MAX_TEXTS`].
+    pub parallel: usize,
+    /// How keys and values are kept; all of them.
+    pub cache: CacheOptions,
+    /// For how many tokens there are pages, in every layer; `None` for as many as `parallel` texts can have. Codes of a few
+    /// bits do not count.
+    pub pool: Option<usize>,
+}
+
+impl Default for BatchOptions {
+    fn default() -> BatchOptions {
+        BatchOptions { parallel: 16, cache: CacheOptions::default(), pool: None }
+    }
+}
+
 /// Makes many texts, a step at a time.
 ///
 /// ```no_run
-/// use foveal_lm::generate::{Batcher, Options, Request, prompt_tokens};
+/// use foveal_lm::generate::{BatchOptions, Batcher, Options, Request, prompt_tokens};
 /// use foveal_lm::{Model, tokenizer::Tokenizer};
 ///
 /// # fn make(model: &Model, tokenizer: &Tokenizer) -> Result<(), foveal_lm::Error> {
-/// let mut batcher = Batcher::new(model, tokenizer, 16);
+/// let mut batcher = Batcher::new(model, tokenizer, &BatchOptions::default())?;
 /// for text in ["Once upon a time", "The capital of France is"] {
 ///     let options = Options { max_tokens: 100, ..Options::default() };
 ///     batcher.push(Request { prompt: prompt_tokens(tokenizer, text)?, options });
@@ -69,16 +90,18 @@ pub struct Text {
 pub struct Batcher<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
-    limit: usize,
-    cache: CacheOptions,
+    options: BatchOptions,
     pushed: usize,
     waiting: VecDeque<(usize, Request)>,
     reading: Option<Reading<'a>>,
     /// The texts of `batch`, in its order.
     running: Vec<Running<'a>>,
     batch: Batch,
-    /// States of texts that are done, to be used again.
-    spare: Vec<State>,
+    pages: Option<Pages>,
+    /// The most pages that the texts on their way will hold.
+    promised: Demand,
+    prefixes: Prefixes,
+    shared: usize,
     scratch: Scratch,
 }
 
@@ -97,6 +120,8 @@ struct Running<'a> {
     writing: Writing<'a>,
     tokens: Vec<u32>,
     text: String,
+    /// The most pages that it will hold.
+    promised: Demand,
 }
 
 impl Running<'_> {
@@ -116,33 +141,42 @@ impl Running<'_> {
 }
 
 impl<'a> Batcher<'a> {
-    /// No texts yet; at most `limit` (1 to [`MAX_TEXTS`]) will go on together.
-    pub fn new(model: &'a Model, tokenizer: &'a Tokenizer, limit: usize) -> Batcher<'a> {
-        Batcher {
+    /// No texts yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::CacheOptions`]; [`Error::BatchKeep`] for states that give up keys of their own choice, which a batch does
+    /// not take.
+    pub fn new(
+        model: &'a Model,
+        tokenizer: &'a Tokenizer,
+        options: &BatchOptions,
+    ) -> Result<Batcher<'a>, Error> {
+        let parallel = options.parallel.clamp(1, MAX_TEXTS);
+        let BatchOptions { cache, pool, .. } = *options;
+        if cache.keep != Keep::All {
+            return Err(Error::BatchKeep);
+        }
+        let context = cache.context.unwrap_or(model.config().context);
+        // A text whose context is full holds the chunk being read and what is partly seen as well.
+        let most = context.saturating_add(3 * CHUNK);
+        let tokens = pool.unwrap_or(parallel.saturating_mul(most));
+        let pages = (!cache.storage.coded()).then(|| model.pages(&cache, tokens)).transpose()?;
+        Ok(Batcher {
             model,
             tokenizer,
-            limit: limit.clamp(1, MAX_TEXTS),
-            cache: CacheOptions::default(),
+            options: BatchOptions { parallel, ..*options },
             pushed: 0,
             waiting: VecDeque::new(),
             reading: None,
             running: vec![],
             batch: Batch::new(),
-            spare: vec![],
+            pages,
+            promised: Demand::default(),
+            prefixes: Prefixes::new(parallel),
+            shared: 0,
             scratch: Scratch::new(),
-        }
-    }
-
-    /// The same, with keys and values kept as `cache` says; to be called before there are texts.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::BatchKeep`] for states that give up keys of their own choice, which a batch does not take.
-    pub fn with_cache(self, cache: CacheOptions) -> Result<Batcher<'a>, Error> {
-        match cache.keep {
-            Keep::All => Ok(Batcher { cache, ..self }),
-            _ => Err(Error::BatchKeep),
-        }
+        })
     }
 
     /// Queues a request and returns its number, from 0.
@@ -167,7 +201,17 @@ impl<'a> Batcher<'a> {
         self.waiting.is_empty() && self.reading.is_none() && self.running.is_empty()
     }
 
-    /// Bytes of the keys and values that are held.
+    /// Tokens of prompts that needed no reading, because an earlier prompt began with them too.
+    pub fn shared(&self) -> usize {
+        self.shared
+    }
+
+    /// The pages of the keys and values; `None` if they are codes, and each text's own.
+    pub fn pages(&self) -> Option<&Pages> {
+        self.pages.as_ref()
+    }
+
+    /// Bytes of the keys and values of the texts on their way, each counted for itself.
     pub fn kv_bytes(&self) -> usize {
         let reading = self.reading.as_ref().map_or(0, |reading| reading.state.kv_bytes());
         reading + self.batch.kv_bytes()
@@ -189,14 +233,14 @@ impl<'a> Batcher<'a> {
         Ok(finished)
     }
 
-    /// Makes sure that a prompt is being read, if there is one and a place for its text.
+    /// Makes sure that a prompt is being read, if there is one, a place for its text, and pages for what it may become.
     fn take_next(&mut self, finished: &mut Vec<Finished>) -> Result<bool, Error> {
-        while self.reading.is_none() && self.running.len() < self.limit {
-            let Some((id, request)) = self.waiting.pop_front() else { break };
+        while self.reading.is_none() && self.running.len() < self.options.parallel {
+            let fits = self.waiting.front().is_some_and(|(_, request)| self.fits(request));
+            let Some((id, request)) = self.waiting.pop_front_if(|_| fits) else { break };
             match self.begin(id, request)? {
                 Ok(reading) if reading.running.writing.stopped().is_some() => {
-                    self.spare.push(reading.state);
-                    finished.push(reading.running.finish());
+                    finished.push(self.finish(reading.running));
                 }
                 Ok(reading) => self.reading = Some(reading),
                 Err(error) => finished.push(Finished { id, text: Err(error) }),
@@ -205,26 +249,55 @@ impl<'a> Batcher<'a> {
         Ok(self.reading.is_some())
     }
 
+    /// The most pages that a text will hold.
+    fn most(&self, request: &Request) -> Demand {
+        let tokens = request.prompt.len().saturating_add(request.options.max_tokens);
+        self.pages.as_ref().map_or_else(Demand::default, |pages| pages.most(tokens))
+    }
+
+    /// Whether a text may begin now: whether its pages are promised to no other, or it could never begin.
+    fn fits(&self, request: &Request) -> bool {
+        let Some(pages) = &self.pages else { return true };
+        let alone = self.most(request);
+        let mut all = self.promised.clone();
+        all.add(&alone);
+        pages.could_hold(&all).is_ok() || pages.could_hold(&alone).is_err()
+    }
+
     /// The inner error is the request's.
     fn begin(&mut self, id: usize, request: Request) -> Result<Result<Reading<'a>, Error>, Error> {
+        let promised = self.most(&request);
         let Request { prompt, options } = request;
         let vocab = self.model.config().vocab;
         if let Some(&found) = prompt.iter().find(|&&token| token as usize >= vocab) {
             return Ok(Err(Error::Token { found, vocab }));
         }
+        if let Some(Err(error)) = self.pages.as_ref().map(|pages| pages.could_hold(&promised)) {
+            return Ok(Err(error));
+        }
         let writing = match Writing::new(self.tokenizer, Prompt::from(&prompt), &options) {
             Ok(writing) => writing,
             Err(error) => return Ok(Err(error)),
         };
-        let state = match self.spare.pop() {
-            Some(mut state) => {
-                state.reset();
-                state
-            }
-            None => self.model.state_with(&self.cache)?,
+        let state = match (self.prefixes.longest(self.model, &prompt), &self.pages) {
+            (Some(state), _) => state,
+            (None, Some(pages)) => self.model.state_in(pages)?,
+            (None, None) => self.model.state_with(&self.options.cache)?,
         };
-        let running = Running { id, writing, tokens: vec![], text: String::new() };
+        self.shared += state.position();
+        self.promised.add(&promised);
+        let running = Running { id, writing, tokens: vec![], text: String::new(), promised };
         Ok(Ok(Reading { running, prompt, state }))
+    }
+
+    fn finish(&mut self, running: Running<'_>) -> Finished {
+        self.promised.remove(&running.promised);
+        running.finish()
+    }
+
+    fn fail(&mut self, running: Running<'_>, error: Error) -> Finished {
+        self.promised.remove(&running.promised);
+        Finished { id: running.id, text: Err(error) }
     }
 
     /// Reads at most `left` tokens of the prompt in hand, and says how many; with its last one, the text goes on.
@@ -236,26 +309,27 @@ impl<'a> Batcher<'a> {
         let last = end == prompt.len();
         let logits = if last { Logits::Last } else { Logits::None };
         let step = Step { logits, ..Step::PROMPT };
+        if let Some((pages, needed)) = state.needed(end - done) {
+            self.prefixes.make_room(pages, &needed);
+        }
         let forward = self.model.forward(&prompt[done..end], step, state, &mut self.scratch);
         if let Err(error) = forward {
-            finished.push(Finished { id: reading.running.id, text: Err(error) });
+            finished.push(self.fail(reading.running, error));
             return Ok(end - done);
         }
         if !last {
             self.reading = Some(reading);
             return Ok(end - done);
         }
-        let Reading { mut running, state, .. } = reading;
+        let Reading { mut running, prompt, state } = reading;
+        self.prefixes.keep(self.model, prompt, &state);
         match running.next(self.scratch.logits()) {
             Ok(true) => {
                 self.batch.join(state)?;
                 self.running.push(running);
             }
-            Ok(false) => {
-                self.spare.push(state);
-                finished.push(running.finish());
-            }
-            Err(error) => finished.push(Finished { id: running.id, text: Err(error) }),
+            Ok(false) => finished.push(self.finish(running)),
+            Err(error) => finished.push(self.fail(running, error)),
         }
         Ok(end - done)
     }
@@ -264,6 +338,9 @@ impl<'a> Batcher<'a> {
     fn write(&mut self, finished: &mut Vec<Finished>) -> Result<(), Error> {
         let last = |running: &Running<'_>| running.tokens.last().copied().unwrap_or(0);
         let tokens: Vec<u32> = self.running.iter().map(last).collect();
+        if let Some((pages, needed)) = self.batch.needed() {
+            self.prefixes.make_room(pages, &needed);
+        }
         self.model.forward_batch(&tokens, &mut self.batch, &mut self.scratch)?;
         let vocab = self.model.config().vocab;
         // From the last: a text that leaves has the last one take its place.
@@ -274,10 +351,10 @@ impl<'a> Batcher<'a> {
                 continue;
             }
             let running = self.running.swap_remove(text);
-            self.spare.extend(self.batch.leave(text));
+            self.batch.leave(text);
             finished.push(match goes_on {
-                Ok(_) => running.finish(),
-                Err(error) => Finished { id: running.id, text: Err(error) },
+                Ok(_) => self.finish(running),
+                Err(error) => self.fail(running, error),
             });
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Text that goes on where a prompt ended, token by token.
 
 mod batch;
+mod prefixes;
 mod stop;
 mod writing;
 
@@ -12,7 +13,7 @@ use crate::sample::Sampling;
 use crate::tokenizer::{Encode, Tokenizer};
 use writing::Writing;
 
-pub use batch::{Batcher, Finished, Request, Text};
+pub use batch::{BatchOptions, Batcher, Finished, Request, Text};
 
 /// When to stop, and how to choose.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -26,6 +26,6 @@ pub use attention::{
     Attended, AttentionParameters, GroupedQueryAttention, InputGradients, Inputs,
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
-pub(crate) use state::{Array, Span, Store};
-pub use state::{CacheOptions, CacheStorage, Keep, LayerState};
+pub(crate) use state::{Array, Demand, Span, Store};
+pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
 pub(crate) use stored::StoredMixer;

@@ -13,7 +13,7 @@ use foveal::{MAX_GENERATED_ROWS, Phase};
 use super::{Model, Scratch, State, Step};
 use crate::Error;
 use crate::linear::Run;
-use crate::mixer::{CacheOptions, Keep, LayerState};
+use crate::mixer::{CacheOptions, Demand, Keep, LayerState, Pages};
 
 /// The states of texts that go on together. A text joins and leaves between any two calls.
 #[derive(Debug, Default)]
@@ -22,6 +22,8 @@ pub struct Batch {
     layers: Vec<Vec<LayerState>>,
     positions: Vec<usize>,
     options: Vec<CacheOptions>,
+    /// Where all take their pages from, if they do.
+    pages: Option<Pages>,
 }
 
 impl Batch {
@@ -50,7 +52,8 @@ impl Batch {
     /// # Errors
     ///
     /// [`Error::State`] for a state of another model than the others', [`Error::BatchReach`] for one whose tokens see
-    /// another number of tokens, [`Error::BatchKeep`] for one that gives up keys by itself.
+    /// another number of tokens, [`Error::BatchKeep`] for one that gives up keys by itself, [`Error::BatchPages`] for one that
+    /// takes its pages from elsewhere.
     pub fn join(&mut self, state: State) -> Result<(), Error> {
         let found = state.layers.len();
         if self.layers.is_empty() {
@@ -61,6 +64,13 @@ impl Batch {
         }
         if state.options.keep != Keep::All {
             return Err(Error::BatchKeep);
+        }
+        let same = match (&state.pages, &self.pages) {
+            (Some(a), Some(b)) => a.is(b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if !same && !self.is_empty() {
+            return Err(Error::BatchPages);
         }
         let reach = |layer: &LayerState| layer.sight().and_then(|(_, reach)| reach);
         for (texts, layer) in self.layers.iter().zip(&state.layers) {
@@ -73,6 +83,7 @@ impl Batch {
             texts.push(layer);
         }
         self.positions.push(state.position);
+        self.pages = state.pages;
         self.options.push(state.options);
         Ok(())
     }
@@ -85,12 +96,20 @@ impl Batch {
         let position = self.positions.swap_remove(text);
         let layers = self.layers.iter_mut().map(|texts| texts.swap_remove(text)).collect();
         let options = self.options.swap_remove(text);
-        Some(State { layers, position, options })
+        Some(State { layers, position, options, pages: self.pages.clone() })
     }
 
     /// Bytes of the keys and values that are held.
     pub fn kv_bytes(&self) -> usize {
         self.layers.iter().flatten().map(LayerState::bytes).sum()
+    }
+}
+
+impl Batch {
+    /// Pages that the next token of every text takes.
+    pub(crate) fn needed(&self) -> Option<(&Pages, Demand)> {
+        let pages = self.pages.as_ref()?;
+        Some((pages, pages.needed(&self.layers, 1)))
     }
 }
 
@@ -102,7 +121,8 @@ impl Model {
     /// # Errors
     ///
     /// [`Error::TooManyTokens`] for more than 64 texts, [`Error::BatchTokens`] unless there is one token for each,
-    /// [`Error::Token`] and [`Error::State`]; nothing has changed then.
+    /// [`Error::Token`], [`Error::State`] and [`Error::Kernel`] with [`OutOfPages`](foveal::Error::OutOfPages); nothing has
+    /// changed then.
     pub fn forward_batch(
         &self,
         tokens: &[u32],
@@ -117,6 +137,9 @@ impl Model {
         scratch.logits.clear();
         if batch.is_empty() {
             return Ok(());
+        }
+        if let Some((pages, needed)) = batch.needed() {
+            pages.has_free(&needed)?;
         }
         self.embed(tokens, &mut scratch.x)?;
         scratch.activations.set_positions(&self.ropes, &batch.positions, None)?;

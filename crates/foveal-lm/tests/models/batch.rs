@@ -1,22 +1,23 @@
 //! Many texts in one call: each as if it were alone, to the last bit.
 
 use foveal::cache::Rolling;
-use foveal_lm::generate::{Batcher, Generator, Options, Request, StopReason, Text};
+use foveal_lm::generate::{BatchOptions, Batcher, Generator, Options, Request, StopReason, Text};
 use foveal_lm::mixer::{CacheOptions, Keep};
 use foveal_lm::model::{Batch, CHUNK, MAX_TEXTS, Scratch, State, Step};
 use foveal_lm::sample::Sampling;
 use foveal_lm::testing::{Tiny, TinySizes};
+use foveal_lm::tokenizer::Tokenizer;
 use foveal_lm::{Error, Model};
 
 use crate::{formats, small};
 
-fn tokens(count: usize, seed: u32, vocab: u32) -> Vec<u32> {
+pub(crate) fn tokens(count: usize, seed: u32, vocab: u32) -> Vec<u32> {
     let next = |state: &u32| Some(state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
     let states = std::iter::successors(next(&seed), next);
     states.map(|state| (state >> 16) % vocab).take(count).collect()
 }
 
-fn bits(logits: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
@@ -159,9 +160,18 @@ fn request(n: usize, max_tokens: usize) -> Request {
     Request { prompt, options: Options { max_tokens, stop, sampling } }
 }
 
+fn up_to<'a>(model: &'a Model, tokenizer: &'a Tokenizer, parallel: usize) -> Batcher<'a> {
+    Batcher::new(model, tokenizer, &BatchOptions { parallel, ..BatchOptions::default() }).unwrap()
+}
+
 fn by_itself(model: &Model, request: &Request) -> Text {
+    kept_as(model, &CacheOptions::default(), request)
+}
+
+/// The text that a request gives alone, with keys and values kept as `cache` says.
+pub(crate) fn kept_as(model: &Model, cache: &CacheOptions, request: &Request) -> Text {
     let tokenizer = small::tokenizer();
-    let mut state = model.state().unwrap();
+    let mut state = model.state_with(cache).unwrap();
     let Request { prompt, options } = request;
     let mut generator = Generator::new(model, &tokenizer, &mut state, prompt, options).unwrap();
     let pieces = generator.by_ref().collect::<Result<Vec<_>, _>>().unwrap();
@@ -180,7 +190,7 @@ fn texts_are_those_that_they_are_alone() {
     let reasons = |reason| expected.iter().filter(|text| text.stopped == reason).count();
     assert!(reasons(StopReason::MaxTokens) > 3 && reasons(StopReason::StopString) > 0);
     for limit in [1, 3, 64] {
-        let mut batcher = Batcher::new(&model, &tokenizer, limit);
+        let mut batcher = up_to(&model, &tokenizer, limit);
         let mut results: Vec<Option<Text>> = vec![None; requests.len()];
         for (n, request) in requests.iter().enumerate() {
             assert_eq!(batcher.push(request.clone()), n);
@@ -204,7 +214,7 @@ fn texts_are_those_that_they_are_alone() {
 #[test]
 fn a_long_prompt_does_not_hold_the_others_up() {
     let (model, tokenizer) = (small::model(), small::tokenizer());
-    let mut batcher = Batcher::new(&model, &tokenizer, 4);
+    let mut batcher = up_to(&model, &tokenizer, 4);
     batcher.push(request(0, 4));
     batcher.step().unwrap();
     assert_eq!(batcher.running(), 1);
@@ -216,7 +226,7 @@ fn a_long_prompt_does_not_hold_the_others_up() {
     }
     assert_eq!(order, [0, long]);
     // One chunk a step, after the first step.
-    let prompt = tokens(3 * CHUNK, 3, 1020);
+    let prompt = tokens(3 * CHUNK, 4, 1020);
     batcher.push(Request { prompt, options: request(0, 1).options });
     let steps = (0..).take_while(|_| batcher.step().unwrap().is_empty()).count();
     assert_eq!(steps, 2);
@@ -232,7 +242,7 @@ fn a_bad_request_is_its_own_failure() {
         Request { prompt: vec![70_000], ..good.clone() },
         Request { options: Options { sampling, ..good.options.clone() }, ..good.clone() },
     ];
-    let mut batcher = Batcher::new(&model, &tokenizer, 2);
+    let mut batcher = up_to(&model, &tokenizer, 2);
     let expected = by_itself(&model, &good);
     for request in &bad {
         batcher.push(good.clone());

@@ -162,6 +162,21 @@ fn texts_of_a_batch_have_the_bits_of_texts_alone() {
 }
 
 #[test]
+fn rows_lie_in_pages_that_texts_share() {
+    let model = load(&tiny("DeepseekV3ForCausalLM", Some(12)), "latent-pages").unwrap();
+    let text = tokens(300);
+    let expected = logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text, &[3, 7]));
+    let pages = model.pages(&CacheOptions::default(), 1024).unwrap();
+    let mut state = model.state_in(&pages).unwrap();
+    logits(&model, &mut state, Phase::Prompt, (&text[..290], &[]));
+    let mut fork = state.fork(&model, 280).unwrap();
+    let rest = logits(&model, &mut fork, Phase::Prompt, (&text[280..], &[3, 7]));
+    assert!(expected[280 * model.config().vocab..] == rest[..]);
+    drop(state);
+    assert_eq!(pages.pages() - pages.free_pages(), 2 * LAYERS);
+}
+
+#[test]
 fn a_token_takes_the_bytes_of_its_formula() {
     let model = load(&tiny("DeepseekV2ForCausalLM", None), "latent-bytes").unwrap();
     let formula = LAYERS * (LATENT + ROPE) * size_of::<f32>();

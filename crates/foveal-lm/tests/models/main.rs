@@ -13,6 +13,7 @@ mod keeping;
 mod latent;
 mod laws;
 mod look;
+mod pages;
 mod prompt_cache;
 mod quantize;
 mod real;

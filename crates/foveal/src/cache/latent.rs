@@ -91,9 +91,7 @@ impl<'a> LatentRows<'a> {
     /// use foveal::cache::{KvStore, LatentRows, PagePool};
     ///
     /// let (latent, rope) = (512, 64);
-    /// let mut pool = PagePool::<f32>::new(1, (latent + rope, 0), 2)?;
-    /// let sequence = pool.create();
-    /// let store = pool.store(sequence)?;
+    /// let store = PagePool::<f32>::new(1, (latent + rope, 0), 2)?.create();
     /// assert_eq!(LatentRows::new(&store, latent)?.dims(), (576, 512));
     /// # Ok::<(), foveal::Error>(())
     /// ```

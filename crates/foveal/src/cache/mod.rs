@@ -14,7 +14,7 @@ mod rolling;
 
 pub use contiguous::ContiguousCache;
 pub use latent::{LatentCache, LatentRows};
-pub use paged::{PagePool, PagedStore, SequenceId};
+pub use paged::{PagePool, PagedCache};
 pub use quantized::{CodedTiles, QuantizedCache};
 pub use rolling::{Rolling, RollingCall, RollingScratch};
 

@@ -8,261 +8,290 @@
 //!
 //! A page holds one tile of all heads of one layer (PagedAttention: Kwon et al. 2023, with pages of a tile). Pages are
 //! counted: one that several sequences hold is never written, and goes back to the pool with its last sequence. An append that finds too
-//! few free pages changes nothing. A sequence is read through [`PagePool::store`], tile by tile and in place, as any
-//! [`KvStore`] is; it has the bits of a [`ContiguousCache`](super::ContiguousCache) of the same tokens.
+//! few free pages changes nothing. A sequence is read tile by tile and in place, as any [`KvStore`] is; it has the bits of a
+//! [`ContiguousCache`](super::ContiguousCache) of the same tokens.
 
 use super::{KvKeys, KvStore, KvTile, KvValues, SharedTile, TILE};
-use super::{check_appended, row_mut, store};
+use super::{check_appended, contiguous::check_start, row_mut, store};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::tensor::{Rows, Shape, TensorRef};
 use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Pages of keys and values of one layer, stored as `E`, and the sequences that hold them.
+/// Pages of keys and values of one size, stored as `E`: a budget from which sequences take and to which they give back.
+///
+/// A handle: clones are the same pool. Layers whose keys and values have the same sizes may share one.
 #[derive(Debug, Clone)]
-pub struct PagePool<E> {
+pub struct PagePool<E>(Arc<Pool<E>>);
+
+#[derive(Debug)]
+struct Pool<E> {
     kv_heads: usize,
-    key_dim: usize,
-    value_dim: usize,
+    dims: (usize, usize),
+    pages: usize,
+    stock: Mutex<Stock<E>>,
+}
+
+/// What no sequence holds.
+#[derive(Debug)]
+struct Stock<E> {
+    /// Pages that exist.
+    made: usize,
+    free: Vec<Page<E>>,
+}
+
+#[derive(Debug)]
+struct Page<E> {
+    number: usize,
     keys: Vec<E>,
     values: Vec<E>,
-    /// How many sequences hold each page.
-    holders: Vec<usize>,
-    free: Vec<usize>,
-    slots: Vec<Slot>,
-    vacant: Vec<usize>,
-}
-
-/// A sequence of a pool. Its own as long as it has not been freed; another pool's is another sequence or none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SequenceId {
-    slot: usize,
-    /// Sequences that had the slot before.
-    generation: u64,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Slot {
-    generation: u64,
-    sequence: Option<Sequence>,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Sequence {
-    /// The position of the first page.
-    start: usize,
-    end: usize,
-    pages: Vec<usize>,
 }
 
 impl<E: Element> PagePool<E> {
     /// A pool of `pages` pages, each of 256 tokens of `kv_heads` heads with keys of `dims.0` and values of `dims.1`
-    /// numbers. Allocates all of it.
+    /// numbers. A page is allocated when it is first taken, and stays with the pool.
     ///
     /// # Errors
-    /// [`Error::ShapeOverflow`] if that is more than the address space.
+    /// [`Error::ShapeOverflow`] if a page is more than the address space.
     pub fn new(kv_heads: usize, dims: (usize, usize), pages: usize) -> Result<PagePool<E>> {
-        let (key_dim, value_dim) = dims;
-        let numbers = |dim| -> Result<Vec<E>> {
-            let seq = pages.checked_mul(TILE);
-            let shape = Shape { batch: 1, seq: seq.unwrap_or(usize::MAX), heads: kv_heads, dim };
-            let overflow = Error::ShapeOverflow { what: "pool of pages", shape };
-            let len = seq.and(shape.checked_len()).filter(|&n| n <= isize::MAX as usize / 4);
-            Ok(vec![E::default(); len.ok_or(overflow)?])
-        };
-        let (keys, values) = (numbers(key_dim)?, numbers(value_dim)?);
-        let (holders, free) = (vec![0; pages], (0..pages).rev().collect());
-        let (slots, vacant) = (vec![], vec![]);
-        Ok(PagePool { kv_heads, key_dim, value_dim, keys, values, holders, free, slots, vacant })
+        for dim in [dims.0, dims.1] {
+            let shape = Shape { batch: 1, seq: TILE, heads: kv_heads, dim };
+            if shape.checked_len().is_none_or(|n| n > isize::MAX as usize / 4) {
+                return Err(Error::ShapeOverflow { what: "page of keys or values", shape });
+            }
+        }
+        let stock = Mutex::new(Stock { made: 0, free: vec![] });
+        Ok(PagePool(Arc::new(Pool { kv_heads, dims, pages, stock })))
     }
 
     /// Pages of the pool.
     pub fn pages(&self) -> usize {
-        self.holders.len()
+        self.0.pages
     }
 
     /// Pages that no sequence holds.
     pub fn free_pages(&self) -> usize {
-        self.free.len()
+        self.0.stock().free_of(self.0.pages)
     }
 
     /// Bytes of keys and values per token.
     pub fn bytes_per_token(&self) -> usize {
-        self.kv_heads * (self.key_dim + self.value_dim) * E::DTYPE.size()
+        self.0.kv_heads * (self.0.dims.0 + self.0.dims.1) * E::DTYPE.size()
     }
 
     /// A new sequence without tokens.
-    pub fn create(&mut self) -> SequenceId {
-        self.place(Sequence::default())
+    pub fn create(&self) -> PagedCache<E> {
+        PagedCache { pool: Arc::clone(&self.0), start: 0, end: 0, pages: vec![] }
+    }
+}
+
+impl<E: Element> Pool<E> {
+    fn stock(&self) -> MutexGuard<'_, Stock<E>> {
+        // Nothing can be half done: the stock is only counted up, pushed to and popped from.
+        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new sequence that begins with the tokens of another one up to the position `end`, whose pages it shares.
+    /// So many pages, or none.
+    fn take(&self, count: usize) -> Result<Vec<Arc<Page<E>>>> {
+        if count == 0 {
+            return Ok(vec![]);
+        }
+        let mut stock = self.stock();
+        let free = stock.free_of(self.pages);
+        if count > free {
+            return Err(Error::OutOfPages { needed: count, free });
+        }
+        Ok((0..count).map(|_| Arc::new(self.page(&mut stock))).collect())
+    }
+
+    fn page(&self, stock: &mut Stock<E>) -> Page<E> {
+        stock.free.pop().unwrap_or_else(|| {
+            let numbers = |dim| vec![E::default(); self.kv_heads * TILE * dim];
+            stock.made += 1;
+            let (keys, values) = (numbers(self.dims.0), numbers(self.dims.1));
+            Page { number: stock.made - 1, keys, values }
+        })
+    }
+}
+
+impl<E> Stock<E> {
+    fn free_of(&self, pages: usize) -> usize {
+        pages - self.made + self.free.len()
+    }
+}
+
+/// One sequence in pages of a pool, which get back to it when the sequence is dropped.
+///
+/// ```
+/// use foveal::cache::{KvStore, PagePool};
+/// use foveal::{Error, Shape, Tensor};
+///
+/// let pool = PagePool::<f32>::new(2, (64, 64), 4)?;
+/// let mut first = pool.create();
+/// let tokens = Tensor::<f32>::zeros(Shape { batch: 1, seq: 300, heads: 2, dim: 64 })?;
+/// first.append(tokens.view(), tokens.view())?;
+/// let mut second = first.fork(280)?;
+/// assert_eq!((second.end(), pool.free_pages()), (280, 2));
+/// // The second page was not full: the fork gets one of its own.
+/// second.append(tokens.view(), tokens.view())?;
+/// assert_eq!(pool.free_pages(), 0);
+/// assert_eq!(first.append(tokens.view(), tokens.view()), Err(Error::OutOfPages { needed: 1, free: 0 }));
+/// drop(second);
+/// assert_eq!(pool.free_pages(), 2);
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug)]
+pub struct PagedCache<E: Element> {
+    pool: Arc<Pool<E>>,
+    /// The position of the first page.
+    start: usize,
+    end: usize,
+    pages: Vec<Arc<Page<E>>>,
+}
+
+impl<E: Element> PagedCache<E> {
+    /// The pool of its pages.
+    pub fn pool(&self) -> PagePool<E> {
+        PagePool(Arc::clone(&self.pool))
+    }
+
+    /// A new sequence that begins with the tokens of this one up to the position `end`, whose pages it shares.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::OutOfRange`] for a position that the sequence does not hold yet or no more.
-    pub fn fork(&mut self, of: SequenceId, end: usize) -> Result<SequenceId> {
-        let sequence = self.sequence(of)?;
-        if end < sequence.start || end > sequence.end {
+    /// [`Error::OutOfRange`] for a position that the sequence does not hold yet or no more.
+    pub fn fork(&self, end: usize) -> Result<PagedCache<E>> {
+        if end < self.start || end > self.end {
             let what = "end of a fork after the oldest position held, that is";
-            let (got, limit) = (end.wrapping_sub(sequence.start), sequence.end - sequence.start);
+            let (got, limit) = (end.wrapping_sub(self.start), self.end - self.start);
             return Err(Error::OutOfRange { what, got, limit });
         }
-        let pages = sequence.pages[..(end - sequence.start).div_ceil(TILE)].to_vec();
-        let fork = Sequence { start: sequence.start, end, pages };
-        fork.pages.iter().for_each(|&page| self.holders[page] += 1);
-        Ok(self.place(fork))
+        let pages = self.pages[..(end - self.start).div_ceil(TILE)].to_vec();
+        Ok(PagedCache { pool: Arc::clone(&self.pool), start: self.start, end, pages })
     }
 
-    /// Gives a sequence up. Pages that no other one holds are free again.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSequence`].
-    pub fn free(&mut self, id: SequenceId) -> Result<()> {
-        self.sequence(id)?;
-        let slot = &mut self.slots[id.slot];
-        slot.generation += 1;
-        let sequence = slot.sequence.take().unwrap_or_default();
-        self.vacant.push(id.slot);
-        self.release(&sequence.pages);
-        Ok(())
+    /// Pages that an append of `tokens` tokens would take.
+    pub fn pages_for(&self, tokens: usize) -> usize {
+        let more = (self.end + tokens - self.start).div_ceil(TILE) - self.pages.len();
+        more + usize::from(tokens > 0 && self.last_is_shared())
     }
 
-    /// Appends tokens `[1, tokens, kv_heads, dim]` to a sequence, rounding to `E`. The last page is copied first if another
-    /// sequence holds it too.
+    /// Whether the page that the next token goes to belongs to another sequence as well.
+    fn last_is_shared(&self) -> bool {
+        let last = self.pages.last().filter(|_| !self.end.is_multiple_of(TILE));
+        last.is_some_and(|page| Arc::strong_count(page) > 1)
+    }
+
+    /// Appends tokens `[1, tokens, kv_heads, dim]`, rounding to `E`. The last page is copied first if another sequence
+    /// holds it too.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`], [`Error::ShapeMismatch`]; [`Error::OutOfPages`] if fewer pages are free than it takes. Nothing
-    /// has changed then.
-    pub fn append<F: Element>(
-        &mut self,
-        id: SequenceId,
-        k: TensorRef<'_, F>,
-        v: TensorRef<'_, F>,
-    ) -> Result<()> {
-        let sequence = self.sequence(id)?;
-        let tokens = check_appended(&self.store(id)?, k.shape(), v.shape())?;
-        let (held, end) = (sequence.pages.len(), sequence.end + tokens);
-        let more = (end - sequence.start).div_ceil(TILE) - held;
-        let (open, used) = (sequence.pages.last().copied(), sequence.end % TILE);
-        let shared = open.filter(|&page| tokens > 0 && used > 0 && self.holders[page] > 1);
-        let (needed, free) = (more + usize::from(shared.is_some()), self.free.len());
-        if needed > free {
-            return Err(Error::OutOfPages { needed, free });
+    /// [`Error::ShapeMismatch`]; [`Error::OutOfPages`] if fewer pages are free than it takes. Nothing has changed then.
+    pub fn append<F: Element>(&mut self, k: TensorRef<'_, F>, v: TensorRef<'_, F>) -> Result<()> {
+        let tokens = check_appended(self, k.shape(), v.shape())?;
+        let shared = tokens > 0 && self.last_is_shared();
+        let mut taken = self.pool.take(self.pages_for(tokens))?;
+        if let Some(copy) = taken.pop_if(|_| shared) {
+            self.copy_last(copy);
         }
-        let mut pages = std::mem::take(&mut self.sequence_mut(id).pages);
-        if let (Some(shared), Some(last)) = (shared, pages.last_mut()) {
-            *last = self.take();
-            self.copy_page(shared, *last, used);
-            self.release(&[shared]);
-        }
-        pages.extend((0..more).map(|_| self.take()));
-        let (start, first) = (self.sequence_mut(id).start, self.sequence_mut(id).end);
-        for (t, head) in (0..tokens).flat_map(|t| (0..self.kv_heads).map(move |head| (t, head))) {
-            let at = first + t - start;
-            let row = self.row(pages[at / TILE], head, at % TILE);
-            store(k.row(0, t, head), row_mut(&mut self.keys, row, self.key_dim));
-            store(v.row(0, t, head), row_mut(&mut self.values, row, self.value_dim));
-        }
-        let sequence = self.sequence_mut(id);
-        (sequence.pages, sequence.end) = (pages, end);
-        Ok(())
-    }
-
-    /// Gives up whole tiles of a sequence's positions below `before`: what no later query will see.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSequence`].
-    pub fn forget(&mut self, id: SequenceId, before: usize) -> Result<()> {
-        self.sequence(id)?;
-        let sequence = self.sequence_mut(id);
-        let start = (before.min(sequence.end) / TILE * TILE).max(sequence.start);
-        let gone: Vec<usize> = sequence.pages.drain(..(start - sequence.start) / TILE).collect();
-        sequence.start = start;
-        self.release(&gone);
-        Ok(())
-    }
-
-    /// A sequence as a store.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSequence`].
-    pub fn store(&self, id: SequenceId) -> Result<PagedStore<'_, E>> {
-        Ok(PagedStore { pool: self, sequence: self.sequence(id)? })
-    }
-
-    fn place(&mut self, sequence: Sequence) -> SequenceId {
-        let slot = self.vacant.pop().unwrap_or_else(|| {
-            self.slots.push(Slot::default());
-            self.slots.len() - 1
-        });
-        self.slots[slot].sequence = Some(sequence);
-        SequenceId { slot, generation: self.slots[slot].generation }
-    }
-
-    fn sequence(&self, id: SequenceId) -> Result<&Sequence> {
-        let slot = self.slots.get(id.slot).filter(|slot| slot.generation == id.generation);
-        slot.and_then(|slot| slot.sequence.as_ref()).ok_or(Error::UnknownSequence)
-    }
-
-    /// The sequence of an id that was looked up before.
-    fn sequence_mut(&mut self, id: SequenceId) -> &mut Sequence {
-        self.slots[id.slot].sequence.as_mut().expect("the sequence was found before")
-    }
-
-    /// A free page, of which there is one.
-    fn take(&mut self) -> usize {
-        let page = self.free.pop().expect("free pages were counted before");
-        self.holders[page] = 1;
-        page
-    }
-
-    fn release(&mut self, pages: &[usize]) {
-        for &page in pages {
-            self.holders[page] -= 1;
-            if self.holders[page] == 0 {
-                self.free.push(page);
+        self.pages.extend(taken);
+        for t in 0..tokens {
+            let at = self.end + t - self.start;
+            let page = Arc::get_mut(&mut self.pages[at / TILE]);
+            let page = page.expect("a page that is written has one holder");
+            for head in 0..self.pool.kv_heads {
+                let row = head * TILE + at % TILE;
+                store(k.row(0, t, head), row_mut(&mut page.keys, row, self.pool.dims.0));
+                store(v.row(0, t, head), row_mut(&mut page.values, row, self.pool.dims.1));
             }
         }
+        self.end += tokens;
+        Ok(())
     }
 
-    /// Copies the first tokens of a page.
-    fn copy_page(&mut self, from: usize, to: usize, tokens: usize) {
-        for head in 0..self.kv_heads {
-            let (from, to) = (self.row(from, head, 0), self.row(to, head, 0));
-            for (data, dim) in [(&mut self.keys, self.key_dim), (&mut self.values, self.value_dim)]
-            {
-                data.copy_within(from * dim..(from + tokens) * dim, to * dim);
-            }
+    /// Takes the tokens of the last page, which is not full, to another one.
+    fn copy_last(&mut self, mut copy: Arc<Page<E>>) {
+        let Some(last) = self.pages.last_mut() else { return };
+        let page = Arc::get_mut(&mut copy).expect("a page that was taken has one holder");
+        let (heads, (key_dim, value_dim)) = (self.pool.kv_heads, self.pool.dims);
+        for head in 0..heads {
+            let rows = head * TILE..head * TILE + self.end % TILE;
+            let keys = rows.start * key_dim..rows.end * key_dim;
+            page.keys[keys.clone()].copy_from_slice(&last.keys[keys]);
+            let values = rows.start * value_dim..rows.end * value_dim;
+            page.values[values.clone()].copy_from_slice(&last.values[values]);
         }
+        let shared = std::mem::replace(last, copy);
+        give_back(&self.pool, [shared]);
     }
 
-    /// The number of a token's row.
-    fn row(&self, page: usize, head: usize, token: usize) -> usize {
-        (page * self.kv_heads + head) * TILE + token
+    /// Gives up whole tiles of positions below `before`: what no later query will see.
+    pub fn forget(&mut self, before: usize) {
+        let start = (before.min(self.end) / TILE * TILE).max(self.start);
+        let gone = self.pages.drain(..(start - self.start) / TILE);
+        give_back(&self.pool, gone);
+        self.start = start;
+    }
+
+    /// Gives up the positions from `end` on, as if they had not been appended; those that are gone stay gone.
+    pub fn truncate(&mut self, end: usize) {
+        self.end = self.end.min(end.max(self.start));
+        let gone = self.pages.drain((self.end - self.start).div_ceil(TILE)..);
+        give_back(&self.pool, gone);
+    }
+
+    /// Forgets everything; the next token has position 0.
+    pub fn clear(&mut self) {
+        give_back(&self.pool, self.pages.drain(..));
+        (self.start, self.end) = (0, 0);
+    }
+
+    /// Forgets everything; the next token has position `start`, as where a text is taken up whose first tokens no query will
+    /// see.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] if that is no multiple of [`TILE`]; the cache is then unchanged.
+    pub fn clear_to(&mut self, start: usize) -> Result<()> {
+        check_start(start)?;
+        self.clear();
+        (self.start, self.end) = (start, start);
+        Ok(())
+    }
+
+    /// The pages of its tiles, by their number in the pool.
+    pub fn pages(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.pages.iter().map(|page| page.number)
     }
 }
 
-/// One sequence of a pool.
-#[derive(Debug, Clone, Copy)]
-pub struct PagedStore<'a, E> {
-    pool: &'a PagePool<E>,
-    sequence: &'a Sequence,
-}
-
-impl<E: Element> PagedStore<'_, E> {
-    /// The pages of its tiles, by number.
-    pub fn pages(&self) -> &[usize] {
-        &self.sequence.pages
+/// Gives up pages; those that no other sequence holds are free again.
+fn give_back<E: Element>(pool: &Pool<E>, pages: impl IntoIterator<Item = Arc<Page<E>>>) {
+    let free: Vec<_> = pages.into_iter().filter_map(Arc::into_inner).collect();
+    if !free.is_empty() {
+        pool.stock().free.extend(free);
     }
 }
 
-impl<E: Element> KvStore for PagedStore<'_, E> {
+impl<E: Element> Clone for PagedCache<E> {
+    /// A fork of the whole.
+    fn clone(&self) -> PagedCache<E> {
+        PagedCache { pool: Arc::clone(&self.pool), pages: self.pages.clone(), ..*self }
+    }
+}
+
+impl<E: Element> Drop for PagedCache<E> {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+impl<E: Element> KvStore for PagedCache<E> {
     fn end(&self) -> usize {
-        self.sequence.end
+        self.end
     }
 
     fn start(&self) -> usize {
-        self.sequence.start
+        self.start
     }
 
     fn kv_heads(&self) -> usize {
@@ -270,7 +299,7 @@ impl<E: Element> KvStore for PagedStore<'_, E> {
     }
 
     fn dims(&self) -> (usize, usize) {
-        (self.pool.key_dim, self.pool.value_dim)
+        self.pool.dims
     }
 
     fn dtype(&self) -> DType {
@@ -278,33 +307,26 @@ impl<E: Element> KvStore for PagedStore<'_, E> {
     }
 
     fn shared_tile(&self, position: usize) -> Option<SharedTile> {
-        let tile = position.checked_sub(self.sequence.start)? / TILE;
-        let &number = self.sequence.pages.get(tile)?;
-        let owner = std::ptr::from_ref(self.pool).addr();
-        (self.pool.holders[number] > 1).then_some(SharedTile { owner, number })
+        let page = self.pages.get(position.checked_sub(self.start)? / TILE)?;
+        let owner = Arc::as_ptr(&self.pool).addr();
+        (Arc::strong_count(page) > 1).then_some(SharedTile { owner, number: page.number })
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
-        let (pool, sequence) = (self.pool, self.sequence);
-        assert!(head < pool.kv_heads && sequence.start <= positions.start);
-        assert!(positions.start <= positions.end && positions.end <= sequence.end);
-        let at = positions.start - sequence.start;
+        assert!(head < self.pool.kv_heads && self.start <= positions.start);
+        assert!(positions.start <= positions.end && positions.end <= self.end);
+        let at = positions.start - self.start;
         assert!(at % TILE + positions.len() <= TILE, "positions of one tile");
-        let rows = |data, dim| {
-            let row = match sequence.pages.get(at / TILE) {
-                Some(&page) => pool.row(page, head, at % TILE),
-                None => 0,
-            };
-            rows(data, (row, positions.len()), dim)
+        let rows = |data: fn(&Page<E>) -> &[E], dim| {
+            let page = self.pages.get(at / TILE).map_or(&[][..], |page| data(page));
+            let row = if page.is_empty() { 0 } else { head * TILE + at % TILE };
+            let rows = Rows::new(&page[row * dim..], dim, positions.len(), dim);
+            rows.expect("positions were checked against those held")
         };
-        KvTile {
-            keys: KvKeys::Rows(E::kv_rows(rows(&pool.keys, pool.key_dim))),
-            values: KvValues::Rows(E::kv_rows(rows(&pool.values, pool.value_dim))),
-        }
+        let (keys, values) = (
+            rows(|page| &page.keys, self.pool.dims.0),
+            rows(|page| &page.values, self.pool.dims.1),
+        );
+        KvTile { keys: KvKeys::Rows(E::kv_rows(keys)), values: KvValues::Rows(E::kv_rows(values)) }
     }
-}
-
-fn rows<E>(data: &[E], (first, count): (usize, usize), dim: usize) -> Rows<'_, E> {
-    let rows = Rows::new(&data[first * dim..], dim, count, dim);
-    rows.expect("positions were checked against those held")
 }

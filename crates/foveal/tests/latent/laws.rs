@@ -199,12 +199,11 @@ fn a_mask_and_terms_of_each_head() {
 /// Pages of a pool have the bits of a cache.
 fn pages<E: Element>() {
     let layer = Layer::new(DIMS, [1, 3, 700], 9);
-    let mut pool = PagePool::<E>::new(1, (DIMS.row(), 0), 3).unwrap();
-    let id = pool.create();
+    let pool = PagePool::<E>::new(1, (DIMS.row(), 0), 3).unwrap();
+    let mut store = pool.create();
     let none = Tensor::<f32>::zeros(Shape { dim: 0, ..layer.rows.shape() }).unwrap();
-    pool.append(id, layer.rows.view(), none.view()).unwrap();
+    store.append(layer.rows.view(), none.view()).unwrap();
     assert_eq!(pool.bytes_per_token(), DIMS.row() * E::DTYPE.size());
-    let store = pool.store(id).unwrap();
     let paged = LatentRows::new(&store, DIMS.latent).unwrap();
     for (cpu, way) in cpus().flat_map(|cpu| ways().map(move |way| (cpu, way))) {
         let got = layer.over(attention(Mask::causal(), cpu), &[&paged], way);

@@ -10,6 +10,7 @@
 
 mod evicting;
 mod options;
+mod pages;
 mod snapshot;
 mod store;
 
@@ -23,6 +24,8 @@ use crate::Error;
 use evicting::Evicting;
 pub(crate) use evicting::Seen;
 pub use options::{CacheOptions, CacheStorage, Keep};
+pub(crate) use pages::Demand;
+pub use pages::Pages;
 pub(crate) use snapshot::{Array, Span};
 pub(crate) use store::Store;
 

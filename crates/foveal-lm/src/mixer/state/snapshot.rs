@@ -77,9 +77,9 @@ impl Store {
         match (array, self) {
             (Array::KeyCodes | Array::ValueCodes, _) => Dtype::U8,
             (Array::KeyRanges | Array::ValueRanges, _) => Dtype::F16,
-            (_, Store::F32(_)) => Dtype::F32,
-            (_, Store::F16(_)) => Dtype::F16,
-            (_, Store::Bf16(_) | Store::Coded(_)) => Dtype::BF16,
+            (_, Store::F32(_) | Store::PagedF32(_)) => Dtype::F32,
+            (_, Store::F16(_) | Store::PagedF16(_)) => Dtype::F16,
+            (_, Store::Bf16(_) | Store::PagedBf16(_) | Store::Coded(_)) => Dtype::BF16,
         }
     }
 
@@ -119,13 +119,15 @@ impl Store {
         let Span { coded, end } = self.span();
         let mut bytes = vec![];
         for head in 0..self.kv_heads() {
-            let tile = self.tile(head, coded.end..end);
-            let rows = if array == Array::Keys { tile.keys.rows() } else { tile.values.rows() };
-            match rows {
-                Some(KvRows::F32(rows)) => extend(&mut bytes, rows, f32::to_le_bytes),
-                Some(KvRows::F16(rows)) => extend(&mut bytes, rows, f16::to_le_bytes),
-                Some(KvRows::Bf16(rows)) => extend(&mut bytes, rows, bf16::to_le_bytes),
-                _ => {}
+            for positions in pieces(coded.end..end) {
+                let tile = self.tile(head, positions);
+                let keys = array == Array::Keys;
+                match if keys { tile.keys.rows() } else { tile.values.rows() } {
+                    Some(KvRows::F32(rows)) => extend(&mut bytes, rows, f32::to_le_bytes),
+                    Some(KvRows::F16(rows)) => extend(&mut bytes, rows, f16::to_le_bytes),
+                    Some(KvRows::Bf16(rows)) => extend(&mut bytes, rows, bf16::to_le_bytes),
+                    _ => {}
+                }
             }
         }
         bytes
@@ -145,6 +147,9 @@ impl Store {
             Store::F32(cache) => cache.clear_to(new.start)?,
             Store::F16(cache) => cache.clear_to(new.start)?,
             Store::Bf16(cache) => cache.clear_to(new.start)?,
+            Store::PagedF32(cache) => cache.clear_to(new.start)?,
+            Store::PagedF16(cache) => cache.clear_to(new.start)?,
+            Store::PagedBf16(cache) => cache.clear_to(new.start)?,
             Store::Coded(cache) => {
                 let [key_ranges, value_ranges] =
                     [Array::KeyRanges, Array::ValueRanges].map(|ranges| from_halves(array(ranges)));
@@ -189,9 +194,11 @@ impl Store {
     /// The numbers of an array of rows.
     fn numbers(&self, bytes: &[u8]) -> Vec<f32> {
         match self {
-            Store::F32(_) => each(bytes, f32::from_le_bytes),
-            Store::F16(_) => each(bytes, |x| f16::from_le_bytes(x).to_f32()),
-            Store::Bf16(_) | Store::Coded(_) => each(bytes, |x| bf16::from_le_bytes(x).to_f32()),
+            Store::F32(_) | Store::PagedF32(_) => each(bytes, f32::from_le_bytes),
+            Store::F16(_) | Store::PagedF16(_) => each(bytes, |x| f16::from_le_bytes(x).to_f32()),
+            Store::Bf16(_) | Store::PagedBf16(_) | Store::Coded(_) => {
+                each(bytes, |x| bf16::from_le_bytes(x).to_f32())
+            }
         }
     }
 }

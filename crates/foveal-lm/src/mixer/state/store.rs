@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use foveal::cache::codes::Bits;
-use foveal::cache::{ContiguousCache, KvStore, KvTile, QuantizedCache, TILE};
+use foveal::cache::{ContiguousCache, KvStore, KvTile, PagedCache, QuantizedCache, TILE};
 use foveal::{DType, TensorRef};
 use half::{bf16, f16};
 
@@ -17,6 +17,9 @@ pub(crate) enum Store {
     F16(ContiguousCache<f16>),
     Bf16(ContiguousCache<bf16>),
     Coded(QuantizedCache),
+    PagedF32(PagedCache<f32>),
+    PagedF16(PagedCache<f16>),
+    PagedBf16(PagedCache<bf16>),
 }
 
 /// Runs the same expression on the store of whichever kind it is.
@@ -27,6 +30,9 @@ macro_rules! with_store {
             Store::F16($name) => $body,
             Store::Bf16($name) => $body,
             Store::Coded($name) => $body,
+            Store::PagedF32($name) => $body,
+            Store::PagedF16($name) => $body,
+            Store::PagedBf16($name) => $body,
         }
     };
 }
@@ -50,9 +56,9 @@ impl Store {
 
     pub(super) fn storage(&self) -> CacheStorage {
         match self {
-            Store::F32(_) => CacheStorage::F32,
-            Store::F16(_) => CacheStorage::F16,
-            Store::Bf16(_) => CacheStorage::Bf16,
+            Store::F32(_) | Store::PagedF32(_) => CacheStorage::F32,
+            Store::F16(_) | Store::PagedF16(_) => CacheStorage::F16,
+            Store::Bf16(_) | Store::PagedBf16(_) => CacheStorage::Bf16,
             Store::Coded(cache) => match cache.bits() {
                 Bits::Four => CacheStorage::Q4,
                 _ => CacheStorage::Q8,
@@ -68,10 +74,11 @@ impl Store {
     /// Bytes of what is held.
     pub(super) fn bytes(&self) -> usize {
         match self {
-            Store::F32(cache) => self.held() * cache.bytes_per_token(),
-            Store::F16(cache) => self.held() * cache.bytes_per_token(),
-            Store::Bf16(cache) => self.held() * cache.bytes_per_token(),
             Store::Coded(cache) => cache.bytes(),
+            _ => {
+                let (key_dim, value_dim) = self.dims();
+                self.held() * self.kv_heads() * (key_dim + value_dim) * self.dtype().size()
+            }
         }
     }
 
@@ -85,7 +92,7 @@ impl Store {
         k: TensorRef<'_, f32>,
         v: TensorRef<'_, f32>,
     ) -> Result<(), Error> {
-        if let Store::F16(_) = self {
+        if self.storage() == CacheStorage::F16 {
             check_f16(k)?;
             check_f16(v)?;
         }
@@ -96,18 +103,30 @@ impl Store {
     ///
     /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
     pub(super) fn make_room(&mut self, reach: Option<usize>, tokens: usize) -> Result<(), Error> {
-        let (position, reach) = (self.end(), reach.unwrap_or(usize::MAX));
-        let forgotten = (position + 1).saturating_sub(reach);
-        with_store!(self, cache => {
-            cache.forget(forgotten);
-            if cache.room() < tokens {
-                let needed = position - cache.start() + tokens;
-                let most = reach.saturating_add(2 * TILE);
-                let doubled = needed.next_power_of_two().max(TILE);
-                cache.grow(doubled.min(most).max(needed))?;
+        let forgotten = (self.end() + 1).saturating_sub(reach.unwrap_or(usize::MAX));
+        with_store!(self, cache => cache.forget(forgotten));
+        match self {
+            Store::F32(cache) if cache.room() < tokens => cache.grow(room(cache, reach, tokens))?,
+            Store::F16(cache) if cache.room() < tokens => cache.grow(room(cache, reach, tokens))?,
+            Store::Bf16(cache) if cache.room() < tokens => {
+                cache.grow(room(cache, reach, tokens))?
             }
-        });
+            Store::Coded(cache) if cache.room() < tokens => {
+                cache.grow(room(cache, reach, tokens))?
+            }
+            _ => {}
+        }
         Ok(())
+    }
+
+    /// Pages that an append of `tokens` tokens takes.
+    pub(super) fn pages_for(&self, tokens: usize) -> usize {
+        match self {
+            Store::PagedF32(cache) => cache.pages_for(tokens),
+            Store::PagedF16(cache) => cache.pages_for(tokens),
+            Store::PagedBf16(cache) => cache.pages_for(tokens),
+            _ => 0,
+        }
     }
 
     /// Forgets the tokens from `position` on. Stores of codes have been refused before.
@@ -117,22 +136,32 @@ impl Store {
             Store::F16(cache) => cache.truncate(position),
             Store::Bf16(cache) => cache.truncate(position),
             Store::Coded(cache) => debug_assert_eq!(position, cache.end()),
+            Store::PagedF32(cache) => cache.truncate(position),
+            Store::PagedF16(cache) => cache.truncate(position),
+            Store::PagedBf16(cache) => cache.truncate(position),
         }
     }
 
-    /// Gives up all keys of each head but the chosen ones. Stores of codes have been refused before.
+    /// Gives up all keys of each head but the chosen ones. Stores of codes and of pages have been refused before.
     pub(super) fn retain(&mut self, kept: &[Vec<usize>]) -> Result<(), Error> {
         match self {
             Store::F32(cache) => Ok(cache.retain(kept)?),
             Store::F16(cache) => Ok(cache.retain(kept)?),
             Store::Bf16(cache) => Ok(cache.retain(kept)?),
-            Store::Coded(_) => Err(Error::CacheOptions {
+            _ => Err(Error::CacheOptions {
                 what: "storage of an eviction",
                 found: self.storage().name().to_owned(),
-                expected: "f32, f16 or bf16".to_owned(),
+                expected: "f32, f16 or bf16, without pages".to_owned(),
             }),
         }
     }
+}
+
+/// How many tokens there is to be room for.
+fn room(cache: &impl KvStore, reach: Option<usize>, tokens: usize) -> usize {
+    let needed = cache.end() - cache.start() + tokens;
+    let most = reach.unwrap_or(usize::MAX).saturating_add(2 * TILE);
+    needed.next_power_of_two().max(TILE).min(most).max(needed)
 }
 
 /// Refuses numbers that an f16 would turn into infinity. What is no number, or infinite already, stays what it is.
