@@ -240,7 +240,7 @@ impl<'a> Batcher<'a> {
             let Some((id, request)) = self.waiting.pop_front_if(|_| fits) else { break };
             match self.begin(id, request)? {
                 Ok(reading) if reading.running.writing.stopped().is_some() => {
-                    finished.push(self.finish(reading.running));
+                    finished.push(self.end(reading.running, None));
                 }
                 Ok(reading) => self.reading = Some(reading),
                 Err(error) => finished.push(Finished { id, text: Err(error) }),
@@ -290,14 +290,13 @@ impl<'a> Batcher<'a> {
         Ok(Ok(Reading { running, prompt, state }))
     }
 
-    fn finish(&mut self, running: Running<'_>) -> Finished {
+    /// The result of a text that has ended, or failed; its pages are promised no more.
+    fn end(&mut self, running: Running<'_>, failed: Option<Error>) -> Finished {
         self.promised.remove(&running.promised);
-        running.finish()
-    }
-
-    fn fail(&mut self, running: Running<'_>, error: Error) -> Finished {
-        self.promised.remove(&running.promised);
-        Finished { id: running.id, text: Err(error) }
+        match failed {
+            None => running.finish(),
+            Some(error) => Finished { id: running.id, text: Err(error) },
+        }
     }
 
     /// Reads at most `left` tokens of the prompt in hand, and says how many; with its last one, the text goes on.
@@ -314,7 +313,7 @@ impl<'a> Batcher<'a> {
         }
         let forward = self.model.forward(&prompt[done..end], step, state, &mut self.scratch);
         if let Err(error) = forward {
-            finished.push(self.fail(reading.running, error));
+            finished.push(self.end(reading.running, Some(error)));
             return Ok(end - done);
         }
         if !last {
@@ -328,8 +327,8 @@ impl<'a> Batcher<'a> {
                 self.batch.join(state)?;
                 self.running.push(running);
             }
-            Ok(false) => finished.push(self.finish(running)),
-            Err(error) => finished.push(self.fail(running, error)),
+            Ok(false) => finished.push(self.end(running, None)),
+            Err(error) => finished.push(self.end(running, Some(error))),
         }
         Ok(end - done)
     }
@@ -352,10 +351,7 @@ impl<'a> Batcher<'a> {
             }
             let running = self.running.swap_remove(text);
             self.batch.leave(text);
-            finished.push(match goes_on {
-                Ok(_) => self.finish(running),
-                Err(error) => self.fail(running, error),
-            });
+            finished.push(self.end(running, goes_on.err()));
         }
         Ok(())
     }

@@ -28,6 +28,9 @@ struct Inner {
     layers: Vec<(usize, Option<usize>)>,
 }
 
+/// Key/value heads, and numbers of a key and of a value.
+type Size = (usize, (usize, usize));
+
 /// A pool of any storage.
 #[derive(Debug)]
 enum Pool {
@@ -48,11 +51,7 @@ macro_rules! with_pool {
 }
 
 impl Pool {
-    fn new(
-        storage: CacheStorage,
-        (kv_heads, dims): (usize, (usize, usize)),
-        pages: usize,
-    ) -> Result<Pool, Error> {
+    fn new(storage: CacheStorage, (kv_heads, dims): Size, pages: usize) -> Result<Pool, Error> {
         Ok(match storage {
             CacheStorage::F32 => Pool::F32(PagePool::new(kv_heads, dims, pages)?),
             CacheStorage::F16 => Pool::F16(PagePool::new(kv_heads, dims, pages)?),
@@ -83,21 +82,21 @@ impl Pages {
         layers: &[(LayerState, Option<usize>)],
         tokens: usize,
     ) -> Result<Pages, Error> {
-        let mut sizes: Vec<((usize, (usize, usize)), usize)> = vec![];
+        let mut sizes: Vec<Size> = vec![];
         let mut places = vec![];
         for (state, reach) in layers {
             let size = (state.kv_heads(), state.dims());
-            let pool = sizes.iter().position(|(known, _)| *known == size);
-            let pool = pool.unwrap_or_else(|| {
-                sizes.push((size, 0));
-                sizes.len() - 1
-            });
-            sizes[pool].1 += 1;
-            places.push((pool, *reach));
+            let pool = sizes.iter().position(|known| *known == size);
+            places.push((pool.unwrap_or(sizes.len()), *reach));
+            if pool.is_none() {
+                sizes.push(size);
+            }
         }
-        let pages = |layers| tokens.div_ceil(TILE).saturating_mul(layers);
-        let pool = |(size, layers)| Pool::new(options.storage, size, pages(layers));
-        let pools = sizes.into_iter().map(pool).collect::<Result<_, _>>()?;
+        let pool = |(n, size)| {
+            let layers = places.iter().filter(|(pool, _)| *pool == n).count();
+            Pool::new(options.storage, size, tokens.div_ceil(TILE).saturating_mul(layers))
+        };
+        let pools = sizes.into_iter().enumerate().map(pool).collect::<Result<_, _>>()?;
         Ok(Pages(Arc::new(Inner { options: *options, pools, layers: places })))
     }
 
