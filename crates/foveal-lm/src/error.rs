@@ -65,6 +65,11 @@ pub enum Error {
     /// Pages of a model with other layers, or keys and values of other sizes.
     #[error("the pages were made for another model; make them with Model::pages of this one")]
     PageSizes,
+    /// Pages for a model with mixers that are named in the configuration.
+    #[error(
+        "mixers that are named in the configuration keep no pages; make states with Model::state_with"
+    )]
+    SectionPages,
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,
@@ -79,6 +84,16 @@ pub enum Error {
         "the weights of latent attention (MLA) can't be looked at; take a model with grouped attention"
     )]
     ObservedLatent,
+    /// A layer whose mixer is named in the configuration, where weights are to be seen.
+    #[error(
+        "the weights of a layer whose mixer is named in the configuration can't be looked at; take a model without"
+    )]
+    ObservedSections,
+    /// A state of another mixer than the layer's.
+    #[error(
+        "the state is that of another mixer than the layer's; make it with Model::state of the same model"
+    )]
+    SectionState,
     /// A token that a text does not have.
     #[error("there is no token at position {found}; the text has {tokens}")]
     Position { found: usize, tokens: usize },

@@ -221,6 +221,18 @@ impl<'a> Parts<'a> {
         Ok(self.weights.tensor(&self.name(Place::Sinks(layer)))?.with_shape(&shape)?.to_f32())
     }
 
+    /// A projection of one of a layer's sections, of the shape `[out_features, in_features]`, without bias.
+    pub(crate) fn section(
+        &self,
+        layer: usize,
+        section: usize,
+        part: &str,
+        shape: [usize; 2],
+    ) -> Result<Linear, Error> {
+        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}.weight");
+        Ok(Linear::new(self.weights.tensor(&name)?.with_shape(&shape)?, None))
+    }
+
     /// The projection `part` of a layer, of the shape `[out_features, in_features]`, with its bias or without.
     pub(crate) fn linear(
         &self,

@@ -10,6 +10,13 @@ pub struct Workspace {
     buffer: Vec<f32>,
 }
 
+impl Clone for Workspace {
+    /// An empty one: there is nothing to copy.
+    fn clone(&self) -> Workspace {
+        Workspace::new()
+    }
+}
+
 impl Workspace {
     /// An empty workspace; [`Workspace::reserve`] makes room.
     pub fn new() -> Workspace {

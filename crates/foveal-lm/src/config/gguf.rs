@@ -175,7 +175,7 @@ impl<'a> Keys<'a> {
     }
 
     fn layers(&self, count: usize) -> Result<Vec<LayerConfig>, Error> {
-        let full = LayerConfig { reach: Reach::Full, rope: self.rope()? };
+        let full = LayerConfig { reach: Reach::Full, rope: self.rope()?, sections: vec![] };
         let windowed = self.windowed(count)?;
         if !windowed.contains(&true) {
             return Ok(vec![full; count]);
@@ -192,7 +192,7 @@ impl<'a> Keys<'a> {
             }
             _ => full.rope.clone(),
         };
-        let local = LayerConfig { reach: Reach::Window(window), rope };
+        let local = LayerConfig { reach: Reach::Window(window), rope, sections: vec![] };
         let pick = |windowed: bool| if windowed { local.clone() } else { full.clone() };
         Ok(windowed.into_iter().map(pick).collect())
     }

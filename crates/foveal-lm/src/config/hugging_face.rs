@@ -119,17 +119,24 @@ impl<'a> Fields<'a> {
         let layers = self.require_count("num_hidden_layers")?;
         // Before anything is allocated for them.
         super::positive("number of layers", layers as f64, 4096.0)?;
+        let attention = match self.architecture.is_deepseek() {
+            true => self.latent_attention(layers)?,
+            false => self.attention(width)?,
+        };
+        let heads = [attention.heads, attention.kv_heads];
+        let sections = super::sections::read(self.get("foveal"), layers, heads)?;
+        let mut layers = self.layers(layers)?;
+        for (layer, sections) in layers.iter_mut().zip(sections) {
+            layer.sections = sections;
+        }
         Ok(ModelConfig {
             architecture: self.architecture,
             vocab: self.require_count("vocab_size")?,
             context: self.require_count("max_position_embeddings")?,
             width,
             feed_forward: self.require_count("intermediate_size")?,
-            attention: match self.architecture.is_deepseek() {
-                true => self.latent_attention(layers)?,
-                false => self.attention(width)?,
-            },
-            layers: self.layers(layers)?,
+            attention,
+            layers,
             activation: self.activation()?,
             norm_epsilon: self.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             norm_offset: if gemma { 1.0 } else { 0.0 },
@@ -199,13 +206,14 @@ impl<'a> Fields<'a> {
     }
 
     fn layers(&self, count: usize) -> Result<Vec<LayerConfig>, Error> {
-        let full = LayerConfig { reach: Reach::Full, rope: self.rope(FULL)? };
+        let full = LayerConfig { reach: Reach::Full, rope: self.rope(FULL)?, sections: vec![] };
         let kinds = self.layer_kinds(count)?;
         if kinds.iter().all(|&windowed| !windowed) {
             return Ok(vec![full; count]);
         }
         let window = self.require_count("sliding_window")?;
-        let local = LayerConfig { reach: Reach::Window(window), rope: self.rope(WINDOWED)? };
+        let rope = self.rope(WINDOWED)?;
+        let local = LayerConfig { reach: Reach::Window(window), rope, sections: vec![] };
         let pick = |windowed| if windowed { local.clone() } else { full.clone() };
         Ok(kinds.into_iter().map(pick).collect())
     }

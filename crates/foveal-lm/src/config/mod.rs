@@ -5,12 +5,15 @@
 
 mod gguf;
 mod hugging_face;
+mod sections;
 
 use foveal::plan;
 use foveal::position::{Yarn, YarnAmplitude};
 
 use crate::Error;
 use crate::weights::{Description, Weights};
+
+pub use sections::{CombineHeads, Factorised, Mechanism, NearWindow, SectionConfig};
 
 /// The families of models that can be assembled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,6 +182,8 @@ pub struct LayerConfig {
     pub reach: Reach,
     /// Its positions.
     pub rope: RopeConfig,
+    /// The mechanisms that mix its tokens, where that is not its family's attention.
+    pub sections: Vec<SectionConfig>,
 }
 
 /// The attention of every layer: query heads grouped over key/value heads.

@@ -7,7 +7,8 @@
 //! So a long prompt holds the others up for one chunk at a time. A text's tokens are those that it has alone: they depend
 //! on its prompt, options and seed, and not on when it came or what ran beside it. Keys and values lie in pages, and what a
 //! prompt has in common with an earlier one is read once. A text begins when there are pages for all that it may become:
-//! none runs out of them half way. (Codes of a few bits lie in memory of each text's own.)
+//! none runs out of them half way. (Codes of a few bits, and what mixers keep that are named in
+//! the configuration, lie in memory of each text's own.)
 
 use std::collections::VecDeque;
 
@@ -161,7 +162,8 @@ impl<'a> Batcher<'a> {
         // A text whose context is full holds the chunk being read and what is partly seen as well.
         let most = context.saturating_add(3 * CHUNK);
         let tokens = pool.unwrap_or(parallel.saturating_mul(most));
-        let pages = (!cache.storage.coded()).then(|| model.pages(&cache, tokens)).transpose()?;
+        let paged = model.takes_pages() && !cache.storage.coded();
+        let pages = paged.then(|| model.pages(&cache, tokens)).transpose()?;
         Ok(Batcher {
             model,
             tokenizer,
@@ -206,7 +208,7 @@ impl<'a> Batcher<'a> {
         self.shared
     }
 
-    /// The pages of the keys and values; `None` if they are codes, and each text's own.
+    /// The pages of the keys and values; `None` if each text keeps its own.
     pub fn pages(&self) -> Option<&Pages> {
         self.pages.as_ref()
     }

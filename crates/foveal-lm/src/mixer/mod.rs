@@ -18,6 +18,7 @@
 
 pub(crate) mod attention;
 mod latent;
+mod sections;
 mod state;
 mod stored;
 

@@ -4,6 +4,7 @@ use foveal::Cpu;
 
 use super::attention::{self, GroupedQueryAttention};
 use super::latent::MultiHeadLatentAttention;
+use super::sections::SectionedAttention;
 use super::{Attended, CacheOptions, LayerState, Run};
 use crate::Error;
 use crate::config::Reach;
@@ -14,10 +15,14 @@ use crate::names::Parts;
 pub(crate) enum StoredMixer {
     Grouped(GroupedQueryAttention),
     Latent(MultiHeadLatentAttention),
+    Sectioned(SectionedAttention),
 }
 
 impl StoredMixer {
     pub(crate) fn new(parts: &Parts<'_>, layer: usize, rope: usize) -> Result<StoredMixer, Error> {
+        if !parts.config().layers[layer].sections.is_empty() {
+            return Ok(StoredMixer::Sectioned(SectionedAttention::new(parts, layer, rope)?));
+        }
         Ok(match parts.config().attention.latent {
             None => StoredMixer::Grouped(GroupedQueryAttention::new(parts, layer, rope)?),
             Some(sizes) => {
@@ -37,6 +42,7 @@ impl StoredMixer {
         match self {
             StoredMixer::Grouped(mixer) => mixer.state(options, (own, reach)),
             StoredMixer::Latent(mixer) => mixer.state(options, reach),
+            StoredMixer::Sectioned(mixer) => mixer.state(options),
         }
     }
 
@@ -53,6 +59,7 @@ impl StoredMixer {
         match self {
             StoredMixer::Grouped(mixer) => mixer.forward(x, y, states, activations, run),
             StoredMixer::Latent(mixer) => mixer.forward(x, y, states, activations, run),
+            StoredMixer::Sectioned(mixer) => mixer.forward(x, y, states, activations, run),
         }
     }
 
@@ -61,6 +68,7 @@ impl StoredMixer {
         match self {
             StoredMixer::Grouped(mixer) => mixer.reach(),
             StoredMixer::Latent(mixer) => Some(mixer.reach),
+            StoredMixer::Sectioned(_) => None,
         }
     }
 
@@ -74,6 +82,7 @@ impl StoredMixer {
         match self {
             StoredMixer::Grouped(mixer) => Ok(mixer.attended(state, activations, cpu)),
             StoredMixer::Latent(_) => Err(Error::ObservedLatent),
+            StoredMixer::Sectioned(_) => Err(Error::ObservedSections),
         }
     }
 }

@@ -9,17 +9,25 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// Those of [`Model::state_with`]; [`Error::CacheOptions`] for codes of a few bits and for a choice of keys, which pages
-    /// do not hold.
+    /// Those of [`Model::state_with`]; [`Error::CacheOptions`] for codes of a few bits, [`Error::BatchKeep`] for a choice of
+    /// keys, [`Error::SectionPages`] for mixers that are named in the configuration: pages do not hold those.
     pub fn pages(&self, options: &CacheOptions, tokens: usize) -> Result<Pages, Error> {
         let state = self.state_with(options)?;
         if options.keep.budget().is_some() {
             return Err(Error::BatchKeep);
         }
+        if !self.takes_pages() {
+            return Err(Error::SectionPages);
+        }
         let reach = |layer| self.config.reach_within(layer, options.context);
         let reaches = self.config.layers.iter().map(reach);
         let layers: Vec<_> = state.layers.into_iter().zip(reaches.map(Some)).collect();
         Pages::new(options, &layers, tokens)
+    }
+
+    /// Whether all that layers keep of a text lies in pages: not so where mixers are named in the configuration.
+    pub(crate) fn takes_pages(&self) -> bool {
+        self.config.layers.iter().all(|layer| layer.sections.is_empty())
     }
 
     /// A state that holds no tokens and takes its pages from `pages`, which another state of this model's may hold too.

@@ -113,6 +113,9 @@ fn refuse(config: &ModelConfig) -> Result<(), Error> {
     if config.attention.latent.is_some() {
         return unsupported("latent attention", config.architecture.to_string());
     }
+    if config.layers.iter().any(|layer| !layer.sections.is_empty()) {
+        return unsupported("mixers by name", "\"foveal\" in config.json".to_owned());
+    }
     let usual = match config.architecture.is_gemma() {
         true => Activation::GeluTanh,
         false => Activation::Silu,

@@ -71,7 +71,7 @@ pub(crate) fn tiny(class: &str, query_rank: Option<usize>) -> Tiny {
     model
 }
 
-fn tensor(layer: usize, part: &str, shape: &[usize]) -> TinyTensor {
+pub(crate) fn tensor(layer: usize, part: &str, shape: &[usize]) -> TinyTensor {
     let name = format!("model.layers.{layer}.self_attn.{part}.weight");
     let mut state = name.bytes().fold(7u32, |hash, byte| hash.wrapping_mul(31) ^ u32::from(byte));
     let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
@@ -89,7 +89,7 @@ fn tensor(layer: usize, part: &str, shape: &[usize]) -> TinyTensor {
     }
 }
 
-fn load(model: &Tiny, name: &str) -> Result<Model, Error> {
+pub(crate) fn load(model: &Tiny, name: &str) -> Result<Model, Error> {
     let folder = Folder::new(name);
     model.save_folder(&folder.0, Format::F32, 1).unwrap();
     Model::load(&folder.0)
@@ -100,7 +100,7 @@ fn tokens(count: usize) -> Vec<u32> {
 }
 
 /// The logits of all of a text that is read in calls that end at `cuts`.
-fn logits(
+pub(crate) fn logits(
     model: &Model,
     state: &mut State,
     phase: Phase,

@@ -18,4 +18,5 @@ mod prompt_cache;
 mod quantize;
 mod real;
 mod reference;
+mod sections;
 mod small;

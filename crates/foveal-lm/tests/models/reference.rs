@@ -132,6 +132,11 @@ impl Reference<'_> {
         let scale = self.number("query_pre_attn_scalar").unwrap_or(dim as f64).sqrt().recip();
         let sinks = self.vector(&name("sinks"));
         let cap = self.number("attn_logit_softcapping");
+        if let Some(sections) = crate::sections::of(&self.model.config, layer) {
+            let gates = |n: usize| self.project(&name(&format!("sections.{n}.gate_proj")), x);
+            let mixed = crate::sections::mix(&sections, [&q, &k, &v], (dim, scale), layer, gates);
+            return self.project(&name("o_proj"), &mixed);
+        }
         let row = |i: usize| {
             let mut out = vec![];
             for head in 0..heads {

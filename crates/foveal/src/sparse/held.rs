@@ -12,7 +12,7 @@ use crate::tensor::{Shape, Strides, Tensor, TensorRef};
 use crate::workspace::Workspace;
 use std::ops::Range;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Held<E> {
     pub(super) runner: Runner,
     pub(super) shape: StateHeads,
@@ -33,6 +33,11 @@ impl<E: Element> Held<E> {
 
     pub(super) fn entries(&self) -> usize {
         self.keys.len() / self.widths()[0].max(1)
+    }
+
+    /// Bytes of keys and values.
+    pub(super) fn bytes(&self) -> usize {
+        (self.keys.len() + self.values.len()) * E::DTYPE.size()
     }
 
     /// Numbers of all keys, and of all values, of an entry.

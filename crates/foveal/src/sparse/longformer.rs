@@ -92,8 +92,8 @@ impl Longformer {
         Longformer { cpu: Some(cpu), ..self }
     }
 
-    /// The pattern as a mask, for looking at it: exact attention with it takes the time of full attention. It is
-    /// [`Longformer::forward`]'s where both projections are the same.
+    /// The pattern as a mask: exact attention with it is [`Longformer::forward`]'s where both projections are the same. It
+    /// skips what is far from all windows and global tokens, but keys between those of a window with gaps take time.
     pub fn mask(&self) -> Mask {
         Mask::pattern(Definition(self.clone()))
     }
@@ -401,6 +401,34 @@ impl Pattern for Definition {
         let is_global = |x: usize| global.binary_search(&x).is_ok();
         let seen = near(i, j, (*reach, gap)) || is_global(i) || is_global(j);
         there && seen && (j <= i || !causal)
+    }
+
+    fn live(
+        &self,
+        at: Site,
+        rows: Range<isize>,
+        keys: Range<usize>,
+        visit: &mut dyn FnMut(Range<usize>, Coverage),
+    ) {
+        let global = self.0.global_of(at.batch);
+        let row = |x: &usize| isize::try_from(*x).is_ok_and(|x| rows.contains(&x));
+        let gap = self.0.gaps.get(if self.0.gaps.len() == 1 { 0 } else { at.q_head });
+        let far = isize::try_from(self.0.reach.saturating_mul(gap.copied().unwrap_or(0)));
+        let far = far.unwrap_or(isize::MAX);
+        let ahead = if self.0.causal { 0 } else { far };
+        let place = |x: isize| usize::try_from(x).unwrap_or(0).clamp(keys.start, keys.end);
+        let near = match global.iter().any(row) {
+            true => keys.clone(),
+            false => place(rows.start.saturating_sub(far))..place(rows.end.saturating_add(ahead)),
+        };
+        let strip = |x: &&usize| keys.contains(*x);
+        let before = global.iter().filter(strip).filter(|x| **x < near.start);
+        before.for_each(|&x| visit(x..x + 1, Coverage::Partial));
+        if !near.is_empty() && !rows.is_empty() {
+            visit(near.clone(), Coverage::Partial);
+        }
+        let after = global.iter().filter(strip).filter(|x| **x >= near.end.max(near.start));
+        after.for_each(|&x| visit(x..x + 1, Coverage::Partial));
     }
 
     fn same_for_all_heads(&self) -> bool {

@@ -238,7 +238,7 @@ impl Moba {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MobaState<E> {
     layer: Moba,
     held: Held<E>,
@@ -251,6 +251,12 @@ impl<E: Element> MobaState<E> {
     /// Tokens appended.
     pub fn tokens(&self) -> usize {
         self.held.entries()
+    }
+
+    /// Bytes of the keys and values that are held, and of the blocks' means.
+    pub fn bytes(&self) -> usize {
+        let means = self.means.iter().map(|means| means.data.len()).sum::<usize>();
+        self.held.bytes() + means * size_of::<f32>()
     }
 
     /// Forgets everything and keeps the memory.
@@ -333,7 +339,7 @@ impl Means {
 }
 
 /// Products of queries and mean keys.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Gate {
     call: Call,
     queries: Vec<f32>,

@@ -160,6 +160,11 @@ impl NativeSparse {
         NativeSparse { cpu: Some(cpu), ..self }
     }
 
+    /// Its sizes.
+    pub fn sizes(&self) -> NativeSizes {
+        self.sizes
+    }
+
     /// How many compressed tokens so many tokens have.
     pub fn compressed_tokens(&self, tokens: usize) -> usize {
         let NativeSizes { length, stride, .. } = self.sizes;

@@ -36,7 +36,7 @@ use std::ops::Range;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct NativeState<E> {
     layer: NativeSparse,
     compressed: Held<E>,
@@ -65,6 +65,11 @@ impl<E: Element> NativeState<E> {
     /// Compressed tokens that the next `tokens` tokens bring.
     pub fn compressed_by(&self, tokens: usize) -> usize {
         self.layer.compressed_tokens(self.tokens() + tokens) - self.compressed.entries()
+    }
+
+    /// Bytes of the keys and values that are held in all branches.
+    pub fn bytes(&self) -> usize {
+        self.compressed.bytes() + self.selected.bytes() + self.window.bytes()
     }
 
     /// Forgets everything and keeps the memory.

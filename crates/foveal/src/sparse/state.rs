@@ -47,7 +47,7 @@ pub struct StateHeads {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct SparseState<E> {
     held: Held<E>,
     keep: Keep,
@@ -137,6 +137,11 @@ impl<E: Element> SparseState<E> {
     /// Tokens held.
     pub fn entries(&self) -> usize {
         self.held.entries()
+    }
+
+    /// Bytes of the keys and values that are held.
+    pub fn bytes(&self) -> usize {
+        self.held.bytes()
     }
 
     /// Forgets everything and keeps the memory.

@@ -18,7 +18,7 @@ impl<'a, E: Element> TensorRef<'a, E> {
     ///
     /// # Panics
     /// If a range is not within the shape.
-    pub(crate) fn part(&self, batch: Range<usize>, heads: Range<usize>) -> TensorRef<'a, E> {
+    pub fn part(&self, batch: Range<usize>, heads: Range<usize>) -> TensorRef<'a, E> {
         let (shape, at) = part((self.shape, self.strides), &batch, &heads);
         TensorRef { data: &self.data[at..], shape, strides: self.strides }
     }

@@ -9,7 +9,7 @@ use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Sourc
 use crate::Error;
 use crate::config::Reach;
 use crate::linear::Run;
-use crate::mixer::{CacheOptions, LayerState, latent};
+use crate::mixer::{CacheOptions, LayerState, latent, sections};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 use crate::weights::Weight;
@@ -32,6 +32,7 @@ pub(crate) struct Activations {
     capped: Vec<RopeTable>,
     scratch: Saved,
     pub(in crate::mixer) latent: latent::Activations,
+    pub(in crate::mixer) sections: sections::Activations,
 }
 
 impl Activations {

@@ -20,6 +20,7 @@ use foveal::cache::{KvStore, KvTile, Rolling};
 use foveal::{Attention, DType, Mask, Phase, Plan, TensorRef};
 
 use crate::Error;
+use crate::mixer::sections::SectionState;
 
 use evicting::Evicting;
 pub(crate) use evicting::Seen;
@@ -34,6 +35,8 @@ pub(crate) use store::Store;
 pub struct LayerState {
     store: Store,
     policy: Policy,
+    /// Of a layer whose heads are mixed by several mechanisms, or one that keeps something else: then the store is empty.
+    sections: Vec<SectionState>,
 }
 
 /// What is seen, and given up, where that is not what the layer itself says.
@@ -60,7 +63,21 @@ impl LayerState {
     /// A state that holds no tokens and gives up what the layer says.
     pub(crate) fn new(storage: CacheStorage, heads: Heads) -> Result<LayerState, Error> {
         let store = Store::new(storage, heads.kv_heads, heads.dims)?;
-        Ok(LayerState { store, policy: Policy::Layer })
+        Ok(LayerState { store, policy: Policy::Layer, sections: vec![] })
+    }
+
+    /// A state of sections.
+    pub(crate) fn of_sections(sections: Vec<SectionState>) -> Result<LayerState, Error> {
+        let none = Heads { heads: 0, kv_heads: 0, dims: (0, 0) };
+        Ok(LayerState { sections, ..LayerState::new(CacheStorage::F32, none)? })
+    }
+
+    pub(crate) fn section(&self, n: usize) -> Option<&SectionState> {
+        self.sections.get(n)
+    }
+
+    pub(crate) fn section_mut(&mut self, n: usize) -> Option<&mut SectionState> {
+        self.sections.get_mut(n)
     }
 
     /// A state that holds no tokens, of which queries see no more than the `reach` newest ones.
@@ -114,6 +131,9 @@ impl LayerState {
 
     /// The stores, each with a name, if together with the options that made the state they are all that it holds.
     pub(crate) fn stores(&self) -> Option<Vec<(&'static str, &Store)>> {
+        if !self.sections.is_empty() {
+            return None;
+        }
         match &self.policy {
             Policy::Layer | Policy::Reach(_) => Some(vec![("", &self.store)]),
             Policy::Rolling(_, first) => Some(vec![("", &self.store), ("first_", first)]),
@@ -123,6 +143,9 @@ impl LayerState {
 
     /// The same, to be filled.
     pub(crate) fn stores_mut(&mut self) -> Option<Vec<(&'static str, &mut Store)>> {
+        if !self.sections.is_empty() {
+            return None;
+        }
         match &mut self.policy {
             Policy::Layer | Policy::Reach(_) => Some(vec![("", &mut self.store)]),
             Policy::Rolling(_, first) => Some(vec![("", &mut self.store), ("first_", first)]),
@@ -151,12 +174,14 @@ impl LayerState {
             Policy::Rolling(_, first) => first.bytes(),
             _ => 0,
         };
-        first + self.store.bytes()
+        let sections = self.sections.iter().map(SectionState::bytes).sum::<usize>();
+        first + self.store.bytes() + sections
     }
 
     /// Forgets everything and keeps the memory; the next token has position 0.
     pub fn clear(&mut self) {
         self.store.clear();
+        self.sections.iter_mut().for_each(SectionState::clear);
         match &mut self.policy {
             Policy::Layer | Policy::Reach(_) => {}
             Policy::Rolling(_, first) => first.clear(),
@@ -179,6 +204,10 @@ impl LayerState {
     /// Whether [`LayerState::rewind`] can go back to `position`, in a layer of that reach: whether all that the next query
     /// would see is still there.
     pub(crate) fn can_rewind(&self, reach: Option<usize>, position: usize) -> bool {
+        if !self.sections.is_empty() {
+            // What was given up for it can't be brought back.
+            return self.sections.iter().all(|section| section.end() == position);
+        }
         let reach = match &self.policy {
             Policy::Layer => reach,
             Policy::Reach(reach) => Some(*reach),
@@ -193,7 +222,9 @@ impl LayerState {
 
     /// Forgets the tokens from `position` on, if [`LayerState::can_rewind`] says so.
     pub(crate) fn rewind(&mut self, position: usize) {
-        self.store.truncate(position);
+        if self.sections.is_empty() {
+            self.store.truncate(position);
+        }
     }
 
     /// Whether weights are to be looked at after each call: [`LayerState::after`].

@@ -39,7 +39,7 @@ macro_rules! with_store {
 
 impl Store {
     /// A store without tokens, for keys of `dims.0` and values of `dims.1` numbers for each of `kv_heads` heads.
-    pub(super) fn new(
+    pub(in crate::mixer) fn new(
         storage: CacheStorage,
         kv_heads: usize,
         dims: (usize, usize),
@@ -72,7 +72,7 @@ impl Store {
     }
 
     /// Bytes of what is held.
-    pub(super) fn bytes(&self) -> usize {
+    pub(in crate::mixer) fn bytes(&self) -> usize {
         match self {
             Store::Coded(cache) => cache.bytes(),
             _ => {
@@ -82,12 +82,12 @@ impl Store {
         }
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(in crate::mixer) fn clear(&mut self) {
         with_store!(self, cache => cache.clear());
     }
 
     /// Appends tokens for which there is room.
-    pub(super) fn append(
+    pub(in crate::mixer) fn append(
         &mut self,
         k: TensorRef<'_, f32>,
         v: TensorRef<'_, f32>,
@@ -102,7 +102,11 @@ impl Store {
     /// Gives up what no query from `end()` on can see, and makes room for `tokens` more.
     ///
     /// The room doubles, up to what is ever held: the reach, the tile that is being filled and the one being left.
-    pub(super) fn make_room(&mut self, reach: Option<usize>, tokens: usize) -> Result<(), Error> {
+    pub(in crate::mixer) fn make_room(
+        &mut self,
+        reach: Option<usize>,
+        tokens: usize,
+    ) -> Result<(), Error> {
         let forgotten = (self.end() + 1).saturating_sub(reach.unwrap_or(usize::MAX));
         with_store!(self, cache => cache.forget(forgotten));
         match self {

@@ -1,0 +1,219 @@
+//! Which mechanisms mix the tokens of a layer, where it is not the attention of its family: by name, for all heads or for
+//! some of them.
+//!
+//! ```json
+//! "foveal": {"mixer": {"name": "sparse_transformer", "pattern": "fixed", "stride": 128, "width": 8}}
+//! "foveal": {"mixer": [{"name": "full"},
+//!                      [{"name": "window", "tokens": 256, "heads": 6}, {"name": "moba", "block": 64, "top": 4, "heads": 2}]]}
+//! ```
+//!
+//! One description stands for all layers, a list has one for each. A layer is one mechanism, or a list of them with the
+//! heads that each takes, in their order.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::Error;
+
+/// What mixes tokens in some of a layer's heads.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum Mechanism {
+    /// All tokens of the context.
+    Full {},
+    /// The newest tokens, the query's own included.
+    Window {
+        /// How many.
+        tokens: usize,
+    },
+    /// [`SparseTransformer`](foveal::sparse::SparseTransformer).
+    SparseTransformer {
+        /// Which pattern.
+        pattern: Factorised,
+        /// l.
+        stride: usize,
+        /// c, the columns of a summary, of the fixed pattern.
+        #[serde(default = "one")]
+        width: usize,
+        /// With the fixed pattern, head `h` takes the columns of sub-block `h mod num_verts`.
+        #[serde(default)]
+        num_verts: Option<usize>,
+        /// Keys of the strided pattern's near part.
+        #[serde(default)]
+        window: NearWindow,
+        /// Which of the two sets a head sees.
+        #[serde(default)]
+        combine: CombineHeads,
+    },
+    /// [`Longformer`](foveal::sparse::Longformer), keys at or before the query, with one projection for all tokens.
+    Longformer {
+        /// Keys before the query that it sees.
+        reach: usize,
+        /// The distance between them.
+        #[serde(default = "one")]
+        gap: usize,
+        /// Positions that see all and are seen by all.
+        #[serde(default)]
+        global: Vec<usize>,
+    },
+    /// [`BigBird`](foveal::sparse::BigBird) with the published plan, keys at or before the query.
+    Bigbird {
+        /// Tokens of a block.
+        block: usize,
+        /// Random blocks of a block row.
+        random: usize,
+        /// What they are drawn with.
+        #[serde(default)]
+        seed: u64,
+    },
+    /// [`Moba`](foveal::sparse::Moba).
+    Moba {
+        /// Tokens of a block.
+        block: usize,
+        /// Blocks that a query sees, its own included.
+        top: usize,
+    },
+    /// [`NativeSparse`](foveal::sparse::NativeSparse): blocks compressed to their means, one key and value for all three
+    /// branches, gates from the layer's inputs.
+    NativeSparse {
+        /// Tokens that are compressed to one.
+        length: usize,
+        /// Tokens from one compressed one to the next.
+        stride: usize,
+        /// Tokens of a selected block.
+        block: usize,
+        /// Selected blocks.
+        top: usize,
+        /// Newest tokens.
+        window: usize,
+    },
+}
+
+/// The patterns of the Sparse Transformer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Factorised {
+    /// Near tokens, and each l-th one before.
+    Strided,
+    /// The own block, and the summaries of all blocks.
+    Fixed,
+}
+
+/// See [`foveal::sparse::Window`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NearWindow {
+    /// l + 1 keys.
+    #[default]
+    Paper,
+    /// l keys.
+    Code,
+}
+
+/// See [`foveal::sparse::Combine`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CombineHeads {
+    /// Every head sees both sets.
+    #[default]
+    Merged,
+    /// Even heads see the first, odd ones the second.
+    PerHead,
+    /// Even layers see the first, odd ones the second.
+    Interleaved,
+}
+
+const fn one() -> usize {
+    1
+}
+
+impl Mechanism {
+    /// All names, as `foveal list` has them.
+    pub const NAMES: [&str; 7] =
+        ["full", "window", "sparse_transformer", "longformer", "bigbird", "moba", "native_sparse"];
+}
+
+/// Neighbouring heads of a layer, and what mixes tokens in them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SectionConfig {
+    /// The mechanism.
+    pub mechanism: Mechanism,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; they divide the query heads.
+    pub kv_heads: usize,
+}
+
+/// The sections of each of `layers` layers: empty where a layer has its family's attention.
+pub(super) fn read(
+    foveal: Option<&Value>,
+    layers: usize,
+    heads: [usize; 2],
+) -> Result<Vec<Vec<SectionConfig>>, Error> {
+    let Some(foveal) = foveal else { return Ok(vec![vec![]; layers]) };
+    let fields = foveal.as_object().filter(|fields| fields.keys().all(|key| key == "mixer"));
+    let Some(mixer) = fields.and_then(|fields| fields.get("mixer")) else {
+        return Err(wrong("", foveal, "an object with the key \"mixer\" alone"));
+    };
+    match mixer {
+        Value::Array(each) if each.len() == layers => {
+            each.iter().enumerate().map(|(n, layer)| self::layer(n, layer, heads)).collect()
+        }
+        Value::Array(_) => Err(wrong(" mixer", mixer, &format!("one for each of {layers} layers"))),
+        _ => (0..layers).map(|n| layer(n, mixer, heads)).collect(),
+    }
+}
+
+/// The sections of a layer.
+fn layer(n: usize, layer: &Value, all: [usize; 2]) -> Result<Vec<SectionConfig>, Error> {
+    let sections = match layer {
+        Value::Array(sections) => sections.iter().map(|one| section(n, one, all)).collect(),
+        one => section(n, one, all).map(|section| vec![section]),
+    };
+    let sections: Vec<SectionConfig> = sections?;
+    let sum = |count: fn(&SectionConfig) -> usize| sections.iter().map(count).sum::<usize>();
+    let found = [sum(|section| section.heads), sum(|section| section.kv_heads)];
+    if found != all {
+        let expected = format!("sections with {} heads and {} key/value heads", all[0], all[1]);
+        return Err(wrong(&format!(" mixer of layer {n}"), layer, &expected));
+    }
+    Ok(sections)
+}
+
+fn section(n: usize, section: &Value, all: [usize; 2]) -> Result<SectionConfig, Error> {
+    let place = format!(" mixer of layer {n}");
+    let Value::Object(fields) = section else {
+        return Err(wrong(&place, section, "an object with a name"));
+    };
+    let name = fields.get("name").and_then(Value::as_str).unwrap_or_default();
+    if !Mechanism::NAMES.contains(&name) {
+        let expected = format!("a name among {}", Mechanism::NAMES.join(", "));
+        return Err(wrong(&place, section, &expected));
+    }
+    let mut fields = fields.clone();
+    let mut count = |key: &str, usual: usize| match fields.remove(key) {
+        None => Ok(usual),
+        Some(value) => {
+            let count = value.as_u64().and_then(|count| usize::try_from(count).ok());
+            let count = count.filter(|count| (1..=1 << 12).contains(count));
+            count.ok_or_else(|| wrong(&place, section, &format!("{key}: 1 to 4096")))
+        }
+    };
+    let heads = count("heads", all[0])?;
+    // As many query heads for each as in the whole layer.
+    let usual = (heads * all[1]).div_ceil(all[0].max(1));
+    let kv_heads = count("kv_heads", usual)?;
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(wrong(&place, section, "key/value heads that divide its heads"));
+    }
+    let mechanism = serde_json::from_value(Value::Object(fields))
+        .map_err(|error| wrong(&place, section, &error.to_string()))?;
+    Ok(SectionConfig { mechanism, heads, kv_heads })
+}
+
+fn wrong(place: &str, found: &Value, expected: &str) -> Error {
+    let mut found = found.to_string();
+    found.truncate(found.floor_char_boundary(120));
+    Error::config(&format!("config.json \"foveal\"{place}"), found, expected)
+}

@@ -1,0 +1,281 @@
+//! The mechanisms by name.
+
+use foveal::cache::KvStore;
+use foveal::sparse::{
+    BigBird, BlockPlan, Branches, Combine, Factors, Longformer, Moba, NativeSizes, NativeSparse,
+    SparseTransformer, StateHeads, SubBlocks, Window,
+};
+use foveal::{Attention, Mask, Phase, Scale, Shape, Tensor, TensorMut, TensorRef};
+
+use super::scale;
+use super::state::{Compressing, SectionState};
+use crate::Error;
+use crate::config::{CombineHeads, Factorised, Mechanism, NearWindow};
+use crate::linear::{Linear, Run};
+use crate::mixer::state::Heads;
+use crate::mixer::{CacheStorage, LayerState, Store};
+use crate::names::Parts;
+
+/// What a section computes.
+#[derive(Clone, Debug)]
+pub(super) struct Core {
+    sizes: Heads,
+    scale: Scale,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    /// Exact attention to what a mask shows; of so many newest tokens, if there is a bound.
+    Masked {
+        mask: Mask,
+        reach: Option<usize>,
+    },
+    Sparse(SparseTransformer),
+    Moba(Moba),
+    /// With the projection to gates, `[3 · heads, width]`.
+    Native(NativeSparse, Linear),
+}
+
+/// The tokens of a call, as a section sees them: `[sequences, tokens, …]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SectionTokens<'a> {
+    /// The layer's inputs.
+    pub(super) x: &'a [f32],
+    pub(super) q: TensorRef<'a, f32>,
+    pub(super) k: TensorRef<'a, f32>,
+    pub(super) v: TensorRef<'a, f32>,
+}
+
+impl Core {
+    pub(super) fn new(
+        mechanism: &Mechanism,
+        sizes: Heads,
+        (parts, layer, section): (&Parts<'_>, usize, usize),
+    ) -> Result<Core, Error> {
+        let context = parts.config().context;
+        let scale = scale(parts);
+        let kind = match mechanism {
+            Mechanism::Full {} => {
+                Kind::Masked { mask: Mask::window(context), reach: Some(context) }
+            }
+            &Mechanism::Window { tokens } => {
+                positive("window of a mixer", tokens)?;
+                Kind::Masked { mask: Mask::window(tokens), reach: Some(tokens) }
+            }
+            Mechanism::Longformer { reach, gap, global } => {
+                positive("gap of a mixer", *gap)?;
+                let pattern = Longformer::new(*reach).gaps(vec![*gap]).causal();
+                let alone = *gap == 1 && global.is_empty();
+                let mask = pattern.global(vec![global.clone()]).mask();
+                Kind::Masked { mask, reach: alone.then(|| reach.saturating_add(1)) }
+            }
+            &Mechanism::Bigbird { block, random, seed } => {
+                let blocks = context.div_ceil(block.max(1));
+                let plan = BlockPlan::published([sizes.heads, blocks, random], seed)?;
+                let mask = BigBird { block, plan, causal: true }.mask()?;
+                Kind::Masked { mask, reach: None }
+            }
+            Mechanism::SparseTransformer { .. } => {
+                Kind::Sparse(sparse_transformer(mechanism, layer)?.scale(scale))
+            }
+            &Mechanism::Moba { block, top } => Kind::Moba(Moba::new(block, top)?.scale(scale)),
+            &Mechanism::NativeSparse { length, stride, block, top, window } => {
+                let sizes_of = NativeSizes { length, stride, block, top, window };
+                let shape = [3 * sizes.heads, parts.config().width];
+                let gates = parts.section(layer, section, "gate_proj", shape)?;
+                Kind::Native(NativeSparse::new(sizes_of)?.scale(scale), gates)
+            }
+        };
+        Ok(Core { sizes, scale, kind })
+    }
+
+    fn state_heads(&self) -> StateHeads {
+        let Heads { heads, kv_heads, dims: (key_dim, value_dim) } = self.sizes;
+        StateHeads { heads, kv_heads, key_dim, value_dim }
+    }
+
+    /// A state that has seen nothing. Keys and values that a mask shows are stored as `storage` says, others as f32.
+    pub(super) fn state(&self, storage: CacheStorage) -> Result<SectionState, Error> {
+        Ok(match &self.kind {
+            Kind::Masked { .. } => {
+                SectionState::Keys(Store::new(storage, self.sizes.kv_heads, self.sizes.dims)?)
+            }
+            Kind::Sparse(layer) => SectionState::Sparse(Box::new(layer.state(self.state_heads())?)),
+            Kind::Moba(layer) => SectionState::Moba(Box::new(layer.state(self.state_heads())?)),
+            Kind::Native(layer, _) => {
+                let state = layer.state(self.state_heads())?;
+                SectionState::Native(Box::new(Compressing { state, open: [vec![], vec![]] }))
+            }
+        })
+    }
+
+    /// Appends the tokens to section `n` of the states, and writes what its heads give to `out`.
+    pub(super) fn forward(
+        &self,
+        (states, n): (&mut [LayerState], usize),
+        tokens: SectionTokens<'_>,
+        mut out: TensorMut<'_, f32>,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        if let Kind::Masked { mask, reach } = &self.kind {
+            return self.masked((mask, *reach), (states, n), tokens, out, run);
+        }
+        let gates = match &self.kind {
+            Kind::Native(_, gates) => gates_of(gates, tokens.x, run)?,
+            _ => vec![],
+        };
+        let Shape { seq, .. } = tokens.q.shape();
+        for (sequence, state) in states.iter_mut().enumerate() {
+            let Some(state) = state.section_mut(n) else { continue };
+            for t in 0..seq {
+                let own = |x| sequence_of(x, sequence).tokens(t..t + 1);
+                let qkv = [tokens.q, tokens.k, tokens.v].map(own);
+                let width = 3 * self.sizes.heads;
+                let gates = gates.chunks(width).nth(sequence * seq + t).unwrap_or(&[]);
+                let given = self.step(state, qkv, gates)?;
+                for head in 0..self.sizes.heads {
+                    let row = given.view().row(0, 0, head);
+                    out.row_mut(sequence, t, head).copy_from_slice(row);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One token of one sequence.
+    fn step(
+        &self,
+        state: &mut SectionState,
+        [q, k, v]: [TensorRef<'_, f32>; 3],
+        gates: &[f32],
+    ) -> Result<Tensor<f32>, Error> {
+        match (&self.kind, state) {
+            (Kind::Sparse(_), SectionState::Sparse(state)) => {
+                state.append(k, v)?;
+                Ok(state.attend(q)?.out)
+            }
+            (Kind::Moba(_), SectionState::Moba(state)) => {
+                state.append(k, v)?;
+                Ok(state.attend(q)?.out)
+            }
+            (Kind::Native(layer, _), SectionState::Native(native)) => {
+                native.append(layer, k, v)?;
+                let gates = TensorRef::new(gates, Shape { dim: 3, ..q.shape() })?;
+                let q = Branches { compressed: q, selected: q, window: q };
+                Ok(native.state.attend(q, gates)?.out)
+            }
+            _ => Err(Error::SectionState),
+        }
+    }
+
+    /// Exact attention over keys and values of all sequences.
+    fn masked(
+        &self,
+        (mask, reach): (&Mask, Option<usize>),
+        (states, n): (&mut [LayerState], usize),
+        tokens: SectionTokens<'_>,
+        out: TensorMut<'_, f32>,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        let shape = tokens.q.shape();
+        let mut held = 0;
+        for (sequence, state) in states.iter_mut().enumerate() {
+            let Some(SectionState::Keys(store)) = state.section_mut(n) else {
+                return Err(Error::SectionState);
+            };
+            store.make_room(reach, shape.seq)?;
+            store.append(sequence_of(tokens.k, sequence), sequence_of(tokens.v, sequence))?;
+            held = held.max(store.end() - store.start());
+        }
+        let stores: Vec<&dyn KvStore> = states
+            .iter()
+            .filter_map(|state| match state.section(n) {
+                Some(SectionState::Keys(store)) => Some(store as &dyn KvStore),
+                _ => None,
+            })
+            .collect();
+        let keys = Shape { seq: held, heads: self.sizes.kv_heads, ..shape };
+        let attention = Attention::new().mask(mask.clone()).scale(self.scale).cpu(run.cpu);
+        let plan = match run.phase {
+            Phase::Prompt => attention.plan(shape, keys, keys)?,
+            Phase::Generated => attention.plan_decode(shape, keys, keys)?,
+        };
+        run.workspace.reserve(plan.workspace_bytes());
+        Ok(plan.forward_cached(tokens.q, &stores, (out, None), run.workspace)?)
+    }
+}
+
+fn positive(what: &str, found: usize) -> Result<(), Error> {
+    if found == 0 { Err(Error::config(what, found, "at least 1 token")) } else { Ok(()) }
+}
+
+fn sparse_transformer(mechanism: &Mechanism, layer: usize) -> Result<SparseTransformer, Error> {
+    let &Mechanism::SparseTransformer { pattern, stride, width, num_verts, window, combine } =
+        mechanism
+    else {
+        return Err(Error::SectionState);
+    };
+    let factors = match pattern {
+        Factorised::Strided => Factors::Strided {
+            stride,
+            window: match window {
+                NearWindow::Paper => Window::Paper,
+                NearWindow::Code => Window::Code,
+            },
+        },
+        Factorised::Fixed => Factors::Fixed {
+            stride,
+            summary: width,
+            sub_blocks: num_verts.map_or(SubBlocks::Same(0), SubBlocks::Cycle),
+        },
+    };
+    Ok(SparseTransformer::new(factors)?.combine(match combine {
+        CombineHeads::Merged => Combine::Merged,
+        CombineHeads::PerHead => Combine::PerHead,
+        CombineHeads::Interleaved => Combine::Interleaved { layer },
+    }))
+}
+
+impl Compressing {
+    /// Takes a token in; with the last one of a length, its mean as well.
+    fn append(
+        &mut self,
+        layer: &NativeSparse,
+        k: TensorRef<'_, f32>,
+        v: TensorRef<'_, f32>,
+    ) -> Result<(), Error> {
+        let Shape { heads, dim, .. } = k.shape();
+        for (open, x) in self.open.iter_mut().zip([k, v]) {
+            (0..heads).for_each(|head| open.extend_from_slice(x.row(0, 0, head)));
+        }
+        let count = self.state.compressed_by(1);
+        let all = Shape { batch: 1, seq: self.open[0].len() / (heads * dim).max(1), heads, dim };
+        let means = |open: &[f32]| -> Result<Tensor<f32>, Error> {
+            match count {
+                0 => Ok(Tensor::zeros(Shape { seq: 0, ..all })?),
+                _ => Ok(layer.pool(TensorRef::new(open, all)?)?),
+            }
+        };
+        let (keys, values) = (means(&self.open[0])?, means(&self.open[1])?);
+        let of = |compressed, x| Branches { compressed, selected: x, window: x };
+        self.state.append(of(keys.view(), k), of(values.view(), v))?;
+        let gone = count * layer.sizes().stride * heads * dim;
+        self.open.iter_mut().for_each(|open| drop(open.drain(..gone.min(open.len()))));
+        Ok(())
+    }
+}
+
+/// The gates of all tokens, `[rows, heads, 3]`.
+fn gates_of(gates: &Linear, x: &[f32], run: &mut Run<'_>) -> Result<Vec<f32>, Error> {
+    let rows = x.len() / gates.in_features().max(1);
+    let mut y = vec![0.0; rows * gates.out_features()];
+    gates.forward(x, &mut y, run)?;
+    y.iter_mut().for_each(|y| *y = 1.0 / (1.0 + (-*y).exp()));
+    Ok(y)
+}
+
+/// One sequence of a batch.
+fn sequence_of(x: TensorRef<'_, f32>, sequence: usize) -> TensorRef<'_, f32> {
+    x.part(sequence..sequence + 1, 0..x.shape().heads)
+}

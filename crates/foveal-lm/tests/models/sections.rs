@@ -1,0 +1,406 @@
+//! Mixers that a configuration names: against their definitions in f64, and against the laws of all models.
+
+use foveal::Phase;
+use foveal::projection::Format;
+use foveal_lm::generate::{BatchOptions, Batcher};
+use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
+use foveal_lm::model::{Observer, Scratch, Step};
+use foveal_lm::quantize::quantize;
+use foveal_lm::testing::{Tiny, TinySizes};
+use foveal_lm::{Error, Model};
+use serde_json::{Value, json};
+
+use crate::batch::check_joining_and_leaving;
+use crate::formats::Folder;
+use crate::golden_case::difference;
+use crate::latent::{load, logits, tensor};
+use crate::reference;
+use crate::small;
+
+/// Rows of numbers, one for each token.
+type Rows = Vec<Vec<f64>>;
+
+/// The sections of a layer, each with its heads and key/value heads; `None` without any.
+pub(crate) fn of(config: &Value, layer: usize) -> Option<Vec<(Value, usize, usize)>> {
+    let mixer = &config["foveal"]["mixer"];
+    let layer = if mixer.is_array() { &mixer[layer] } else { mixer };
+    let all =
+        ["num_attention_heads", "num_key_value_heads"].map(|key| config[key].as_u64().unwrap());
+    let one = |section: &Value| {
+        let heads = section["heads"].as_u64().unwrap_or(all[0]);
+        let kv_heads = section["kv_heads"].as_u64().unwrap_or(heads * all[1] / all[0]);
+        (section.clone(), heads as usize, kv_heads as usize)
+    };
+    match layer {
+        Value::Null => None,
+        Value::Array(sections) => Some(sections.iter().map(one).collect()),
+        section => Some(vec![one(section)]),
+    }
+}
+
+/// What all heads give: `[tokens][heads · dim]`.
+pub(crate) fn mix(
+    sections: &[(Value, usize, usize)],
+    [q, k, v]: [&Rows; 3],
+    (dim, scale): (usize, f64),
+    layer: usize,
+    gates: impl Fn(usize) -> Rows,
+) -> Rows {
+    let mut out = vec![vec![]; q.len()];
+    let (mut first, mut first_kv) = (0, 0);
+    for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
+        let gates = if section["name"] == "native_sparse" { gates(n) } else { vec![] };
+        for head in 0..*heads {
+            let kv = first_kv + head * kv_heads / heads;
+            let cut = |x: &Rows, head: usize| -> Rows {
+                x.iter().map(|row| row[head * dim..(head + 1) * dim].to_vec()).collect()
+            };
+            let own = Head { q: cut(q, first + head), k: cut(k, kv), v: cut(v, kv), scale };
+            for (i, out) in out.iter_mut().enumerate() {
+                out.extend(match section["name"].as_str().unwrap() {
+                    "moba" => own.moba(section, i),
+                    "native_sparse" => own.native_sparse(section, i, &gates[i][3 * head..][..3]),
+                    _ => own.attend(i, (0..=i).filter(|&j| sees(section, (layer, head), i, j))),
+                });
+            }
+        }
+        (first, first_kv) = (first + heads, first_kv + kv_heads);
+    }
+    out
+}
+
+/// Whether a mechanism with a pattern that is known beforehand lets query `i` see key `j ≤ i`.
+fn sees(section: &Value, (layer, head): (usize, usize), i: usize, j: usize) -> bool {
+    let count = |key: &str| section[key].as_u64().map(|count| count as usize);
+    let text = |key: &str| section[key].as_str();
+    match section["name"].as_str().unwrap() {
+        "full" => true,
+        "window" => i - j < count("tokens").unwrap(),
+        "longformer" => {
+            let (reach, gap) = (count("reach").unwrap(), count("gap").unwrap_or(1));
+            let global = section["global"].as_array().cloned().unwrap_or_default();
+            let is_global = |x: usize| global.contains(&json!(x));
+            let near = (i - j).is_multiple_of(gap) && i - j <= reach * gap;
+            near || is_global(i) || is_global(j)
+        }
+        "bigbird" => {
+            // No random blocks; the last block of the context is never reached.
+            let (a, b) = (i / count("block").unwrap(), j / count("block").unwrap());
+            a == 0 || b == 0 || a - b <= 1
+        }
+        "sparse_transformer" => {
+            let stride = count("stride").unwrap();
+            let width = count("width").unwrap_or(1);
+            let (first, second) = if text("pattern") == Some("strided") {
+                let near = if text("window") == Some("code") { stride } else { stride + 1 };
+                (i - j < near, (i - j).is_multiple_of(stride))
+            } else {
+                let sub_block = count("num_verts").map_or(0, |count| head % count);
+                let columns = stride - (sub_block + 1) * width..stride - sub_block * width;
+                (i / stride == j / stride, columns.contains(&(j % stride)))
+            };
+            match text("combine").unwrap_or("merged") {
+                "merged" => first || second,
+                "per_head" => [first, second][head % 2],
+                _ => [first, second][layer % 2],
+            }
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// One query head with its keys and values.
+struct Head {
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    scale: f64,
+}
+
+impl Head {
+    fn attend(&self, i: usize, keys: impl Iterator<Item = usize>) -> Vec<f64> {
+        let keys: Vec<usize> = keys.collect();
+        let pick = |x: &Rows| keys.iter().map(|&j| x[j].clone()).collect::<Rows>();
+        self.attend_rows(i, &pick(&self.k), &pick(&self.v))
+    }
+
+    fn attend_rows(&self, i: usize, k: &Rows, v: &Rows) -> Vec<f64> {
+        let weights: Vec<f64> = k.iter().map(|k| (self.scale * dot(&self.q[i], k)).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut out = vec![0.0; self.q[i].len()];
+        for (weight, v) in weights.iter().zip(v) {
+            out.iter_mut().zip(v).for_each(|(out, v)| *out += weight / sum * v);
+        }
+        out
+    }
+
+    fn moba(&self, section: &Value, i: usize) -> Vec<f64> {
+        let [block, top] = ["block", "top"].map(|key| section[key].as_u64().unwrap() as usize);
+        let score = |b: &usize| dot(&self.q[i], &mean(&self.k[b * block..(b + 1) * block]));
+        let mut before: Vec<usize> = (0..i / block).collect();
+        before.sort_by(|a, b| score(b).total_cmp(&score(a)));
+        before.truncate(top - 1);
+        self.attend(i, (0..=i).filter(|j| j / block == i / block || before.contains(&(j / block))))
+    }
+
+    /// With so many selected blocks that all tokens are seen.
+    fn native_sparse(&self, section: &Value, i: usize, gates: &[f64]) -> Vec<f64> {
+        let [length, stride, window] =
+            ["length", "stride", "window"].map(|key| section[key].as_u64().unwrap() as usize);
+        let starts = (0..).map(|n| n * stride).take_while(|start| start + length <= i + 1);
+        let means = |x: &Rows| starts.clone().map(|at| mean(&x[at..at + length])).collect::<Rows>();
+        let branches = [
+            self.attend_rows(i, &means(&self.k), &means(&self.v)),
+            self.attend(i, 0..=i),
+            self.attend(i, (i + 1).saturating_sub(window)..=i),
+        ];
+        let mut out = vec![0.0; self.q[i].len()];
+        for (gate, branch) in gates.iter().zip(branches) {
+            let gate = 1.0 / (1.0 + (-gate).exp());
+            out.iter_mut().zip(branch).for_each(|(out, x)| *out += gate * x);
+        }
+        out
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn mean(rows: &[Vec<f64>]) -> Vec<f64> {
+    let sum = |d: usize| rows.iter().map(|row| row[d]).sum::<f64>();
+    (0..rows[0].len()).map(|d| sum(d) / rows.len() as f64).collect()
+}
+
+const LAYERS: usize = 2;
+const TOKENS: usize = 40;
+
+/// A model of Llama's layers with these mixers.
+fn tiny(mixer: &Value) -> Tiny {
+    let sizes = TinySizes { layers: LAYERS, ..TinySizes::default() };
+    let mut model = Tiny::new("llama", sizes);
+    model.config["foveal"] = json!({"mixer": mixer});
+    for layer in 0..LAYERS {
+        let sections = of(&model.config, layer).unwrap();
+        for (n, (section, heads, _)) in sections.iter().enumerate() {
+            if section["name"] == "native_sparse" {
+                let part = format!("sections.{n}.gate_proj");
+                model.tensors.push(tensor(layer, &part, &[3 * heads, sizes.width]));
+            }
+        }
+    }
+    model
+}
+
+fn mixers() -> Vec<Value> {
+    let sparse = |more: Value| {
+        let mut section = json!({"name": "sparse_transformer", "stride": 5});
+        section.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        section
+    };
+    let native = |top: usize| json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": top, "window": 7});
+    vec![
+        json!({"name": "full"}),
+        json!({"name": "window", "tokens": 6}),
+        json!({"name": "longformer", "reach": 4}),
+        json!({"name": "longformer", "reach": 3, "gap": 2, "global": [0, 9]}),
+        json!({"name": "bigbird", "block": 4, "random": 0}),
+        sparse(json!({"pattern": "strided"})),
+        sparse(json!({"pattern": "strided", "window": "code", "combine": "per_head"})),
+        sparse(json!({"pattern": "fixed", "width": 2})),
+        sparse(json!({"pattern": "fixed", "num_verts": 3, "combine": "interleaved"})),
+        json!({"name": "moba", "block": 4, "top": 3}),
+        native(12),
+        json!([{"name": "moba", "block": 8, "top": 2}, {"name": "full"}]),
+        json!([
+            [{"name": "full", "heads": 2}, {"name": "moba", "block": 4, "top": 2, "heads": 2}],
+            [sparse(json!({"pattern": "fixed", "heads": 2})), {"name": "window", "tokens": 9, "heads": 2}],
+        ]),
+    ]
+}
+
+fn text() -> Vec<u32> {
+    (0..TOKENS).map(|i| (i * i + 17 * i) as u32 % 50).collect()
+}
+
+fn name(mixer: &Value) -> String {
+    let text = mixer.to_string();
+    let hash = text.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31) ^ u64::from(byte));
+    format!("sections-{hash}")
+}
+
+#[test]
+fn every_logit_is_that_of_the_definition() {
+    let mut all = vec![];
+    for mixer in mixers() {
+        let model = tiny(&mixer);
+        let expected: Vec<f32> =
+            reference::logits(&model, &text()).concat().iter().map(|&x| x as f32).collect();
+        let model = load(&model, &name(&mixer)).unwrap();
+        for (phase, cuts) in [
+            (Phase::Prompt, vec![]),
+            (Phase::Prompt, vec![1, 2, 17, 18]),
+            (Phase::Generated, (1..TOKENS).collect()),
+        ] {
+            let got = logits(&model, &mut model.state().unwrap(), phase, (&text(), &cuts));
+            let off = difference(&got, &expected);
+            assert!(off < 5e-5, "{mixer}: off by {off}, {phase:?}");
+        }
+        all.push(expected);
+    }
+    // Each is another one than all others.
+    for (n, a) in all.iter().enumerate() {
+        assert!(all[..n].iter().all(|b| difference(a, b) > 1e-3), "{}", mixers()[n]);
+    }
+}
+
+#[test]
+fn cuts_and_company_change_no_bit() {
+    let native = json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 4, "window": 7});
+    for mixer in mixers().into_iter().chain([native]) {
+        let model = load(&tiny(&mixer), &format!("{}-cuts", name(&mixer))).unwrap();
+        let text = text();
+        let whole = logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text, &[]));
+        for cuts in [vec![1, 2, 3], vec![13, 29], (1..TOKENS).collect()] {
+            let mut state = model.state().unwrap();
+            let cut = logits(&model, &mut state, Phase::Prompt, (&text, &cuts));
+            assert!(whole == cut, "{mixer} {cuts:?}");
+        }
+        check_joining_and_leaving(&model, &[3, 40, 9, 1]);
+    }
+}
+
+#[test]
+fn a_state_holds_what_later_queries_can_see() {
+    let bytes = |mixer: &Value, tokens: usize| {
+        let model = load(&tiny(mixer), &format!("{}-bytes", name(mixer))).unwrap();
+        let mut state = model.state().unwrap();
+        let text: Vec<u32> = text().into_iter().cycle().take(tokens).collect();
+        logits(&model, &mut state, Phase::Prompt, (&text, &[]));
+        let bytes = state.kv_bytes();
+        state.reset();
+        assert_eq!((state.kv_bytes(), state.position()), (0, 0));
+        bytes
+    };
+    let TinySizes { kv_heads, head_dim, .. } = TinySizes::default();
+    let entry = LAYERS * 2 * kv_heads * head_dim * size_of::<f32>();
+    let fixed = json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 5, "width": 2});
+    // t mod l + 1 tokens of the own block, c · ⌊t / l⌋ summaries before it.
+    for tokens in [1, 5, 6, 38, 400] {
+        let t = tokens - 1;
+        assert_eq!(bytes(&fixed, tokens), entry * (t % 5 + 1 + 2 * (t / 5)), "{tokens}");
+    }
+    assert_eq!(bytes(&json!({"name": "full"}), 38), entry * 38);
+    // Whole tiles are given up.
+    assert!(bytes(&json!({"name": "window", "tokens": 6}), 1500) <= entry * 512);
+    assert_eq!(
+        bytes(&json!({"name": "moba", "block": 4, "top": 3}), 38),
+        entry * 38 + entry / 2 * 9
+    );
+}
+
+#[test]
+fn a_text_goes_on_in_batches_and_can_not_be_taken_back() {
+    let mixer = json!({"name": "moba", "block": 4, "top": 3});
+    let model = load(&tiny(&mixer), "sections-batch").unwrap();
+    let mut state = model.state().unwrap();
+    logits(&model, &mut state, Phase::Prompt, (&text(), &[]));
+    assert!(model.rewind(&mut state, TOKENS) && !model.rewind(&mut state, TOKENS - 1));
+    assert_eq!(state.position(), TOKENS);
+    assert!(model.rewind(&mut state, 0));
+    let error = model.pages(&CacheOptions::default(), 512).unwrap_err();
+    assert!(matches!(error, Error::SectionPages), "{error}");
+    let tokenizer = small::tokenizer();
+    let batcher = Batcher::new(&model, &tokenizer, &BatchOptions::default()).unwrap();
+    assert!(batcher.pages().is_none());
+}
+
+#[test]
+fn other_storages_are_close() {
+    let model =
+        load(&tiny(&json!({"name": "longformer", "reach": 9})), "sections-storage").unwrap();
+    let expected = logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text(), &[]));
+    for storage in CacheStorage::ALL {
+        let options = CacheOptions { storage, ..CacheOptions::default() };
+        let mut state = model.state_with(&options).unwrap();
+        let got = logits(&model, &mut state, Phase::Prompt, (&text(), &[]));
+        assert!(difference(&got, &expected) < 0.1, "{storage:?}");
+        assert!(storage.coded() || state.kv_bytes() > 0);
+    }
+}
+
+fn refused(mixer: &Value) -> String {
+    let mut model = Tiny::new("llama", TinySizes { layers: LAYERS, ..TinySizes::default() });
+    model.config["foveal"] = json!({"mixer": mixer});
+    let loaded = load(&model, &format!("{}-refused", name(mixer)));
+    loaded.map_or_else(|error| error.to_string(), |_| "nothing was wrong".to_owned())
+}
+
+#[test]
+fn configurations_that_make_no_sense_are_refused() {
+    for (mixer, words) in [
+        (json!({"name": "perfect"}), "a name among full, window"),
+        (json!("full"), "an object with a name"),
+        (json!({"name": "full", "tokens": 3}), "unknown field"),
+        (json!({"name": "window"}), "missing field `tokens`"),
+        (json!({"name": "window", "tokens": 0}), "at least 1 token"),
+        (json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 0}), "stride"),
+        (
+            json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 3, "width": 4}),
+            "summary",
+        ),
+        (json!({"name": "sparse_transformer", "pattern": "round", "stride": 3}), "unknown variant"),
+        (json!({"name": "longformer", "reach": 3, "gap": 0}), "gap"),
+        (json!({"name": "bigbird", "block": 0, "random": 1}), "block"),
+        (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
+        (json!({"name": "moba", "block": 0, "top": 1}), "block"),
+        (json!({"name": "moba", "block": 4, "top": 0}), "top"),
+        (json!({"name": "full", "heads": 3}), "sections with 4 heads"),
+        (json!({"name": "full", "heads": 0}), "1 to 4096"),
+        (json!([{"name": "full"}]), "one for each of 2 layers"),
+        (json!([[{"name": "full", "heads": 2}], {"name": "full"}]), "sections with 4 heads"),
+        (
+            json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 4, "window": 7}),
+            "gate_proj",
+        ),
+    ] {
+        let message = refused(&mixer);
+        assert!(message.contains(words), "{mixer}: {message}");
+    }
+    let mut model = Tiny::new("gpt-oss", TinySizes::default());
+    model.config["foveal"] = json!({"mixer": {"name": "full"}});
+    let error = load(&model, "sections-family").map(|_| ()).unwrap_err();
+    assert!(matches!(error, Error::UnsupportedConfig { .. }), "{error}");
+    model.config["foveal"] = json!({"mixers": {"name": "full"}});
+    let error = load(&model, "sections-key").map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("the key \"mixer\" alone"), "{error}");
+}
+
+#[test]
+fn what_is_not_done_with_named_mixers_is_refused() {
+    struct Nobody;
+    impl Observer for Nobody {
+        fn attention(&mut self, _: usize, _: &Attended<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+    let tiny = tiny(&json!({"name": "full"}));
+    let folder = Folder::new("sections-not-done");
+    tiny.save_folder(&folder.0, Format::F32, 1).unwrap();
+    let model = Model::load(&folder.0).unwrap();
+    let keep = Keep::HeavyHitters { budget: 9 };
+    let error = model.state_with(&CacheOptions { keep, ..CacheOptions::default() }).unwrap_err();
+    assert!(matches!(error, Error::CacheOptions { .. }), "{error}");
+    let (mut state, mut scratch) = (model.state().unwrap(), Scratch::new());
+    let looked = model.forward_observed(&[1, 2], &mut state, &mut scratch, &mut Nobody);
+    let error = looked.unwrap_err();
+    assert!(matches!(error, Error::ObservedSections), "{error}");
+    let other =
+        load(&crate::latent::tiny("DeepseekV2ForCausalLM", None), "sections-other").unwrap();
+    let mut state = other.state().unwrap();
+    let error = model.forward(&[1], Step::PROMPT, &mut state, &mut scratch).unwrap_err();
+    assert!(matches!(error, Error::SectionState), "{error}");
+    let out = folder.0.join("out.gguf");
+    let error = quantize(&folder.0, &out, Format::Q8_0, |_| {}).unwrap_err();
+    assert!(matches!(error, Error::UnsupportedConfig { .. }), "{error}");
+}
