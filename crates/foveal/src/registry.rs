@@ -8,7 +8,7 @@ pub enum Group {
     Exact,
     /// Exact attention to keys that are chosen: cost follows the pairs that are seen.
     Sparse,
-    /// Linear attention: a matrix state of constant size.
+    /// Linear attention: cost grows with the number of tokens, not with its square.
     Linear,
 }
 
@@ -143,6 +143,24 @@ pub const MECHANISMS: &[Mechanism] = &[
         forward: true,
         backward: true,
         decode: true,
+    },
+    Mechanism {
+        name: "efficient",
+        group: Group::Linear,
+        summary: "softmax over the channels of queries and, in each channel, over keys; causal or not",
+        paper: "arXiv:1812.01243",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "linformer",
+        group: Group::Linear,
+        summary: "softmax attention to few learned mixtures of all keys and values; not causal",
+        paper: "arXiv:2006.04768",
+        forward: true,
+        backward: true,
+        decode: false,
     },
     Mechanism {
         name: "retention",

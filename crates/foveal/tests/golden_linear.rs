@@ -2,10 +2,10 @@
 
 mod support;
 
-use foveal::linear::reference::{Sequences, States, forward};
+use foveal::linear::reference::{Sequences, States, forward, forward_bidirectional};
 use foveal::linear::{
-    Delta, Gradients, Linear, Recurrence, Recurrent, Results, Retention, ScalarDecay, State,
-    StateShape, Tokens, Upstream, VectorDecay,
+    AnyOrder, Delta, Efficient, Gradients, Linear, Recurrence, Recurrent, Results, Retention,
+    ScalarDecay, State, StateShape, Tokens, Upstream, VectorDecay,
 };
 use foveal::reference::Input;
 use foveal::{Scale, Shape, Tensor, Workspace};
@@ -55,12 +55,12 @@ impl Inputs {
         StateShape { sequences: q.batch, heads: v.heads, key_dim: q.dim, value_dim: v.dim }
     }
 
-    fn state(&self, which: usize, normaliser: bool) -> State {
-        let mut state = State::zeros(self.state_shape(), normaliser).unwrap();
+    fn state(&self, which: usize, sums: usize) -> State {
+        let mut state = State::zeros(self.state_shape(), sums).unwrap();
         if let Some(array) = &self.states[which] {
             state.matrices_mut().copy_from_slice(&array.to_f32());
         }
-        if let Some(array) = self.sums[which].as_ref().filter(|_| normaliser) {
+        if let Some(array) = self.sums[which].as_ref().filter(|_| sums > 0) {
             state.key_sums_mut().copy_from_slice(&array.to_f32());
         }
         state
@@ -84,7 +84,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-fn definition<R: Recurrence>(case: &Case, inputs: &Inputs, mechanism: &R) {
+fn definition<R: Recurrence>(case: &Case, inputs: &Inputs, mechanism: &R, all_keys: bool) {
     let input = |n: usize| {
         inputs.arrays[n].as_ref().map(|array| Input { data: &array.data, shape: shape(array) })
     };
@@ -97,14 +97,17 @@ fn definition<R: Recurrence>(case: &Case, inputs: &Inputs, mechanism: &R) {
         present: inputs.present.as_deref(),
         cuts: None,
     };
-    let mut states = States::zeros(inputs.state_shape(), mechanism.form().normaliser);
+    let mut states = States::zeros(inputs.state_shape(), mechanism.form().sums);
     if let Some(array) = &inputs.states[0] {
         states.matrices.clone_from(&array.data);
     }
-    if let Some(array) = inputs.sums[0].as_ref().filter(|_| mechanism.form().normaliser) {
+    if let Some(array) = inputs.sums[0].as_ref().filter(|_| mechanism.form().sums > 0) {
         states.key_sums.clone_from(&array.data);
     }
-    let out = forward(mechanism, &sequences, &mut states);
+    let out = match all_keys {
+        true => forward_bidirectional(mechanism, &sequences, &mut states),
+        false => forward(mechanism, &sequences, &mut states),
+    };
     let tolerance = case.tolerance("f64");
     case.check("out", &out, tolerance);
     if case.tensors.contains_key("final_state") {
@@ -138,14 +141,14 @@ fn answers<R: Recurrence>(inputs: &Inputs, recurrent: &Recurrent<R>) -> Answers 
     if let Some(present) = &inputs.present {
         tokens = tokens.present(present);
     }
-    let initial = inputs.state(0, form.normaliser);
+    let initial = inputs.state(0, form.sums);
     let mut state = initial.clone();
     let mut out = Tensor::zeros(v.shape()).unwrap();
     let mut reads = Tensor::zeros(v.shape()).unwrap();
     let results = Results { out: out.view_mut(), reads: form.beta.then(|| reads.view_mut()) };
     recurrent.forward_into(&tokens, results, &mut state, &mut Workspace::new()).unwrap();
     let d_out = tensor(&inputs.d_out);
-    let mut d_state = inputs.state(1, form.normaliser);
+    let mut d_state = inputs.state(1, form.sums);
     let reads = form.beta.then(|| reads.view());
     let upstream = Upstream { reads, ..Upstream::new(d_out.view(), &initial) };
     let gradients = recurrent.backward(&tokens, upstream, &mut d_state).unwrap();
@@ -165,14 +168,15 @@ fn answers<R: Recurrence>(inputs: &Inputs, recurrent: &Recurrent<R>) -> Answers 
     answers
 }
 
-fn bidirectional(inputs: &Inputs, recurrent: &Recurrent<Linear>) -> Answers {
+fn bidirectional<R: AnyOrder>(inputs: &Inputs, recurrent: &Recurrent<R>) -> Answers {
+    let sums = recurrent.mechanism().form().sums;
     let tensors = inputs.arrays.each_ref().map(|x| x.as_ref().map(tensor));
     let [Some(q), Some(k), Some(v), _, _] = &tensors else { panic!("three inputs") };
     let mut tokens = Tokens::new(q.view(), k.view(), v.view());
     if let Some(present) = &inputs.present {
         tokens = tokens.present(present);
     }
-    let initial = inputs.state(0, true);
+    let initial = inputs.state(0, sums);
     let mut state = initial.clone();
     let out = recurrent.forward_bidirectional(&tokens, &mut state).unwrap();
     let d_out = tensor(&inputs.d_out);
@@ -184,7 +188,7 @@ fn bidirectional(inputs: &Inputs, recurrent: &Recurrent<Linear>) -> Answers {
         d_log_decay: None,
         d_beta: None,
     };
-    let mut d_state = inputs.state(1, true);
+    let mut d_state = inputs.state(1, sums);
     let upstream = Upstream::new(d_out.view(), &initial);
     recurrent
         .backward_bidirectional_into(
@@ -211,14 +215,27 @@ fn linear_transformer() {
         let inputs = Inputs::of(&case);
         let linear = Linear::new();
         if case.options["causal"].as_bool().unwrap() {
-            definition(&case, &inputs, &linear);
+            definition(&case, &inputs, &linear, false);
             engine(&case, &inputs, &linear);
             continue;
         }
-        for cpu in cpus() {
-            let answers = bidirectional(&inputs, &Recurrent::new(linear).cpu(cpu));
-            compare(&case, cpu.level.name(), &answers, case.tolerance("f32"));
-        }
+        all_keys(&case, &inputs, &linear);
+    }
+}
+
+/// Every query reads all keys: by the definition and on every level.
+fn all_keys<R: AnyOrder + Clone>(case: &Case, inputs: &Inputs, mechanism: &R) {
+    definition(case, inputs, mechanism, true);
+    for cpu in cpus() {
+        let answers = bidirectional(inputs, &Recurrent::new(mechanism.clone()).cpu(cpu));
+        compare(case, cpu.level.name(), &answers, case.tolerance("f32"));
+    }
+}
+
+#[test]
+fn efficient_attention() {
+    for case in cases("efficient_attention") {
+        all_keys(&case, &Inputs::of(&case), &Efficient::new());
     }
 }
 
@@ -230,7 +247,7 @@ fn each<R: Recurrence + Clone>(group: &str, mechanism: impl Fn(&Case) -> Option<
         // The default of all these mechanisms.
         let scale = (inputs.shapes()[0].dim as f64).powf(-0.5);
         assert!((scale - case.number("scale")).abs() < 1e-15);
-        definition(&case, &inputs, &mechanism);
+        definition(&case, &inputs, &mechanism, false);
         engine(&case, &inputs, &mechanism);
         compared += 1;
     }

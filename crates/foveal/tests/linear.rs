@@ -269,14 +269,14 @@ fn states_and_gradients_of_other_shapes_are_refused() {
     let tokens = Tokens::new(x.view(), x.view(), x.view());
     let linear = Recurrent::new(Linear::new());
     let own = linear.state(&tokens).unwrap();
-    let without = State::zeros(own.shape(), false).unwrap();
-    let larger = State::zeros(StateShape { heads: 3, ..own.shape() }, true).unwrap();
+    let without = State::zeros(own.shape(), 0).unwrap();
+    let larger = State::zeros(StateShape { heads: 3, ..own.shape() }, 1).unwrap();
     for mut state in [without, larger] {
         let error = linear.forward(&tokens, &mut state).unwrap_err();
         assert!(matches!(error, Error::StateShape { .. }), "{error}");
     }
     let huge = StateShape { sequences: usize::MAX, ..own.shape() };
-    assert!(matches!(State::zeros(huge, true), Err(Error::StateShape { .. })));
+    assert!(matches!(State::zeros(huge, 1), Err(Error::StateShape { .. })));
     let delta = Recurrent::new(Delta::new());
     let tokens = tokens.beta(gate.view());
     let initial = delta.state(&tokens).unwrap();

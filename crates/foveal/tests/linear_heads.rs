@@ -24,7 +24,8 @@ fn head(x: &Tensor<f32>, h: usize) -> Tensor<f32> {
 fn own(state: &State, h: usize) -> State {
     let shape = state.shape();
     let sums = state.key_sums();
-    let mut one = State::zeros(StateShape { heads: 1, ..shape }, !sums.is_empty()).unwrap();
+    let mut one =
+        State::zeros(StateShape { heads: 1, ..shape }, usize::from(!sums.is_empty())).unwrap();
     let size = shape.key_dim * shape.value_dim;
     let matrices = state.matrices().chunks(size).skip(h).step_by(shape.heads).flatten();
     one.matrices_mut().iter_mut().zip(matrices).for_each(|(to, from)| *to = *from);

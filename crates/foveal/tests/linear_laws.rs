@@ -6,7 +6,7 @@
 mod support;
 
 use foveal::linear::{
-    Delta, FeatureMap, Linear, Recurrence, Retention, ScalarDecay, State, VectorDecay,
+    Delta, Efficient, FeatureMap, Linear, Recurrence, Retention, ScalarDecay, State, VectorDecay,
 };
 use foveal::{Cpu, Element, Level, Tensor, Threads};
 use half::{bf16, f16};
@@ -29,6 +29,7 @@ macro_rules! every_mechanism {
         $law("gla", &VectorDecay::new());
         $law("delta", &Delta::new());
         $law("gated delta", &Delta::gated());
+        $law("efficient", &Efficient::new());
     };
 }
 

@@ -18,13 +18,15 @@
 //! Memory besides tensors: for each thread the rows of one block, and for each of its heads three states and what
 //! [`Recurrence::kept`] says for each token of a sequence.
 
-use super::block::{BLOCK, BlockGradient, Matrix, Pass, Written};
-use super::driver::{Engine, Gathered, NEAR, Place, Recurrent, scratches, take, together};
+use super::block::{BLOCK, BlockGradient, Matrix, Pass, Step, Written};
+use super::driver::{NEAR, Recurrent, scratches, together};
+use super::gather::{Engine, Gathered, Place, take};
 use super::tokens::{Sizes, expect};
 use super::{DecayForm, FeatureMap, Recurrence, State, Tokens};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
+use crate::simd::Level;
 use crate::simd::near::Near;
 use crate::simd::sweep::padded;
 use crate::simd::token::{Target, accumulate_rows, copy_rows, derive, gather};
@@ -117,11 +119,24 @@ impl<R: Recurrence> Recurrent<R> {
         let form = self.mechanism.form();
         check_upstream(tokens.v.shape(), &upstream, form.beta)?;
         check_gradients(tokens, &gradients)?;
-        upstream.initial.check(sizes.state(), form.normaliser)?;
-        d_state.check(sizes.state(), form.normaliser)?;
-        let longest = (0..sizes.spans.count()).map(|n| sizes.spans.get(n).1.len()).max();
+        upstream.initial.check(sizes.state(), form.sums)?;
+        d_state.check(sizes.state(), form.sums)?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, queries: None };
+        self.run_backward(&engine, upstream, gradients, (d_state, workspace))
+    }
+
+    /// A call that has been checked.
+    pub(super) fn run_backward<E: Element>(
+        &self,
+        engine: &Engine<'_, '_, R, E>,
+        upstream: Upstream<'_, E>,
+        gradients: Gradients<'_>,
+        (d_state, workspace): (&mut State, &mut Workspace),
+    ) -> Result<()> {
+        let sizes = engine.sizes;
+        let blocks = (0..sizes.spans.count()).map(|n| engine.blocks(&sizes.spans.get(n).1));
         let kept = self.mechanism.kept(sizes.key_dim, sizes.value_dim);
-        let carried = Carried::floats(&sizes, longest.unwrap_or(0).next_multiple_of(BLOCK) * kept);
+        let carried = Carried::floats(&sizes, blocks.max().unwrap_or(0) * BLOCK * kept);
         let (cpu, spans) = (self.machine()?, sizes.spans);
         let per = sizes.heads / sizes.groups;
         let near = NEAR / (8 * per * sizes.key_dim * sizes.strides().1);
@@ -130,9 +145,9 @@ impl<R: Recurrence> Recurrent<R> {
         let each = groups * per;
         let floats = Scratch::floats(&sizes) + each * carried;
         let (level, scratches) = (cpu.level, scratches(workspace, cpu, units, floats)?);
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level };
         let Gradients { d_q, d_k, d_v, d_log_decay, d_beta } = gradients;
-        let keys = d_q.into_patches(spans, groups).zip(d_k.into_patches(spans, groups));
+        let queries = engine.query_spans()?;
+        let keys = d_q.into_patches(queries, groups).zip(d_k.into_patches(spans, groups));
         let mut decays = d_log_decay.map(|d| d.into_patches(spans, each));
         let mut betas = d_beta.map(|d| d.into_patches(spans, each));
         let states = d_state.units_mut(each).zip(upstream.initial.units(each));
@@ -143,7 +158,7 @@ impl<R: Recurrence> Recurrent<R> {
             let (d_state, initial) = states;
             Unit { index, d_q, d_k, d_v, d_log_decay, d_beta, d_state, initial }
         });
-        let work = Backward { engine, upstream, kept, carried, each };
+        let work = Backward { engine, level, upstream, kept, carried, each };
         for_each_item(items, scratches, |unit, floats| work.unit(unit, floats));
         Ok(())
     }
@@ -261,7 +276,7 @@ impl<'a> Carried<'a> {
     fn floats(sizes: &Sizes<'_>, kept: usize) -> usize {
         let (keys, values) = sizes.strides();
         let states = 2 * keys * sizes.value_dim + values * sizes.key_dim;
-        states + 2 * keys + 2 * padded(sizes.decay_dim.unwrap_or(1)) + kept
+        states + 2 * sizes.sums * keys + 2 * padded(sizes.decay_dim.unwrap_or(1)) + kept
     }
 
     fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>) -> Carried<'a> {
@@ -272,8 +287,8 @@ impl<'a> Carried<'a> {
             ahead: take(floats, keys * sizes.value_dim),
             back_transposed: take(floats, keys * sizes.value_dim),
             back: take(floats, values * sizes.key_dim),
-            z: take(floats, keys),
-            dz: take(floats, keys),
+            z: take(floats, sizes.sums * keys),
+            dz: take(floats, sizes.sums * keys),
             suffix: [take(floats, decay), take(floats, decay)],
             kept: std::mem::take(floats),
         }
@@ -281,7 +296,8 @@ impl<'a> Carried<'a> {
 }
 
 struct Backward<'a, 'b, R, E> {
-    engine: Engine<'a, 'b, R, E>,
+    engine: &'a Engine<'a, 'b, R, E>,
+    level: Level,
     upstream: Upstream<'a, E>,
     /// Numbers a token that a pass keeps.
     kept: usize,
@@ -298,7 +314,9 @@ struct Spot {
     /// Which of the unit's value heads.
     own: usize,
     place: Place,
-    /// Tokens of the sequence before the block.
+    /// Which block of the sequence.
+    n: usize,
+    /// Its first row in patches.
     start: usize,
     /// What earlier passes have written to the unit's gradients.
     before: Written,
@@ -317,12 +335,11 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         let mut before = Written::default();
         for &pass in self.engine.mechanism.passes() {
             let mut written = Written::default();
-            let blocks = span.len().div_ceil(BLOCK);
+            let blocks = self.engine.blocks(&span);
             let spot = |n: usize, own: usize| {
-                let start = BLOCK * if pass == Pass::Ahead { n } else { blocks - 1 - n };
-                let (first, len) = (span.start + start, BLOCK.min(span.len() - start));
-                let place = Place { batch, first, len, head: head + own };
-                Spot { pass, own, place, start, before }
+                let n = if pass == Pass::Ahead { n } else { blocks - 1 - n };
+                let place = self.engine.place((batch, &span), head + own, n);
+                Spot { pass, own, place, n, start: place.first - span.start, before }
             };
             for n in 0..blocks {
                 for own in 0..self.each {
@@ -362,10 +379,12 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         transposed.pack_transposed(initial, carried.ahead);
         transposed.pack_transposed(d_final, carried.back_transposed);
         rows.pack(d_final, value_dim, carried.back);
-        let sums = if unit.initial.1.is_empty() { 0 } else { key_dim };
+        let (stride, each) = (self.engine.sizes.strides().0, self.engine.sizes.sums * key_dim);
         for (padded, all) in [(carried.z, unit.initial.1), (carried.dz, &*unit.d_state.1)] {
             padded.fill(0.0);
-            padded[..sums].copy_from_slice(&all[own * sums..][..sums]);
+            let own = all[own * each..][..each].chunks_exact(key_dim);
+            let rows = padded.chunks_exact_mut(stride).zip(own);
+            rows.for_each(|(padded, sums)| padded[..key_dim].copy_from_slice(sums));
         }
     }
 
@@ -375,8 +394,10 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         let size = key_dim * value_dim;
         let d_matrix = &mut unit.d_state.0[own * size..][..size];
         self.engine.sizes.layouts().0.unpack(carried.back, d_matrix, value_dim);
-        let sums = if unit.initial.1.is_empty() { 0 } else { key_dim };
-        unit.d_state.1[own * sums..][..sums].copy_from_slice(&carried.dz[..sums]);
+        let (stride, each) = (self.engine.sizes.strides().0, self.engine.sizes.sums * key_dim);
+        let own = unit.d_state.1[own * each..][..each].chunks_exact_mut(key_dim);
+        let rows = carried.dz.chunks_exact(stride).zip(own);
+        rows.for_each(|(padded, sums)| sums.copy_from_slice(&padded[..key_dim]));
     }
 
     /// rowsum(dS_T ∘ S_T), from the gradient of the final state and the state after the last token.
@@ -401,24 +422,26 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
 
     /// The rows that a block reads, and those that it writes to if it writes what the one before it wrote.
     fn near(&self, unit: &mut Unit<'_>, next: Spot, kept: &[f32], written: Written) -> [Near; 2] {
-        let Spot { own, place: Place { batch, first, len, head }, start, .. } = next;
+        let Spot { own, place: Place { batch, first, len, head, step }, start, .. } = next;
         let Sizes { heads, groups, key_dim, value_dim, decay_dim, .. } = self.engine.sizes;
         let (mut read, mut write) = (Near::of(len), Near::of(len));
         self.engine.near_inputs(&mut read, next.place);
-        let rows = self.upstream.d_out.head(batch, head).slice(first..first + len);
-        read.add(rows.as_ptr(), rows.stride(), rows.width());
+        if step != Step::Write {
+            let rows = self.upstream.d_out.head(batch, head).slice(first..first + len);
+            read.add(rows.as_ptr(), rows.stride(), rows.width());
+        }
         if let Some(reads) = self.upstream.reads {
             let rows = reads.head(batch, head).slice(first..first + len);
             read.add(rows.as_ptr(), rows.stride(), rows.width());
         }
         if next.pass != self.engine.mechanism.passes()[0] {
-            read.add(kept[start * self.kept..].as_ptr(), self.kept, self.kept);
+            read.add(kept[next.n * BLOCK * self.kept..].as_ptr(), self.kept, self.kept);
         }
         let group = own / (heads / groups);
         let patches = [
-            (written.q, Some(&mut unit.d_q), group, key_dim),
-            (written.k, Some(&mut unit.d_k), group, key_dim),
-            (written.v, Some(&mut unit.d_v), own, value_dim),
+            (written.q && step != Step::Write, Some(&mut unit.d_q), group, key_dim),
+            (written.k && step != Step::Read, Some(&mut unit.d_k), group, key_dim),
+            (written.v && step != Step::Read, Some(&mut unit.d_v), own, value_dim),
             (written.decay, unit.d_log_decay.as_mut(), own, decay_dim.unwrap_or(1)),
         ];
         for (wanted, patch, head, width) in patches {
@@ -437,22 +460,23 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         (scratch, carried): (&mut Scratch<'_>, Carried<'_>),
         near: [Near; 2],
     ) -> Written {
-        let engine = &self.engine;
+        let (engine, level) = (self.engine, self.level);
         let (keys, values) = engine.sizes.strides();
         let decay = padded(engine.sizes.decay_dim.unwrap_or(1));
-        let Place { batch, first, len, head } = spot.place;
-        engine.gather(&mut scratch.rows, spot.place);
-        engine.gather_upstream(self.upstream.d_out, spot.place, scratch.g);
+        let Place { batch, first, len, head, step } = spot.place;
+        engine.gather(level, &mut scratch.rows, spot.place);
+        engine.gather_upstream(level, self.upstream.d_out, spot.place, scratch.g);
         if let Some(reads) = self.upstream.reads {
             let reads = reads.head(batch, head).slice(first..first + len);
-            gather(engine.level, reads, FeatureMap::Identity, scratch.reads);
+            gather(level, reads, FeatureMap::Identity, scratch.reads);
         }
         let (rows, transposed) = engine.sizes.layouts();
         let Carried { z, dz, suffix, ahead, back, back_transposed, kept } = carried;
         let written = engine.mechanism.backward(
             spot.pass,
             &mut BlockGradient {
-                level: engine.level,
+                level,
+                step,
                 len,
                 strides: (keys, values),
                 q: &scratch.rows.q[..len * keys],
@@ -462,7 +486,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
                 decay: scratch.rows.decay,
                 beta: &scratch.rows.beta[..len],
                 reads: &scratch.reads[..len * values],
-                kept: &mut kept[spot.start * self.kept..][..len * self.kept],
+                kept: &mut kept[spot.n * BLOCK * self.kept..][..len * self.kept],
                 ahead: Matrix { data: ahead, layout: transposed },
                 back: Matrix { data: back, layout: rows },
                 back_transposed: Matrix { data: back_transposed, layout: transposed },
@@ -489,19 +513,22 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         spot: Spot,
         scratch: &mut Scratch<'_>,
     ) {
-        let engine = &self.engine;
-        let (level, map) = (engine.level, engine.mechanism.form().map);
+        let (engine, level) = (self.engine, self.level);
+        let map = engine.mechanism.form().map;
         let (keys, values) = engine.sizes.strides();
         let Scratch { rows, d_q, d_k, d_v, d_decay, d_beta, .. } = scratch;
-        let Spot { own, place: Place { batch, first, len, .. }, start, before, .. } = spot;
-        for t in (0..len).filter(|t| !engine.is_present(batch, first + t)) {
+        let Spot { own, place: Place { batch, first, len, step, .. }, start, before, .. } = spot;
+        let (queries, keys_too) = (step != Step::Write, step != Step::Read);
+        for t in
+            (0..if keys_too { len } else { 0 }).filter(|t| !engine.is_present(batch, first + t))
+        {
             d_k[t * keys..(t + 1) * keys].fill(0.0);
             d_v[t * values..(t + 1) * values].fill(0.0);
         }
         let per = engine.sizes.heads / engine.sizes.groups;
         let features = [
-            (written.q, before.q, &*rows.q, &mut *d_q, &mut unit.d_q),
-            (written.k, before.k, &*rows.k, &mut *d_k, &mut unit.d_k),
+            (written.q && queries, before.q, &*rows.q, &mut *d_q, &mut unit.d_q),
+            (written.k && keys_too, before.k, &*rows.k, &mut *d_k, &mut unit.d_k),
         ];
         for (written, before, mapped, gradient, patch) in features {
             if !written {
@@ -516,7 +543,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
             }
         }
         let decay = padded(engine.sizes.decay_dim.unwrap_or(1));
-        if written.v {
+        if written.v && keys_too {
             let to = Target { patch: &mut unit.d_v, first: start, head: own };
             copy_rows(d_v, values, len, to);
         }

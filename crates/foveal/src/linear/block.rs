@@ -38,10 +38,23 @@ impl Matrix<'_> {
     }
 }
 
+/// What tokens do with a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Each writes its key, then reads with its query.
+    Both,
+    /// Keys without queries.
+    Write,
+    /// Queries without keys.
+    Read,
+}
+
 /// Neighbouring tokens of one head, forward.
 #[derive(Debug)]
 pub struct Block<'a> {
     pub(crate) level: Level,
+    /// What the tokens do; what they lack is absent (keys) or means nothing (queries, values).
+    pub(crate) step: Step,
     /// Tokens.
     pub(crate) len: usize,
     /// Numbers of a padded query or key, and of a padded value.
@@ -57,7 +70,7 @@ pub struct Block<'a> {
     pub(crate) beta: &'a [f32],
     /// Rows are key channels.
     pub(crate) state: Matrix<'a>,
-    /// The sum of keys, padded.
+    /// Sums of keys, each padded.
     pub(crate) z: &'a mut [f32],
     /// Out: what was read, padded values.
     pub(crate) out: &'a mut [f32],
@@ -65,6 +78,8 @@ pub struct Block<'a> {
     pub(crate) factors: &'a mut [f32],
     /// Out, for delta rules: what each key read before its token wrote, padded values.
     pub(crate) reads: &'a mut [f32],
+    /// Rows of padded keys that a mechanism makes for itself.
+    pub(crate) made: [&'a mut [f32]; 3],
     /// Rows that come next.
     pub(crate) near: Option<&'a Near>,
 }
@@ -82,11 +97,28 @@ impl<'a> Block<'a> {
 
     /// S ← decay S + k vᵀ, out = Sᵀ q.
     pub(crate) fn write_and_read(&mut self, decay: Decay<'_>) {
-        let write = Write { rows: self.k, columns: self.v };
-        let read = Read { by: self.q, out: self.out };
-        let sweep = self.state.sweep(self.len, Some(write), Some(read));
+        self.write_and_read_rows(self.q, self.k, decay);
+    }
+
+    /// The same with other rows of queries and keys.
+    pub(crate) fn write_and_read_rows(
+        &mut self,
+        q: TokenRows<'_>,
+        k: TokenRows<'_>,
+        decay: Decay<'_>,
+    ) {
+        let (writes, reads) = parts(self.step, decay);
+        let write = writes.then_some(Write { rows: k, columns: self.v });
+        let read = reads.then_some(Read { by: q, out: self.out });
+        let sweep = self.state.sweep(self.len, write, read);
         sweep::sweep(self.level, Sweep { decay, near: self.near, ..sweep });
     }
+}
+
+/// Whether a sweep writes and whether it reads. What decays does both, whether it is wanted or not.
+fn parts(step: Step, decay: Decay<'_>) -> (bool, bool) {
+    let both = !matches!(decay, Decay::None);
+    (both || step != Step::Read, both || step != Step::Write)
 }
 
 /// Passes over a sequence of which gradients are made.
@@ -132,6 +164,8 @@ impl Written {
 #[derive(Debug)]
 pub struct BlockGradient<'a> {
     pub(crate) level: Level,
+    /// What the tokens do; what they lack is absent (keys) or zero.
+    pub(crate) step: Step,
     pub(crate) len: usize,
     pub(crate) strides: (usize, usize),
     pub(crate) q: &'a [f32],
@@ -151,7 +185,7 @@ pub struct BlockGradient<'a> {
     pub(crate) back: Matrix<'a>,
     /// The same, transposed.
     pub(crate) back_transposed: Matrix<'a>,
-    /// The sum of keys, and the gradient of it, padded.
+    /// Sums of keys, and gradients of them, each padded.
     pub(crate) sums: (&'a mut [f32], &'a mut [f32]),
     /// Scratch of one padded key.
     pub(crate) spare: &'a mut [f32],
@@ -185,26 +219,48 @@ impl<'a> BlockGradient<'a> {
 
     /// dq = S g with S ← decay S + k vᵀ.
     pub(crate) fn read_gradient_of_queries(&mut self, decay: Decay<'_>) {
+        self.read_gradient_of_query_rows(self.k, decay);
+    }
+
+    /// The same with other rows of keys.
+    pub(crate) fn read_gradient_of_query_rows(&mut self, k: &[f32], decay: Decay<'_>) {
         let (keys, values) = self.strides;
+        let (writes, reads) = parts(self.step, decay);
         let rows = TokenRows { data: self.v, stride: values };
-        let write = Write { rows, columns: TokenRows { data: self.k, stride: keys } };
+        let write = Write { rows, columns: TokenRows { data: k, stride: keys } };
         let by = TokenRows { data: self.g, stride: values };
-        let sweep = self.ahead.sweep(self.len, Some(write), Some(Read { by, out: self.d_q }));
+        let read = reads.then_some(Read { by, out: self.d_q });
+        let sweep = self.ahead.sweep(self.len, writes.then_some(write), read);
         let near = self.near[0].with(self.near[1]);
         sweep::sweep(self.level, Sweep { decay, near: Some(&near), ..sweep });
     }
 
     /// dv = dSᵀ k and dk = dS v with dS ← decay (dS + q gᵀ), from the last token to the first.
     pub(crate) fn read_gradients_of_writes(&mut self, decay: Decay<'_>, transposed: Decay<'_>) {
+        self.read_gradients_of_written_rows((self.q, self.k), decay, transposed);
+    }
+
+    /// The same with other rows of queries and keys.
+    pub(crate) fn read_gradients_of_written_rows(
+        &mut self,
+        (q, k): (&[f32], &[f32]),
+        decay: Decay<'_>,
+        transposed: Decay<'_>,
+    ) {
         let (keys, values) = self.strides;
-        let rows = |data, stride| TokenRows { data, stride };
-        let write = Write { rows: rows(self.q, keys), columns: rows(self.g, values) };
-        let read = Read { by: rows(self.k, keys), out: self.d_v };
-        let sweep = self.back.sweep(self.len, Some(write), Some(read));
+        // Queries write to the gradient of the state, and keys read it.
+        let (reads, writes) = parts(self.step, decay);
+        let g = TokenRows { data: self.g, stride: values };
+        let q = TokenRows { data: q, stride: keys };
+        let by = TokenRows { data: k, stride: keys };
+        let write = writes.then_some(Write { rows: q, columns: g });
+        let read = reads.then_some(Read { by, out: self.d_v });
+        let sweep = self.back.sweep(self.len, write, read);
         sweep::sweep(self.level, Sweep { decay, reverse: true, near: Some(self.near[0]), ..sweep });
-        let write = Write { rows: rows(self.g, values), columns: rows(self.q, keys) };
-        let read = Read { by: rows(self.v, values), out: self.d_k };
-        let sweep = self.back_transposed.sweep(self.len, Some(write), Some(read));
+        let by = TokenRows { data: self.v, stride: values };
+        let write = writes.then_some(Write { rows: g, columns: q });
+        let read = reads.then_some(Read { by, out: self.d_k });
+        let sweep = self.back_transposed.sweep(self.len, write, read);
         sweep::sweep(
             self.level,
             Sweep { decay: transposed, reverse: true, near: Some(self.near[1]), ..sweep },

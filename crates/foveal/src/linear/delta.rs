@@ -20,7 +20,7 @@
 //! Kautz and Hatamizadeh 2024, arXiv:2412.06464.
 
 use super::reference::{Memory, Token};
-use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, DecayForm, Form, Pass, Recurrence, Written};
 use crate::problem::Scale;
 use crate::simd::delta::{self, Ahead, Behind, Rows};
 use crate::simd::sweep::{self, Decay, Read, Sweep, TokenRows, Write};
@@ -53,7 +53,7 @@ impl Delta {
 impl Recurrence for Delta {
     fn form(&self) -> Form {
         let decay = if self.gated { DecayForm::Scalar } else { DecayForm::None };
-        Form { map: FeatureMap::Identity, decay, beta: true, normaliser: false }
+        Form { decay, beta: true, ..Form::default() }
     }
 
     fn scale(&self) -> Scale {

@@ -11,20 +11,20 @@
 //! end to end, and states wait in the second level of cache. No bit of a head depends on which others it goes with.
 //! Memory besides tensors and states: for each thread the states of its heads and the rows of one block.
 
-use super::block::{BLOCK, Block, Matrix};
+use super::block::{BLOCK, Block, Matrix, Step};
+use super::gather::{Engine, Gathered, Mapped, Place, take};
 use super::tokens::{Sizes, expect};
-use super::{DecayForm, FeatureMap, Recurrence, State, StateShape, Tokens};
+use super::{Recurrence, State, StateShape, Tokens};
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::parallel::for_each_item;
 use crate::simd::Level;
 use crate::simd::near::Near;
-use crate::simd::sweep::{Layout, NARROW, TokenRows, padded};
-use crate::simd::token::{self, Target, gather, scatter};
-use crate::tensor::{Patch, Rows, Tensor, TensorMut, TensorRef};
+use crate::simd::sweep::{Layout, NARROW, padded};
+use crate::simd::token::{Target, scatter};
+use crate::tensor::{Patch, Tensor, TensorMut};
 use crate::workspace::Workspace;
-use std::ops::Range;
 use std::slice::ChunksExactMut;
 
 /// So few tokens are computed on the state as it lies.
@@ -78,7 +78,7 @@ impl<R: Recurrence> Recurrent<R> {
     /// If the tokens do not fit together or the mechanism.
     pub fn state<E: Element>(&self, tokens: &Tokens<'_, E>) -> Result<State> {
         let sizes = self.check(tokens)?;
-        State::zeros(sizes.state(), self.mechanism.form().normaliser)
+        State::zeros(sizes.state(), self.mechanism.form().sums)
     }
 
     pub(super) fn check<'a, E: Element>(&self, tokens: &Tokens<'a, E>) -> Result<Sizes<'a>> {
@@ -118,29 +118,42 @@ impl<R: Recurrence> Recurrent<R> {
     ) -> Result<()> {
         let sizes = self.check(tokens)?;
         let form = self.mechanism.form();
-        let Results { out, reads } = results;
-        expect("outputs", tokens.v.shape(), out.shape())?;
-        if let Some(reads) = &reads {
+        expect("outputs", tokens.v.shape(), results.out.shape())?;
+        if let Some(reads) = &results.reads {
             expect("reads of keys", tokens.v.shape(), reads.shape())?;
             if !form.beta {
                 let (what, expected) = ("reads of keys", "none, since this is no delta rule");
                 return Err(Error::InvalidParameter { what, expected, got: "some".into() });
             }
         }
-        state.check(sizes.state(), form.normaliser)?;
+        state.check(sizes.state(), form.sums)?;
+        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, queries: None };
+        self.run(&engine, results, state, workspace)
+    }
+
+    /// A call that has been checked.
+    pub(super) fn run<E: Element>(
+        &self,
+        engine: &Engine<'_, '_, R, E>,
+        results: Results<'_, E>,
+        state: &mut State,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (sizes, Results { out, reads }) = (engine.sizes, results);
         let cpu = self.machine()?;
         let bytes = 4 * sizes.key_dim * sizes.strides().1;
         let each = together(sizes.heads, sizes.spans.count(), cpu.threads.count(), NEAR / bytes);
         let units = sizes.spans.count() * (sizes.heads / each);
         let scratches = scratches(workspace, cpu, units, Scratch::floats(&sizes, each))?;
-        let engine = Engine { mechanism: &self.mechanism, tokens, sizes, level: cpu.level };
         let mut reads = reads.map(|reads| reads.into_patches(sizes.spans, each));
-        let patches = out.into_patches(sizes.spans, each).zip(state.units_mut(each));
+        let patches = out.into_patches(engine.query_spans()?, each).zip(state.units_mut(each));
         let items = patches.enumerate().map(move |(index, (out, (matrices, key_sums)))| {
             let reads = reads.as_mut().and_then(Iterator::next);
             Unit { index, each, out, reads, matrices, key_sums }
         });
-        for_each_item(items, scratches, |unit, floats| engine.unit(unit, floats));
+        for_each_item(items, scratches, |unit, floats| {
+            Forward { engine, level: cpu.level }.unit(unit, floats)
+        });
         Ok(())
     }
 }
@@ -199,78 +212,15 @@ struct Unit<'a, E> {
     key_sums: &'a mut [f32],
 }
 
-/// Tokens of a head, by absolute position.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) batch: usize,
-    pub(super) first: usize,
-    pub(super) len: usize,
-    pub(super) head: usize,
-}
-
-/// A call whose shapes have been checked.
-pub(super) struct Engine<'a, 'b, R, E> {
-    pub(super) mechanism: &'a R,
-    pub(super) tokens: &'a Tokens<'b, E>,
-    pub(super) sizes: Sizes<'b>,
-    pub(super) level: Level,
-}
-
-/// The rows of a block of tokens.
-pub(super) struct Gathered<'a> {
-    pub(super) q: &'a mut [f32],
-    pub(super) k: &'a mut [f32],
-    pub(super) v: &'a mut [f32],
-    pub(super) decay: &'a mut [f32],
-    pub(super) beta: &'a mut [f32],
-}
-
-/// Takes the first `n` numbers of what is left.
-pub(super) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
-    let (own, rest) = std::mem::take(floats).split_at_mut(n);
-    *floats = rest;
-    own
-}
-
-impl<'a> Gathered<'a> {
-    pub(super) fn floats(sizes: &Sizes<'_>) -> usize {
-        let (keys, values) = sizes.strides();
-        BLOCK * (2 * keys + values + padded(sizes.decay_dim.unwrap_or(1)) + 1)
-    }
-
-    pub(super) fn take(floats: &mut &'a mut [f32], sizes: &Sizes<'_>) -> Gathered<'a> {
-        let (keys, values) = sizes.strides();
-        Gathered {
-            q: take(floats, BLOCK * keys),
-            k: take(floats, BLOCK * keys),
-            v: take(floats, BLOCK * values),
-            decay: take(floats, BLOCK * padded(sizes.decay_dim.unwrap_or(1))),
-            beta: take(floats, BLOCK),
-        }
-    }
-}
-
-/// The rows of a block of tokens, in scratch or where the tensors lie.
-struct Mapped<'a> {
-    q: TokenRows<'a>,
-    k: TokenRows<'a>,
-    v: TokenRows<'a>,
-}
-
-/// Rows that need no map, no widening and no padding, as they lie.
-fn in_place<E: Element>(rows: Rows<'_, E>, map: FeatureMap) -> Option<TokenRows<'_>> {
-    let ready = map == FeatureMap::Identity && rows.width() == padded(rows.width());
-    let rows = rows.as_f32().filter(|_| ready)?;
-    Some(TokenRows { data: rows.as_slice(), stride: rows.stride() })
-}
-
 /// What a thread writes to while it computes a unit.
 struct Scratch<'a> {
     rows: Gathered<'a>,
     out: &'a mut [f32],
     reads: &'a mut [f32],
     factors: &'a mut [f32],
-    /// Of each head: the sum of keys.
+    /// Rows that a mechanism makes for itself.
+    made: [&'a mut [f32]; 3],
+    /// Of each head: sums of keys.
     sums: &'a mut [f32],
     /// Of each head, packed.
     states: &'a mut [f32],
@@ -279,8 +229,8 @@ struct Scratch<'a> {
 impl<'a> Scratch<'a> {
     fn floats(sizes: &Sizes<'_>, each: usize) -> usize {
         let (keys, values) = sizes.strides();
-        let heads = each * (keys + sizes.key_dim * values);
-        Gathered::floats(sizes) + BLOCK * (2 * values + 1) + heads
+        let heads = each * (sizes.sums * keys + sizes.key_dim * values);
+        Gathered::floats(sizes) + BLOCK * (2 * values + 3 * keys + 1) + heads
     }
 
     fn take(mut floats: &'a mut [f32], sizes: &Sizes<'_>, each: usize) -> Scratch<'a> {
@@ -291,24 +241,32 @@ impl<'a> Scratch<'a> {
             out: take(&mut floats, BLOCK * values),
             reads: take(&mut floats, BLOCK * values),
             factors: take(&mut floats, BLOCK),
-            sums: take(&mut floats, each * keys),
+            made: [0; 3].map(|_| take(&mut floats, BLOCK * keys)),
+            sums: take(&mut floats, each * sizes.sums * keys),
         }
     }
 }
 
-impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
+/// A call on the instructions of a level.
+struct Forward<'a, 'b, 'c, R, E> {
+    engine: &'a Engine<'b, 'c, R, E>,
+    level: Level,
+}
+
+impl<R: Recurrence, E: Element> Forward<'_, '_, '_, R, E> {
     fn unit(&self, mut unit: Unit<'_, E>, floats: &mut [f32]) {
-        let Sizes { heads, key_dim, value_dim, .. } = self.sizes;
-        let (keys, values) = self.sizes.strides();
+        let (engine, sizes) = (self.engine, &self.engine.sizes);
+        let Sizes { heads, key_dim, value_dim, .. } = *sizes;
+        let (keys, values) = sizes.strides();
         let groups = heads / unit.each;
-        let (batch, span) = self.sizes.spans.get(unit.index / groups);
-        let mut scratch = Scratch::take(floats, &self.sizes, unit.each);
-        let in_place = span.len() <= IN_PLACE && values == value_dim;
+        let (batch, span) = sizes.spans.get(unit.index / groups);
+        let mut scratch = Scratch::take(floats, sizes, unit.each);
+        let in_place = engine.tokens_of(&span) <= IN_PLACE && values == value_dim;
         let layout = match in_place {
             true => Layout::dense(key_dim, value_dim),
             false => Layout::packed(key_dim, value_dim, NARROW),
         };
-        let (size, sums) = (key_dim * value_dim, unit.key_sums.len() / unit.each);
+        let size = key_dim * value_dim;
         if !in_place {
             let states = scratch.states.chunks_exact_mut(key_dim * values);
             for (matrix, state) in unit.matrices.chunks_exact(size).zip(states) {
@@ -316,15 +274,22 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             }
         }
         scratch.sums.fill(0.0);
-        for (own, z) in scratch.sums.chunks_exact_mut(keys).enumerate() {
-            z[..sums].copy_from_slice(&unit.key_sums[own * sums..(own + 1) * sums]);
-        }
-        for first in span.clone().step_by(BLOCK) {
-            let len = BLOCK.min(span.end - first);
+        let all = scratch.sums.chunks_exact_mut(keys).zip(unit.key_sums.chunks_exact(key_dim));
+        all.for_each(|(padded, sums)| padded[..key_dim].copy_from_slice(sums));
+        let head = unit.index % groups * unit.each;
+        for n in 0..engine.blocks(&span) {
             for own in 0..unit.each {
-                let head = unit.index % groups * unit.each + own;
-                let place = Place { batch, first, len, head };
-                self.block(&mut unit, own, place, (&mut scratch, layout));
+                let next = match own + 1 < unit.each {
+                    true => Some((own + 1, n)),
+                    false => (n + 1 < engine.blocks(&span)).then_some((0, n + 1)),
+                };
+                let near = next.filter(|_| engine.tokens_of(&span) > IN_PLACE).map(|(own, n)| {
+                    let place = engine.place((batch, &span), head + own, n);
+                    self.near(&mut unit, own, place, span.start)
+                });
+                let place = engine.place((batch, &span), head + own, n);
+                let own = Spot { own, place, start: place.first - span.start, near };
+                self.block(&mut unit, own, (&mut scratch, layout));
             }
         }
         if !in_place {
@@ -333,79 +298,47 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
                 layout.unpack(state, matrix, value_dim);
             }
         }
-        for (own, z) in scratch.sums.chunks_exact(keys).enumerate() {
-            unit.key_sums[own * sums..(own + 1) * sums].copy_from_slice(&z[..sums]);
-        }
+        let all = scratch.sums.chunks_exact(keys).zip(unit.key_sums.chunks_exact_mut(key_dim));
+        all.for_each(|(padded, sums)| sums.copy_from_slice(&padded[..key_dim]));
     }
 
-    /// The rows of the block that comes after this one: of the next head, or of the first one and the next tokens.
-    fn near(
-        &self,
-        unit: &mut Unit<'_, E>,
-        own: usize,
-        place: Place,
-        span: Range<usize>,
-    ) -> Option<Near> {
-        let Place { batch, first, len, head } = place;
-        let (own, first) = match own + 1 < unit.each {
-            true => (own + 1, first),
-            false => (0, first + len),
-        };
-        if first >= span.end || span.len() <= IN_PLACE {
-            return None;
+    /// The rows of a block.
+    fn near(&self, unit: &mut Unit<'_, E>, own: usize, place: Place, start: usize) -> Near {
+        let mut near = Near::of(place.len);
+        self.engine.near_inputs(&mut near, place);
+        let (first, width) = (place.first - start, self.engine.sizes.value_dim);
+        if place.step != Step::Write {
+            near.add(unit.out.row(first, own).as_ptr(), unit.out.stride(), width);
         }
-        let head = head / unit.each * unit.each + own;
-        let tokens = first..span.end.min(first + BLOCK);
-        let mut near = Near::of(tokens.len());
-        self.near_inputs(&mut near, Place { batch, first, len: tokens.len(), head });
-        let start = first - span.start;
-        near.add(unit.out.row(start, own).as_ptr(), unit.out.stride(), self.sizes.value_dim);
         if let Some(reads) = &mut unit.reads {
-            near.add(reads.row(start, own).as_ptr(), reads.stride(), self.sizes.value_dim);
+            near.add(reads.row(first, own).as_ptr(), reads.stride(), width);
         }
-        Some(near)
+        near
     }
 
-    /// Adds what a block reads of the tensors of tokens.
-    pub(super) fn near_inputs(&self, near: &mut Near, place: Place) {
-        let Place { batch, first, len, head } = place;
-        let Tokens { q, k, v, log_decay, .. } = *self.tokens;
-        let (range, group) = (first..first + len, self.group(head));
-        for rows in [q.head(batch, group), k.head(batch, group), v.head(batch, head)] {
-            let rows = rows.slice(range.clone());
-            near.add(rows.as_ptr(), rows.stride(), rows.width());
-        }
-        if let Some(log_decay) = log_decay.filter(|x| x.shape().dim > 1) {
-            let rows = log_decay.head(batch, head).slice(range);
-            near.add(rows.as_ptr(), rows.stride(), rows.width());
-        }
-    }
-
-    /// One block of the `own`-th head of a unit, `start` tokens after its beginning.
+    /// One block of a head of a unit.
     fn block(
         &self,
         unit: &mut Unit<'_, E>,
-        own: usize,
-        place: Place,
+        spot: Spot,
         (scratch, layout): (&mut Scratch<'_>, Layout),
     ) {
-        let span = self.sizes.spans.get(unit.index / (self.sizes.heads / unit.each)).1;
-        let start = place.first - span.start;
-        let near = self.near(unit, own, place, span);
-        let Sizes { key_dim, value_dim, .. } = self.sizes;
-        let (keys, values) = self.sizes.strides();
+        let (engine, Spot { own, place, start, near }) = (self.engine, spot);
+        let Sizes { key_dim, value_dim, scale, sums: each, .. } = engine.sizes;
+        let (keys, values) = engine.sizes.strides();
         let len = place.len;
-        let Scratch { rows: Gathered { q, k, v, decay, beta }, out, reads, factors, sums, states } =
-            scratch;
-        self.gather_gates((decay, beta), place);
-        let Mapped { q, k, v } = self.mapped((q, k, v), place);
+        let Scratch { rows, out, reads, factors, made, sums, states } = scratch;
+        let Gathered { q, k, v, decay, beta } = rows;
+        engine.gather_gates(self.level, (decay, beta), place);
+        let Mapped { q, k, v } = engine.mapped(self.level, (q, k, v), place);
         factors[..len].fill(1.0);
         let data = match layout.row_stride {
             Some(_) => &mut unit.matrices[own * key_dim * value_dim..][..key_dim * value_dim],
             None => &mut states[own * key_dim * values..][..key_dim * values],
         };
-        self.mechanism.block(&mut Block {
+        engine.mechanism.block(&mut Block {
             level: self.level,
+            step: place.step,
             len,
             strides: (keys, values),
             q,
@@ -414,14 +347,17 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             decay,
             beta: &beta[..len],
             state: Matrix { data, layout },
-            z: &mut sums[own * keys..][..keys],
+            z: &mut sums[own * each * keys..][..each * keys],
             out: &mut out[..len * values],
             factors: &mut factors[..len],
             reads: &mut reads[..len * values],
+            made: made.each_mut().map(|rows| &mut rows[..len * keys]),
             near: near.as_ref(),
         });
-        let to = Target { patch: &mut unit.out, first: start, head: own };
-        scatter(self.level, &out[..len * values], &factors[..len], self.sizes.scale, to);
+        if place.step != Step::Write {
+            let to = Target { patch: &mut unit.out, first: start, head: own };
+            scatter(self.level, &out[..len * values], &factors[..len], scale, to);
+        }
         if let Some(patch) = &mut unit.reads {
             for t in 0..len {
                 let to = patch.row(start + t, own);
@@ -429,108 +365,15 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
             }
         }
     }
+}
 
-    /// The mapped rows of a block of tokens.
-    pub(super) fn gather(&self, rows: &mut Gathered<'_>, place: Place) {
-        self.gather_queries(rows, place);
-        self.gather_keys((rows.k, rows.v), place);
-        self.gather_gates((rows.decay, rows.beta), place);
-    }
-
-    fn gather_gates(&self, (decay, beta): (&mut [f32], &mut [f32]), place: Place) {
-        let Place { batch, first, len, head } = place;
-        let range = first..first + len;
-        if let Some(log_decay) = self.tokens.log_decay {
-            let log_decay = log_decay.head(batch, head).slice(range.clone());
-            match self.mechanism.form().decay {
-                DecayForm::Scalar => (0..len).for_each(|t| {
-                    // In f64, since an error is multiplied along the sequence.
-                    decay[t] = f64::from(log_decay.row(t)[0]).exp() as f32;
-                }),
-                _ => gather(self.level, log_decay, FeatureMap::Exp, decay),
-            }
-        } else if let Some(fixed) = self.mechanism.fixed_decay(head) {
-            decay[..len].fill(fixed);
-        }
-        if let Some(given) = self.tokens.beta {
-            let given = given.head(batch, head).slice(range);
-            (0..len).for_each(|t| beta[t] = given.row(t)[0]);
-        }
-    }
-
-    /// The rows of a block of tokens: where they lie, or mapped and gathered.
-    fn mapped<'r>(
-        &'r self,
-        (q, k, v): (&'r mut [f32], &'r mut [f32], &'r mut [f32]),
-        place: Place,
-    ) -> Mapped<'r> {
-        let Place { batch, first, len, head } = place;
-        let (map, range, group) = (self.mechanism.form().map, first..first + len, self.group(head));
-        let rows = |tensor: TensorRef<'r, E>, head| tensor.head(batch, head).slice(range.clone());
-        let own = (rows(self.tokens.k, group), rows(self.tokens.v, head));
-        let queries = rows(self.tokens.q, group);
-        let q = in_place(queries, map).unwrap_or_else(|| {
-            gather(self.level, queries, map, q);
-            TokenRows { data: q, stride: self.sizes.strides().0 }
-        });
-        let lie = |rows, map| in_place(rows, map).filter(|_| self.tokens.present.is_none());
-        let k = lie(own.0, map).unwrap_or_else(|| {
-            self.gather_present(own.0, map, place, k);
-            TokenRows { data: k, stride: self.sizes.strides().0 }
-        });
-        let v = lie(own.1, FeatureMap::Identity).unwrap_or_else(|| {
-            self.gather_present(own.1, FeatureMap::Identity, place, v);
-            TokenRows { data: v, stride: self.sizes.strides().1 }
-        });
-        Mapped { q, k, v }
-    }
-
-    pub(super) fn gather_queries(&self, rows: &mut Gathered<'_>, place: Place) {
-        let Place { batch, first, len, head } = place;
-        let q = self.tokens.q.head(batch, self.group(head)).slice(first..first + len);
-        gather(self.level, q, self.mechanism.form().map, rows.q);
-    }
-
-    /// Keys and values; those of absent tokens are zeros.
-    pub(super) fn gather_keys(&self, (to_k, to_v): (&mut [f32], &mut [f32]), place: Place) {
-        let Place { batch, first, len, head } = place;
-        let range = first..first + len;
-        let map = self.mechanism.form().map;
-        let keys = self.tokens.k.head(batch, self.group(head)).slice(range.clone());
-        self.gather_present(keys, map, place, to_k);
-        let values = self.tokens.v.head(batch, head).slice(range);
-        self.gather_present(values, FeatureMap::Identity, place, to_v);
-    }
-
-    /// Rows, with zeros for those of absent tokens.
-    fn gather_present(&self, rows: Rows<'_, E>, map: FeatureMap, place: Place, to: &mut [f32]) {
-        gather(self.level, rows, map, to);
-        let stride = padded(rows.width());
-        for t in (0..place.len).filter(|t| !self.is_present(place.batch, place.first + t)) {
-            to[t * stride..(t + 1) * stride].fill(0.0);
-        }
-    }
-
-    /// The gradient of outputs times the scale.
-    pub(super) fn gather_upstream(&self, d_out: TensorRef<'_, E>, place: Place, g: &mut [f32]) {
-        let Place { batch, first, len, head } = place;
-        let d_out = d_out.head(batch, head).slice(first..first + len);
-        gather(self.level, d_out, FeatureMap::Identity, g);
-        let scale = self.sizes.scale;
-        if scale != 1.0 {
-            let g = &mut g[..len * self.sizes.strides().1];
-            token::scale(self.level, scale, g);
-        }
-    }
-
-    /// The query and key head that a value head reads.
-    fn group(&self, head: usize) -> usize {
-        head * self.sizes.groups / self.sizes.heads
-    }
-
-    /// Whether a key and a value count.
-    pub(super) fn is_present(&self, batch: usize, token: usize) -> bool {
-        let at = batch * self.tokens.k.shape().seq + token;
-        self.tokens.present.is_none_or(|present| present[at])
-    }
+/// A block of a head of a unit.
+struct Spot {
+    /// Which of the unit's heads.
+    own: usize,
+    place: Place,
+    /// Tokens before it.
+    start: usize,
+    /// What comes after it: the same tokens of the next head, or the next ones of the first.
+    near: Option<Near>,
 }

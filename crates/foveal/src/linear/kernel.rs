@@ -13,8 +13,9 @@
 //!
 //! Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236.
 
+use super::block::Step;
 use super::reference::{Memory, Token};
-use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, FeatureMap, Form, Pass, Recurrence, Written};
 use crate::error::{Error, Result};
 use crate::simd::sweep::Decay;
 use crate::simd::token::{self, Normaliser};
@@ -47,16 +48,11 @@ impl Linear {
     pub fn normaliser(self, epsilon: Option<f32>) -> Linear {
         Linear { epsilon, ..self }
     }
-
-    pub(super) fn epsilon(&self) -> Option<f32> {
-        self.epsilon
-    }
 }
 
 impl Recurrence for Linear {
     fn form(&self) -> Form {
-        let normaliser = self.epsilon.is_some();
-        Form { map: self.map, decay: DecayForm::None, beta: false, normaliser }
+        Form { map: self.map, sums: usize::from(self.epsilon.is_some()), ..Form::default() }
     }
 
     fn check(&self, _heads: usize) -> Result<()> {
@@ -120,6 +116,13 @@ impl Linear {
             return block.read_gradient_of_queries(Decay::None);
         };
         let (level, rows) = (block.level, block.features());
+        if block.step == Step::Write {
+            let (den, h) = block.kept.split_at_mut(block.len);
+            token::denominators(level, rows, epsilon, block.sums.0, den);
+            den.fill(1.0);
+            h.fill(0.0);
+            return block.read_gradient_of_queries(Decay::None);
+        }
         block.spare.copy_from_slice(block.sums.0);
         let den = &mut block.kept[..block.len];
         token::denominators(level, rows, epsilon, block.spare, den);

@@ -40,14 +40,20 @@
 //! | [`ScalarDecay`] | `scalar_decay` | Dao and Gu 2024 |
 //! | [`VectorDecay`] | `gla` | Yang et al. 2023 |
 //! | [`Delta`] | `delta`, `gated_delta` | Yang et al. 2024 |
+//! | [`Efficient`] | `efficient` | Shen et al. 2021 |
+//!
+//! [`Linformer`] is linear in another way: softmax attention to a fixed number of mixtures of all keys.
 
 mod backward;
 mod bidirectional;
 mod block;
 mod delta;
 mod driver;
+mod efficient;
 mod feature;
+mod gather;
 mod kernel;
+mod linformer;
 pub mod reference;
 mod scalar_decay;
 mod state;
@@ -55,11 +61,14 @@ mod tokens;
 mod vector_decay;
 
 pub use backward::{Gradients, RecurrentBackward, Upstream};
+pub use bidirectional::AnyOrder;
 pub use block::{Block, BlockGradient, Pass, Written};
 pub use delta::Delta;
 pub use driver::{Recurrent, Results};
+pub use efficient::Efficient;
 pub use feature::FeatureMap;
 pub use kernel::Linear;
+pub use linformer::{Linformer, LinformerForward, MatrixGradients, SequenceMatrix, Sharing};
 pub use scalar_decay::{Retention, ScalarDecay};
 pub use state::{State, StateShape};
 pub use tokens::Tokens;
@@ -70,9 +79,10 @@ use crate::problem::Scale;
 use reference::{Memory, Token};
 
 /// Which decays the tokens of a mechanism bring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecayForm {
     /// None.
+    #[default]
     None,
     /// One logarithm for each token and head.
     Scalar,
@@ -81,7 +91,7 @@ pub enum DecayForm {
 }
 
 /// What a mechanism asks of its tokens and keeps in its state.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Form {
     /// What queries and keys go through first.
     pub map: FeatureMap,
@@ -89,8 +99,10 @@ pub struct Form {
     pub decay: DecayForm,
     /// Whether a writing strength comes with each token and head.
     pub beta: bool,
-    /// Whether the state holds the sum of the keys next to the matrix.
-    pub normaliser: bool,
+    /// Numbers of each key channel that the state holds next to the matrix: 1 for the sum of the keys.
+    pub sums: usize,
+    /// What the mapped key of an absent token consists of: the number that writes nothing.
+    pub absent: f32,
 }
 
 /// A mechanism with a matrix state: [`step`](Recurrence::step) defines it, [`block`](Recurrence::block) is its fast form,

@@ -11,9 +11,10 @@ use crate::problem::Scale;
 pub struct Memory {
     /// S, one row of values for each key channel.
     pub matrix: Vec<f64>,
-    /// z, one number for each key channel; empty without a normaliser.
+    /// z, one number for each sum and key channel; empty without any.
     pub key_sum: Vec<f64>,
-    value_dim: usize,
+    /// Numbers of a row.
+    pub value_dim: usize,
 }
 
 impl Memory {
@@ -80,18 +81,15 @@ pub struct Sequences<'a> {
 pub struct States {
     /// `[sequence][head][key][value]`.
     pub matrices: Vec<f64>,
-    /// `[sequence][head][key]`, or empty.
+    /// `[sequence][head][sum][key]`, or empty.
     pub key_sums: Vec<f64>,
 }
 
 impl States {
     /// States that have seen nothing.
-    pub fn zeros(shape: StateShape, normaliser: bool) -> States {
+    pub fn zeros(shape: StateShape, sums: usize) -> States {
         let keys = shape.sequences * shape.heads * shape.key_dim;
-        States {
-            matrices: vec![0.0; keys * shape.value_dim],
-            key_sums: vec![0.0; if normaliser { keys } else { 0 }],
-        }
+        States { matrices: vec![0.0; keys * shape.value_dim], key_sums: vec![0.0; sums * keys] }
     }
 }
 
@@ -104,53 +102,109 @@ pub fn forward<R: Recurrence>(
     sequences: &Sequences<'_>,
     states: &mut States,
 ) -> Vec<f64> {
+    run(mechanism, sequences, states, false)
+}
+
+/// The outputs `[B, T, H, Dv]` of queries that read what all keys have written: those are tokens without queries, and
+/// queries come after them as tokens without keys.
+///
+/// # Panics
+/// If shapes do not fit together.
+pub fn forward_bidirectional<R: Recurrence>(
+    mechanism: &R,
+    sequences: &Sequences<'_>,
+    states: &mut States,
+) -> Vec<f64> {
+    run(mechanism, sequences, states, true)
+}
+
+fn run<R: Recurrence>(
+    mechanism: &R,
+    sequences: &Sequences<'_>,
+    states: &mut States,
+    bidirectional: bool,
+) -> Vec<f64> {
     let (q, v) = (sequences.q.shape, sequences.v.shape);
-    let mut out = vec![0.0; sequences.v.data.len()];
-    let form = mechanism.form();
+    let mut out = vec![0.0; q.batch * q.seq * v.heads * v.dim];
     let scale = match mechanism.scale() {
         Scale::InverseSqrtDim => (q.dim as f64).powf(-0.5),
         Scale::Value(scale) => f64::from(scale),
     };
     let whole: Vec<(usize, std::ops::Range<usize>)> = match sequences.cuts {
         Some(cuts) => cuts.windows(2).map(|cut| (0, cut[0]..cut[1])).collect(),
-        None => (0..q.batch).map(|batch| (batch, 0..q.seq)).collect(),
+        None => (0..v.batch).map(|batch| (batch, 0..v.seq)).collect(),
     };
-    let row = |input: Input<'_>, b: usize, t: usize, h: usize| {
-        let at = ((b * input.shape.seq + t) * input.shape.heads + h) * input.shape.dim;
-        input.data[at..at + input.shape.dim].to_vec()
-    };
+    let (size, sums) = (q.dim * v.dim, mechanism.form().sums * q.dim);
     for (n, (b, tokens)) in whole.into_iter().enumerate() {
+        let steps: Vec<(Option<usize>, Option<usize>)> = match bidirectional {
+            false => tokens.map(|t| (Some(t), Some(t))).collect(),
+            true => {
+                let queries = (0..q.seq).map(|t| (Some(t), None));
+                tokens.map(|t| (None, Some(t))).chain(queries).collect()
+            }
+        };
         for h in 0..v.heads {
             let unit = n * v.heads + h;
-            let (size, keys) = (q.dim * v.dim, if form.normaliser { q.dim } else { 0 });
             let mut memory = Memory {
                 matrix: states.matrices[unit * size..(unit + 1) * size].to_vec(),
-                key_sum: states.key_sums[unit * keys..(unit + 1) * keys].to_vec(),
+                key_sum: states.key_sums[unit * sums..(unit + 1) * sums].to_vec(),
                 value_dim: v.dim,
             };
-            for t in tokens.clone() {
-                let group = h * q.heads / v.heads;
-                let map = |x: f64| form.map.apply(x);
-                let here = sequences.present.is_none_or(|present| present[b * q.seq + t]);
-                let zero_unless = |x: Vec<f64>| if here { x } else { vec![0.0; x.len()] };
-                let fixed = mechanism.fixed_decay(h).map(|a| vec![f64::from(a)]);
-                let given = sequences.log_decay.map(|input| row(input, b, t, h));
-                let given = given.map(|log| log.iter().map(|x| x.exp()).collect());
-                let token = Token {
-                    q: &row(sequences.q, b, t, group).into_iter().map(map).collect::<Vec<_>>(),
-                    k: &zero_unless(row(sequences.k, b, t, group).into_iter().map(map).collect()),
-                    v: &zero_unless(row(sequences.v, b, t, h)),
-                    decay: &fixed.or(given).unwrap_or_default(),
-                    beta: sequences.beta.map_or(1.0, |input| row(input, b, t, h)[0]),
-                };
-                let at = ((b * v.seq + t) * v.heads + h) * v.dim;
-                let out = &mut out[at..at + v.dim];
-                mechanism.step(&mut memory, &token, out);
-                out.iter_mut().for_each(|o| *o *= scale);
+            for &(query, key) in &steps {
+                let Numbers { q: mapped, k, v: value, decay, beta } =
+                    sequences.numbers(mechanism, (b, h), query, key);
+                let token = Token { q: &mapped, k: &k, v: &value, decay: &decay, beta };
+                let mut row = vec![0.0; v.dim];
+                mechanism.step(&mut memory, &token, &mut row);
+                if let Some(t) = query {
+                    let at = ((b * q.seq + t) * v.heads + h) * v.dim;
+                    let out = &mut out[at..at + v.dim];
+                    out.iter_mut().zip(&row).for_each(|(out, x)| *out = x * scale);
+                }
             }
             states.matrices[unit * size..(unit + 1) * size].copy_from_slice(&memory.matrix);
-            states.key_sums[unit * keys..(unit + 1) * keys].copy_from_slice(&memory.key_sum);
+            states.key_sums[unit * sums..(unit + 1) * sums].copy_from_slice(&memory.key_sum);
         }
     }
     out
+}
+
+/// What a token brings.
+struct Numbers {
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+    decay: Vec<f64>,
+    beta: f64,
+}
+
+impl Sequences<'_> {
+    /// The numbers of a token of a sequence and value head: of its query, and of its key, value and gates.
+    fn numbers<R: Recurrence>(
+        &self,
+        mechanism: &R,
+        (b, h): (usize, usize),
+        query: Option<usize>,
+        key: Option<usize>,
+    ) -> Numbers {
+        let row = |input: Input<'_>, t: usize, h: usize| {
+            let at = ((b * input.shape.seq + t) * input.shape.heads + h) * input.shape.dim;
+            input.data[at..at + input.shape.dim].to_vec()
+        };
+        let (form, group) = (mechanism.form(), h * self.q.shape.heads / self.v.shape.heads);
+        let mapped = |x: Vec<f64>| x.into_iter().map(|x| form.map.apply(x)).collect();
+        let here = |t: &usize| self.present.is_none_or(|present| present[b * self.k.shape.seq + t]);
+        let (key, decay) = (key.filter(here), key);
+        let fixed = mechanism.fixed_decay(h).map(|a| vec![f64::from(a)]);
+        let given = self.log_decay.zip(decay).map(|(input, t)| row(input, t, h));
+        let given = given.map(|log| log.iter().map(|x| x.exp()).collect());
+        let absent = vec![f64::from(form.absent); self.k.shape.dim];
+        Numbers {
+            q: query.map_or(vec![0.0; self.q.shape.dim], |t| mapped(row(self.q, t, group))),
+            k: key.map_or(absent, |t| mapped(row(self.k, t, group))),
+            v: key.map_or(vec![0.0; self.v.shape.dim], |t| row(self.v, t, h)),
+            decay: fixed.or(given).unwrap_or_default(),
+            beta: self.beta.zip(decay).map_or(1.0, |(input, t)| row(input, t, h)[0]),
+        }
+    }
 }

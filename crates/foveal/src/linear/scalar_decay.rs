@@ -12,7 +12,7 @@
 //! [`Linear`](super::Linear). Dao and Gu 2024, arXiv:2405.21060; Sun et al. 2023, arXiv:2307.08621.
 
 use super::reference::{Memory, Token};
-use super::{Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written};
+use super::{Block, BlockGradient, DecayForm, Form, Pass, Recurrence, Written};
 use crate::error::{Error, Result};
 use crate::problem::Scale;
 use crate::simd::sweep::Decay;
@@ -38,8 +38,7 @@ impl ScalarDecay {
 
 impl Recurrence for ScalarDecay {
     fn form(&self) -> Form {
-        let map = FeatureMap::Identity;
-        Form { map, decay: DecayForm::Scalar, beta: false, normaliser: false }
+        Form { decay: DecayForm::Scalar, ..Form::default() }
     }
 
     fn scale(&self) -> Scale {
@@ -106,8 +105,7 @@ impl Retention {
 
 impl Recurrence for Retention {
     fn form(&self) -> Form {
-        let map = FeatureMap::Identity;
-        Form { map, decay: DecayForm::None, beta: false, normaliser: false }
+        Form::default()
     }
 
     fn scale(&self) -> Scale {

@@ -31,27 +31,29 @@ impl std::fmt::Display for StateShape {
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
     shape: StateShape,
-    normaliser: bool,
+    /// Sums of each key channel.
+    sums: usize,
     matrices: Vec<f32>,
     key_sums: Vec<f32>,
 }
 
 impl State {
-    /// A state that has seen nothing. Allocates. `normaliser`: with room for sums of keys.
+    /// A state that has seen nothing. Allocates. `sums`: how many numbers of each key channel it holds next to the matrix
+    /// ([`Form::sums`](super::Form::sums)).
     ///
     /// # Errors
     /// [`Error::StateShape`] if it is larger than the address space.
-    pub fn zeros(shape: StateShape, normaliser: bool) -> Result<State> {
+    pub fn zeros(shape: StateShape, sums: usize) -> Result<State> {
         let StateShape { sequences, heads, key_dim, value_dim } = shape;
         let keys = sequences.checked_mul(heads).and_then(|n| n.checked_mul(key_dim));
-        let numbers = keys.and_then(|n| n.checked_mul(value_dim));
-        let fits = numbers.filter(|&n| n <= isize::MAX as usize / 8);
-        let (Some(keys), Some(numbers)) = (keys, fits) else {
+        let fits = |n: Option<usize>| n.filter(|&n| n <= isize::MAX as usize / 8);
+        let numbers = fits(keys.and_then(|n| n.checked_mul(value_dim)));
+        let (Some(keys), Some(numbers)) = (fits(keys.and_then(|n| n.checked_mul(sums))), numbers)
+        else {
             let expected = "one that fits the address space".to_string();
             return Err(Error::StateShape { expected, got: shape.to_string() });
         };
-        let key_sums = vec![0.0; if normaliser { keys } else { 0 }];
-        Ok(State { shape, normaliser, matrices: vec![0.0; numbers], key_sums })
+        Ok(State { shape, sums, matrices: vec![0.0; numbers], key_sums: vec![0.0; keys] })
     }
 
     /// The extents.
@@ -69,7 +71,7 @@ impl State {
         &mut self.matrices
     }
 
-    /// The sums of keys z, `[sequence][head][key]`; empty for mechanisms without a normaliser.
+    /// The sums of keys z, `[sequence][head][sum][key]`; empty for mechanisms without any.
     pub fn key_sums(&self) -> &[f32] {
         &self.key_sums
     }
@@ -80,15 +82,13 @@ impl State {
     }
 
     /// Refuses a state of another shape or kind.
-    pub(crate) fn check(&self, expected: StateShape, normaliser: bool) -> Result<()> {
-        let name = |shape: StateShape, normaliser: bool| {
-            format!("{shape} {} sums of keys", if normaliser { "with" } else { "without" })
-        };
-        if self.shape == expected && self.normaliser == normaliser {
+    pub(crate) fn check(&self, expected: StateShape, sums: usize) -> Result<()> {
+        let name = |shape: StateShape, sums: usize| format!("{shape} with {sums} sums of keys");
+        if self.shape == expected && self.sums == sums {
             return Ok(());
         }
-        let got = name(self.shape, self.normaliser);
-        Err(Error::StateShape { expected: name(expected, normaliser), got })
+        let got = name(self.shape, self.sums);
+        Err(Error::StateShape { expected: name(expected, sums), got })
     }
 
     /// Matrix and sum of keys of each sequence and head, in order; the sums are empty if there are none.
@@ -97,7 +97,7 @@ impl State {
         heads: usize,
     ) -> impl Iterator<Item = (&mut [f32], &mut [f32])> + Send {
         let StateShape { sequences, heads: all, key_dim, value_dim } = self.shape;
-        let keys = if self.normaliser { heads * key_dim } else { 0 };
+        let keys = heads * self.sums * key_dim;
         let mut sums = self.key_sums.as_mut_slice();
         let matrices = self.matrices.chunks_exact_mut((heads * key_dim * value_dim).max(1));
         matrices.take(sequences * all / heads).map(move |matrix| {
@@ -110,7 +110,7 @@ impl State {
     /// The same, to be read.
     pub(crate) fn units(&self, heads: usize) -> impl Iterator<Item = (&[f32], &[f32])> + Send {
         let StateShape { key_dim, value_dim, .. } = self.shape;
-        let keys = if self.normaliser { heads * key_dim } else { 0 };
+        let keys = heads * self.sums * key_dim;
         let matrices = self.matrices.chunks_exact((heads * key_dim * value_dim).max(1));
         matrices
             .enumerate()

@@ -95,6 +95,7 @@ impl<'a, E: Element> Tokens<'a, E> {
             heads: v.heads,
             key_dim: q.dim,
             value_dim: v.dim,
+            sums: form.sums,
             decay_dim,
             scale: scale.resolve(q.dim)?,
         })
@@ -111,6 +112,8 @@ pub(crate) struct Sizes<'a> {
     pub(crate) heads: usize,
     pub(crate) key_dim: usize,
     pub(crate) value_dim: usize,
+    /// Sums of each key channel that a state holds.
+    pub(crate) sums: usize,
     /// Numbers of a decay.
     pub(crate) decay_dim: Option<usize>,
     /// What reads of the state are multiplied by.

@@ -11,9 +11,7 @@
 //! [`ScalarDecay`](super::ScalarDecay), and an exponential for each key channel. Yang et al. 2023, arXiv:2312.06635.
 
 use super::reference::{Memory, Token};
-use super::{
-    Block, BlockGradient, DecayForm, FeatureMap, Form, Pass, Recurrence, Written, scalar_decay,
-};
+use super::{Block, BlockGradient, DecayForm, Form, Pass, Recurrence, Written, scalar_decay};
 use crate::problem::Scale;
 use crate::simd::sweep::Decay;
 use crate::simd::token;
@@ -38,8 +36,7 @@ impl VectorDecay {
 
 impl Recurrence for VectorDecay {
     fn form(&self) -> Form {
-        let map = FeatureMap::Identity;
-        Form { map, decay: DecayForm::Vector, beta: false, normaliser: false }
+        Form { decay: DecayForm::Vector, ..Form::default() }
     }
 
     fn scale(&self) -> Scale {

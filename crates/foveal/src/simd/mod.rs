@@ -28,6 +28,7 @@ pub(crate) mod coded;
 pub(crate) mod decode;
 pub(crate) mod decode_pairs;
 pub(crate) mod delta;
+pub(crate) mod efficient;
 pub(crate) mod encode;
 pub(crate) mod gradient;
 pub(crate) mod math;

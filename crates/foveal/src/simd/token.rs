@@ -351,11 +351,7 @@ fn sum_later_kernel<S: Simd>(
     }
 }
 
-dispatch! {
-    /// `to += from`; `from` may be longer.
-    pub(crate) fn accumulate(from: &[f32], to: &mut [f32]) = accumulate_kernel
-}
-
+/// `to += from`; `from` may be longer.
 #[inline(always)]
 fn accumulate_kernel<S: Simd>(s: S, from: &[f32], to: &mut [f32]) {
     let from = &from[..to.len()];

@@ -1,7 +1,7 @@
 //! Random calls of recurrences, their definition in f64, and its gradients by differences.
 
 use super::Random;
-use foveal::linear::reference::{Sequences, States, forward};
+use foveal::linear::reference::{Sequences, States, forward, forward_bidirectional};
 use foveal::linear::{
     DecayForm, Gradients, Recurrence, Recurrent, RecurrentBackward, Results, State, StateShape,
     Tokens, Upstream,
@@ -68,27 +68,33 @@ impl<E: Element> Call<E> {
             present: None,
             cuts: None,
             d_out: random.tensor(values, 1.0),
-            initial: State::zeros(shape, form.normaliser).unwrap(),
-            d_final: State::zeros(shape, form.normaliser).unwrap(),
+            initial: State::zeros(shape, form.sums).unwrap(),
+            d_final: State::zeros(shape, form.sums).unwrap(),
         };
         call.fill_states(random);
         call
     }
 
+    /// Sums of each key channel.
+    fn sums(&self) -> usize {
+        let StateShape { sequences, heads, key_dim, .. } = self.initial.shape();
+        self.initial.key_sums().len() / (sequences * heads * key_dim).max(1)
+    }
+
     fn fill_states(&mut self, random: &mut Random) {
         self.initial.matrices_mut().iter_mut().for_each(|x| *x = random.number());
         self.d_final.matrices_mut().iter_mut().for_each(|x| *x = random.number());
-        // A sum of features is not negative.
-        self.initial.key_sums_mut().iter_mut().for_each(|x| *x = random.number().abs());
+        // A sum of features is not negative; it is divided by, and differences of 1/z need room.
+        self.initial.key_sums_mut().iter_mut().for_each(|x| *x = 0.1 + random.number().abs());
         self.d_final.key_sums_mut().iter_mut().for_each(|x| *x = random.number());
     }
 
     /// Packs the tokens of a batch of 1 into sequences.
     pub fn packed(mut self, cuts: Vec<usize>, random: &mut Random) -> Call<E> {
         let shape = StateShape { sequences: cuts.len() - 1, ..self.initial.shape() };
-        let normaliser = !self.initial.key_sums().is_empty();
-        self.initial = State::zeros(shape, normaliser).unwrap();
-        self.d_final = State::zeros(shape, normaliser).unwrap();
+        let sums = self.sums();
+        self.initial = State::zeros(shape, sums).unwrap();
+        self.d_final = State::zeros(shape, sums).unwrap();
         self.cuts = Some(cuts);
         self.fill_states(random);
         self
@@ -180,6 +186,7 @@ impl<E: Element> Call<E> {
             present: self.present.clone(),
             cuts: self.cuts.clone(),
             initial: states(&self.initial),
+            all_keys: false,
         }
     }
 }
@@ -209,6 +216,8 @@ pub struct Wide {
     pub present: Option<Vec<bool>>,
     pub cuts: Option<Vec<usize>>,
     pub initial: States,
+    /// Whether queries read all keys.
+    pub all_keys: bool,
 }
 
 /// Which numbers of a call a gradient belongs to.
@@ -239,7 +248,10 @@ impl Wide {
             cuts: self.cuts.as_deref(),
         };
         let mut states = self.initial.clone();
-        let out = forward(mechanism, &sequences, &mut states);
+        let out = match self.all_keys {
+            true => forward_bidirectional(mechanism, &sequences, &mut states),
+            false => forward(mechanism, &sequences, &mut states),
+        };
         (out, states)
     }
 
