@@ -20,7 +20,8 @@
 //! row's bits depend on nothing but its query, keys and values: not on the other rows of the call, not
 //! on threads, not on how a prompt was cut into calls.
 
-use super::terms::{Finish, RowSite};
+use super::relative::Band;
+use super::terms::{Finish, RowSite, Terms};
 use super::{Factor, Problem, live_tiles, sees, short};
 use crate::cache::{KvRows, KvValues};
 use crate::element::Element;
@@ -75,7 +76,8 @@ impl Layout {
         let wave = if shared { fit.min(units.max(1)) } else { units.max(1) };
         let local = if shared { 0 } else { tile_floats };
         let rows = ROWS * (sizes.q.dim.next_multiple_of(16) + padded(sizes.value_dim) + 16 + 1);
-        let scratch = rows + GROUP * KEY_TILE + local;
+        let band = if sizes.by_distance { Band::floats(ROWS, sizes.q.dim) } else { 0 };
+        let scratch = rows + GROUP * KEY_TILE + band + local;
         Layout {
             fold,
             segments: group / fold,
@@ -263,7 +265,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     /// Computes the rows of a tile from beginning to end and writes their outputs.
     fn attend(&self, tile: &QueryTile, packed: Option<&[f32]>, scratch: &mut [f32]) {
-        let mut state = State::new(scratch, &self.problem.sizes, tile.rows.len());
+        let Problem { sizes, terms, .. } = self.problem;
+        let mut state = State::new(scratch, (sizes, terms), tile.rows.len());
         self.accumulate(tile, packed, &mut state, false);
         for (r, row) in tile.rows.clone().enumerate() {
             let (acc, max, sum) = state.row(r);
@@ -279,7 +282,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     /// by zeros: 0 × NaN must not reach it from there. What it may see, it gets. Allocates.
     fn attend_carefully(&self, tile: &QueryTile, packed: Option<&[f32]>) {
         let mut scratch = vec![0.0; self.layout.scratch];
-        let mut state = State::new(&mut scratch, &self.problem.sizes, 1);
+        let Problem { sizes, terms, .. } = self.problem;
+        let mut state = State::new(&mut scratch, (sizes, terms), 1);
         self.accumulate(tile, packed, &mut state, true);
         self.write(tile, tile.rows.start, state.row(0));
     }
@@ -303,6 +307,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let (i, head) = tile.query(row);
             let query = &mut state.queries[r * depth..(r + 1) * depth];
             self.factor.load(tile.form, self.problem.q.row(tile.batch, i, head), query);
+            if let Some(band) = &mut state.band {
+                band.load(self.factor, (r, head), query);
+            }
         }
         let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
         let mut walk = Walk { engine: self, tile, packed, state, careful };
@@ -339,9 +346,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
         let (out, hidden) = (&mut *state.scores, f32::NEG_INFINITY);
-        let (rows, stride, max) = (group.len(), depth, &mut tile_max);
-        let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+        let (rows, stride, max, out_stride) = (group.len(), depth, &mut tile_max, KEY_TILE);
+        let product =
+            Scores { queries, stride, rows, depth, keys, visible, hidden, out, out_stride, max };
         tile::scores(form, product);
+        let band = state.band.as_mut();
+        let by_distance = band.map(|band| band.products(group.clone(), visible));
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
         let factor = problem.terms.finish(
@@ -352,6 +362,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 heads: sizes.q.heads,
                 positions: positions.clone(),
                 visible,
+                by_distance,
                 scores: state.scores,
                 max: &mut tile_max,
                 bend: None,
@@ -428,6 +439,10 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             KvValues::Rows(KvRows::F32(rows)) if problem.kv.plain() => rows,
             _ => cells(packed),
         };
+        if let Some(band) = &mut self.state.band {
+            let last = self.tile.position(self.tile.rows.end - 1);
+            band.pack(self.tile.first_head, last - positions.start as isize, rows);
+        }
         let tile = KeyTile { positions: &positions, keys, values };
         let size = tile::group_size(rows);
         for first in (0..rows).step_by(size.max(1)) {
@@ -465,21 +480,24 @@ struct State<'a> {
     scores: &'a mut [f32],
     max: &'a mut [f32],
     sum: &'a mut [f32],
+    /// Products by distance, where the call has a relative encoding.
+    band: Option<Band<'a>>,
     /// A packed key tile with its widened values, where keys are not packed beforehand.
     local: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    fn new(scratch: &'a mut [f32], sizes: &Sizes, rows: usize) -> State<'a> {
+    fn new(scratch: &'a mut [f32], (sizes, terms): (&Sizes, &Terms<'a>), rows: usize) -> State<'a> {
         let (queries, rest) = scratch.split_at_mut(ROWS * sizes.q.dim.next_multiple_of(16));
         let (acc, rest) = rest.split_at_mut(ROWS * padded(sizes.value_dim));
         let (scores, rest) = rest.split_at_mut(GROUP * KEY_TILE);
         let (sum, rest) = rest.split_at_mut(ROWS * 16);
-        let (max, local) = rest.split_at_mut(ROWS);
+        let (max, rest) = rest.split_at_mut(ROWS);
+        let (band, local) = Band::split(terms, sizes.cpu.level, ROWS, rest);
         acc[..rows * padded(sizes.value_dim)].fill(0.0);
         sum[..rows * 16].fill(0.0);
         max[..rows].fill(f32::NEG_INFINITY);
-        State { queries, acc, scores, max, sum, local }
+        State { queries, acc, scores, max, sum, band, local }
     }
 
     /// Accumulator, maximum and sum of a row.
