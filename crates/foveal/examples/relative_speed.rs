@@ -30,6 +30,7 @@ fn main() -> Result<()> {
 struct Case {
     q: Tensor<f32>,
     k: Tensor<f32>,
+    v: Tensor<f32>,
     keys: Tensor<f32>,
     bias: Vec<f32>,
 }
@@ -62,6 +63,7 @@ impl Case {
         Ok(Case {
             q: numbers(segment, 7919)?,
             k: numbers(keys, 7907)?,
+            v: numbers(keys, 7901)?,
             keys: numbers(keys, 7001)?,
             bias,
         })
@@ -75,7 +77,7 @@ impl Case {
     }
 
     fn inputs(&self) -> Inputs<'_, f32, f32> {
-        Inputs { q: self.q.view(), k: self.k.view(), v: self.k.view() }
+        Inputs { q: self.q.view(), k: self.k.view(), v: self.v.view() }
     }
 
     fn prompt(&self, cpu: Cpu, rounds: usize) -> Result<()> {

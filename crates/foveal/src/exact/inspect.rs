@@ -474,7 +474,7 @@ impl<E: Element, K: Element> Look<'_, E, K> {
         let last = self.position(batch, tile.rows.end - 1);
         let by_distance = band.as_mut().map(|band| {
             band.pack(head, last - tile.positions.start as isize, n);
-            band.products(0..n, visible)
+            band.products(0..n, visible, None)
         });
         let factor = self.finish(&tile, (visible, by_distance), weights);
         scratch.logits[..n * KEY_TILE].copy_from_slice(weights);

@@ -89,16 +89,18 @@ impl<'a> Band<'a> {
         load(self.level, factor, self.encoding.biases(head), query, own);
     }
 
+    /// Takes a tile of so many rows whose columns are packed elsewhere.
+    pub(super) fn take(&mut self, rows: usize) {
+        self.rows = rows;
+    }
+
     /// Gathers and packs the columns of rows of a head of which the last is `first` behind the first key.
     pub(super) fn pack(&mut self, head: usize, first: isize, rows: usize) {
         let (dim, columns) = (self.dim(), columns(rows));
         self.rows = rows;
-        for (c, to) in self.keys.chunks_exact_mut(dim).take(columns).enumerate() {
-            to.copy_from_slice(self.encoding.key(head, first - c as isize));
-        }
-        let panels = columns.next_multiple_of(PANEL) * dim;
-        let keys = Rows::new(self.keys, dim, columns, dim).expect("as many as were gathered");
-        tile::pack_keys(self.level, keys, &mut self.panels[..panels]);
+        let (keys, panels) = (&mut self.keys[..columns * dim], &mut *self.panels);
+        let panels = &mut panels[..columns.next_multiple_of(PANEL) * dim];
+        pack(self.level, &self.encoding, (head, first), keys, panels);
     }
 
     /// The columns that a group of the rows needs for the keys that some of them sees; empty if they see none.
@@ -110,13 +112,22 @@ impl<'a> Band<'a> {
         }
     }
 
-    /// Products of a group of the rows.
-    pub(super) fn products(&mut self, group: Range<usize>, visible: Visible<'_>) -> ByDistance<'_> {
+    /// Products of a group of the rows, with the columns that were packed last, or those of a call.
+    pub(super) fn products(
+        &mut self,
+        group: Range<usize>,
+        visible: Visible<'_>,
+        shared: Option<Columns<'_>>,
+    ) -> ByDistance<'_> {
+        let Columns { panels: keys, lead } =
+            shared.unwrap_or(Columns { panels: self.panels, lead: 0 });
         let columns = self.columns(&group, visible);
         let (dim, n) = (self.dim(), group.len());
-        // A band begins with the panel of its last row's first column.
-        let begin = (self.rows - group.end) / PANEL;
-        let steps = columns.start / STEP * STEP..columns.end.next_multiple_of(STEP);
+        // Products begin with the panel of the last row's first column.
+        let begin = (lead + self.rows - group.end) / PANEL;
+        let steps =
+            (lead + columns.start) / STEP * STEP..(lead + columns.end).next_multiple_of(STEP);
+        let steps = if columns.is_empty() { 0..0 } else { steps };
         for panels in [begin..begin + KEY_TILE / PANEL, begin + KEY_TILE / PANEL..usize::MAX] {
             let words = words(&steps, &panels);
             if words == KeyWords::default() {
@@ -128,7 +139,7 @@ impl<'a> Band<'a> {
                 stride: dim,
                 rows: n,
                 depth: dim,
-                keys: &self.panels[panels.start * PANEL * dim..used * PANEL * dim],
+                keys: &keys[panels.start * PANEL * dim..used * PANEL * dim],
                 visible: Visible::Some(&[words; GROUP][..n]),
                 hidden: 0.0,
                 out: &mut self.products[(panels.start - begin) * PANEL..],
@@ -137,7 +148,7 @@ impl<'a> Band<'a> {
             };
             tile::scores(Form::Numbers(self.level), product);
         }
-        let first = self.rows - 1 - group.start - begin * PANEL;
+        let first = lead + self.rows - 1 - group.start - begin * PANEL;
         ByDistance { floats: self.products, first, stride: BAND - 1 }
     }
 
@@ -148,6 +159,53 @@ impl<'a> Band<'a> {
             |floats, count| Rows::new(floats, dim, count, dim).expect("as many as were packed");
         [rows(&*self.keys, columns(self.rows)), rows(&*self.queries, self.rows)]
     }
+}
+
+/// Columns in panels, of which the band's first is column `lead`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Columns<'a> {
+    panels: &'a [f32],
+    lead: usize,
+}
+
+/// Panels of all columns of a head in a call, one after the other: column c is for the largest distance less c.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shared<'a> {
+    pub(super) panels: &'a [f32],
+    /// Of the last query from the first key.
+    pub(super) largest: isize,
+    pub(super) dim: usize,
+}
+
+impl<'a> Shared<'a> {
+    /// Panels that a call may need. A last tile of keys is computed in whole steps.
+    pub(super) fn panels(queries: usize, keys: usize) -> usize {
+        (queries + keys + KEY_TILE).div_ceil(PANEL)
+    }
+
+    /// The columns of rows of which the last is `first` behind the first key of a tile.
+    pub(super) fn columns(&self, first: isize) -> Columns<'a> {
+        let column = self.largest.abs_diff(first);
+        let panels = &self.panels[column / PANEL * PANEL * self.dim..];
+        Columns { panels, lead: column % PANEL }
+    }
+}
+
+/// Packs a panel of the columns of a head, of which the first is for a distance. `keys` is room for as many rows.
+pub(super) fn pack(
+    level: Level,
+    encoding: &RelativeEncoding<'_>,
+    (head, first): (usize, isize),
+    keys: &mut [f32],
+    panels: &mut [f32],
+) {
+    let dim = encoding.shape().dim;
+    let count = keys.len() / dim;
+    for (c, to) in keys.chunks_exact_mut(dim).enumerate() {
+        to.copy_from_slice(encoding.key(head, first - c as isize));
+    }
+    let keys = Rows::new(keys, dim, count, dim).expect("as many as were gathered");
+    tile::pack_keys(level, keys, panels);
 }
 
 /// Bits for the columns of four panels at most.

@@ -228,7 +228,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         product(&queries[at.part(depth)], depth, keys, f32::NEG_INFINITY, scores);
         product(&d_out[at.part(value_depth)], value_depth, values, 0.0, gradients);
         let distances = distances.as_mut();
-        let by_distance = distances.map(|x| x.band.products(at.rows.clone(), visible));
+        let by_distance = distances.map(|x| x.band.products(at.rows.clone(), visible, None));
         let sites = at.queries().map(|i| self.engine.row_site(self.chunk, i));
         let positions = &at.keys.positions;
         let finish = Finish {
