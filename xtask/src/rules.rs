@@ -20,6 +20,7 @@ const UNSAFE: &[&str] = &[
     "crates/foveal/src/element.rs",
     "crates/foveal/src/exact/backward/careful.rs",
     "crates/foveal/src/exact/backward/mod.rs",
+    "crates/foveal/src/exact/backward/relative.rs",
     "crates/foveal/src/exact/backward/terms.rs",
     "crates/foveal/src/exact/backward/tile.rs",
     "crates/foveal/src/exact/decode.rs",

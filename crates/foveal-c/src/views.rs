@@ -109,6 +109,7 @@ impl GradientViews {
                     d_slopes: self.slopes.map(|slopes| slopes.write()),
                     d_table: self.table.map(|table| table.write()),
                     d_sinks: self.sinks.map(|sinks| sinks.write()),
+                    ..TermGradients::default()
                 },
             })
         }

@@ -227,6 +227,7 @@ fn gradients_of_terms(options: &foveal_attention, attention: &Attention<'_>) {
             d_slopes: Some(&mut d_slopes),
             d_table: Some(&mut d_table),
             d_sinks: Some(&mut d_sinks),
+            ..TermGradients::default()
         },
     };
     let inputs = Inputs { q: view(&own.q, Q), k: view(&own.k, K), v: view(&own.v, V) };

@@ -223,7 +223,8 @@ impl<'a> Plan<'a> {
             kv_heads: self.k.heads,
             keys: self.k.seq,
             value_dim: self.value_dim,
-            same_heads: self.mask.same_for_all_heads(),
+            same_heads: self.mask.same_for_all_heads() && self.terms.encoding.is_none(),
+            by_distance: self.terms.encoding.is_some(),
             cpu: self.cpu,
         }
     }
@@ -320,8 +321,10 @@ pub(crate) struct Sizes {
     /// The most keys of a sequence.
     pub(crate) keys: usize,
     pub(crate) value_dim: usize,
-    /// Whether all heads have the same mask.
+    /// Whether rows of all heads go together: all have the same mask, and products of keys alone.
     pub(crate) same_heads: bool,
+    /// Whether there is a product by distance.
+    pub(crate) by_distance: bool,
     pub(crate) cpu: Cpu,
 }
 

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::exact::terms::{Dropout, Terms};
 use crate::mask::Mask;
 use crate::plan::Plan;
-use crate::position::{RelativeBias, Slopes};
+use crate::position::{RelativeBias, RelativeEncoding, Slopes};
 use crate::tensor::{Shape, Tensor, TensorRef};
 use crate::workspace::Workspace;
 use crate::{Element, plan};
@@ -113,6 +113,14 @@ impl<'a> Attention<'a> {
     /// A learned bias by bucketed distance (T5, Raffel et al. 2020).
     pub fn relative_bias(self, bias: RelativeBias<'a>) -> Attention<'a> {
         let terms = Terms { relative: Some(bias), ..self.terms };
+        Attention { terms, ..self }
+    }
+
+    /// A second product of queries, with keys by distance, and what queries are moved by for each (Transformer-XL,
+    /// Dai et al. 2019). Earlier segments are keys and values in front of the segment's own. Products of bf16 are
+    /// computed as numbers.
+    pub fn relative_encoding(self, encoding: RelativeEncoding<'a>) -> Attention<'a> {
+        let terms = Terms { encoding: Some(encoding), ..self.terms };
         Attention { terms, ..self }
     }
 

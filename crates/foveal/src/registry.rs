@@ -82,6 +82,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: true,
     },
     Mechanism {
+        name: "transformer_xl",
+        group: Group::Exact,
+        summary: "earlier segments are remembered, and queries are compared with keys and with distances",
+        paper: "arXiv:1901.02860",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
         name: "sparse_transformer",
         group: Group::Sparse,
         summary: "near tokens and every l-th one, or the own block and the ends of earlier ones",

@@ -58,7 +58,7 @@ fn define(problem: &Problem, mask: &Mask) -> Answer {
     let d_lse = d_lse(problem, per_row);
     let upstream =
         [Input { data: &d_out.data, shape: shape(d_out) }, Input { data: &d_lse, shape: per_row }];
-    let Derivatives { d_q, d_k, d_v, d_scores, d_sinks } =
+    let Derivatives { d_q, d_k, d_v, d_scores, d_sinks, .. } =
         attention_backward(inputs, &options, upstream).unwrap();
     let (q, keys) = (inputs[0].shape, extent.keys);
     let behind = |i: usize, j: usize| (i + keys) as isize - (q.seq + j) as isize;

@@ -15,8 +15,9 @@
 
 mod rows;
 
+use super::relative::Lines;
 use super::state::Join;
-use super::terms::Finish;
+use super::terms::{Finish, Terms};
 use super::{Factor, Problem, seen};
 use crate::cache::{KvKeys, KvRows, KvValues, kv_rows, with_rows};
 use crate::element::Element;
@@ -72,13 +73,14 @@ impl Layout {
         let row = padded(sizes.q.dim) + 2 * width + KEY_TILE + 16 + 3;
         let packed = sizes.group() >= PACKED_GROUP;
         let tile = if packed { KEY_TILE * (sizes.q.dim + sizes.value_dim) } else { 0 };
+        let lines = if sizes.by_distance { Lines::floats(ROWS, sizes.q.dim) } else { 0 };
         Layout {
             units: sizes.q.batch * sizes.kv_heads,
             rows,
             passes: rows.div_ceil(ROWS),
             spans: sizes.keys.div_ceil(SPAN) + 1,
             partial: width + TAIL,
-            scratch: ROWS * row + tile,
+            scratch: ROWS * row + lines + tile,
             packed,
         }
     }
@@ -142,7 +144,8 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
             let Some(first) = seats.first() else { return };
             let positions = span_of(&problem.held(batch), span);
             let work = Span::new(&problem.sizes, unit, seats);
-            let mut state = State::new(scratch, &problem.sizes, seats.len());
+            let of = (&problem.sizes, problem.terms);
+            let mut state = State::new(scratch, of, seats.len());
             let form = problem.row_form(first.batch, layout.packed);
             engine(form).attend(&work, positions, &mut state);
             for (r, seat) in seats.iter().enumerate() {
@@ -190,7 +193,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             }
             let only = Span { seats: &work.seats[r..r + 1], ..*work };
             let mut scratch = vec![0.0; self.layout.scratch];
-            let mut again = State::new(&mut scratch, &self.problem.sizes, 1);
+            let of = (&self.problem.sizes, self.problem.terms);
+            let mut again = State::new(&mut scratch, of, 1);
             self.accumulate(&only, &positions, &mut again, true);
             state.replace(r, &again);
         }
@@ -211,6 +215,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             query[cells..].fill(0.0);
             let from = self.problem.q.row(seat.batch, i, head);
             self.factor.load(self.form, from, &mut query[..cells]);
+            if let Some(lines) = &mut state.lines {
+                lines.load(self.factor, (r, head), &mut query[..cells]);
+            }
         }
         for start in positions.clone().step_by(KEY_TILE) {
             let tile = start..(start + KEY_TILE).min(positions.end);
@@ -269,6 +276,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                     visible: Visible::Some(&words[group.clone()]),
                     hidden: f32::NEG_INFINITY,
                     out: &mut scores[group.start * KEY_TILE..],
+                    out_stride: KEY_TILE,
                     max: &mut max,
                 };
                 tile::scores(self.form, args);
@@ -300,12 +308,16 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         state: &mut State<'_>,
     ) {
         let level = self.problem.sizes.cpu.level;
-        let State { scores, lanes, max, tile_max, rescale, .. } = state;
+        let State { scores, lanes, max, tile_max, rescale, lines, .. } = state;
         let (mut group_max, mut group_rescale) = ([0.0; GROUP], [0.0; GROUP]);
         group_max[..group.len()].copy_from_slice(&tile_max[group.clone()]);
         let sites = group.clone().map(|r| work.row_site(work.seats[r]));
         let scores = &mut scores[group.start * KEY_TILE..group.end * KEY_TILE];
         let visible = Visible::Some(words);
+        let start = positions.start as isize;
+        let rows =
+            group.clone().zip(sites.clone()).map(|(r, at)| (r, at.head, at.position - start));
+        let by_distance = lines.as_mut().map(|lines| lines.products(rows, positions.len()));
         let factor = self.problem.terms.finish(
             sites.clone(),
             Finish {
@@ -314,6 +326,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 heads: self.problem.sizes.q.heads,
                 positions: positions.clone(),
                 visible,
+                by_distance,
                 scores: &mut *scores,
                 max: &mut group_max,
                 bend: None,
@@ -416,12 +429,14 @@ struct State<'a> {
     max: &'a mut [f32],
     tile_max: &'a mut [f32],
     rescale: &'a mut [f32],
+    /// Products by distance, where the call has a relative encoding.
+    lines: Option<Lines<'a>>,
     /// A packed tile of keys, then of values, where tiles are packed.
     local: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    fn new(scratch: &'a mut [f32], sizes: &Sizes, rows: usize) -> State<'a> {
+    fn new(scratch: &'a mut [f32], (sizes, terms): (&Sizes, &Terms<'a>), rows: usize) -> State<'a> {
         let width = padded(sizes.value_dim);
         let (queries, rest) = scratch.split_at_mut(ROWS * padded(sizes.q.dim));
         let (acc, rest) = rest.split_at_mut(ROWS * width);
@@ -430,11 +445,12 @@ impl<'a> State<'a> {
         let (lanes, rest) = rest.split_at_mut(ROWS * 16);
         let (max, rest) = rest.split_at_mut(ROWS);
         let (tile_max, rest) = rest.split_at_mut(ROWS);
-        let (rescale, local) = rest.split_at_mut(ROWS);
+        let (rescale, rest) = rest.split_at_mut(ROWS);
+        let (lines, local) = Lines::split(terms, sizes.cpu.level, ROWS, rest);
         acc[..rows * width].fill(0.0);
         lanes[..rows * 16].fill(0.0);
         max[..rows].fill(f32::NEG_INFINITY);
-        State { queries, acc, sums, scores, lanes, max, tile_max, rescale, local }
+        State { queries, acc, sums, scores, lanes, max, tile_max, rescale, lines, local }
     }
 
     /// Accumulator, maximum and sum of a row.

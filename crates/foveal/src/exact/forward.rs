@@ -20,7 +20,8 @@
 //! row's bits depend on nothing but its query, keys and values: not on the other rows of the call, not
 //! on threads, not on how a prompt was cut into calls.
 
-use super::terms::{Finish, RowSite};
+use super::relative::{self, Band, Columns, Shared};
+use super::terms::{Finish, RowSite, Terms};
 use super::{Factor, Problem, live_tiles, sees, short};
 use crate::cache::{KvRows, KvValues};
 use crate::element::Element;
@@ -55,6 +56,8 @@ struct Layout {
     shared: bool,
     /// Floats of one packed key tile with its widened values.
     tile_floats: usize,
+    /// Panels of keys by distance that are packed with a head's keys: where it has them for itself.
+    distance_panels: usize,
     /// (Sequence, key/value head) pairs whose keys are packed at the same time.
     wave: usize,
     /// Floats of one thread.
@@ -71,11 +74,17 @@ impl Layout {
         let shared = tiles * (group / fold) > 1;
         let tile_floats = KEY_TILE * (sizes.q.dim + sizes.value_dim);
         let units = sizes.q.batch * sizes.kv_heads;
-        let fit = (WAVE_FLOATS / (key_tiles * tile_floats)).max(1);
+        let distance_panels = match sizes.by_distance && shared && group == 1 {
+            true => Shared::panels(sizes.q.seq, sizes.keys),
+            false => 0,
+        };
+        let unit = key_tiles * tile_floats + distance_panels * PANEL * sizes.q.dim;
+        let fit = (WAVE_FLOATS / unit).max(1);
         let wave = if shared { fit.min(units.max(1)) } else { units.max(1) };
         let local = if shared { 0 } else { tile_floats };
         let rows = ROWS * (sizes.q.dim.next_multiple_of(16) + padded(sizes.value_dim) + 16 + 1);
-        let scratch = rows + GROUP * KEY_TILE + local;
+        let band = if sizes.by_distance { Band::floats(ROWS, sizes.q.dim) } else { 0 };
+        let scratch = rows + GROUP * KEY_TILE + band + local;
         Layout {
             fold,
             segments: group / fold,
@@ -83,20 +92,24 @@ impl Layout {
             key_tiles,
             shared,
             tile_floats,
+            distance_panels,
             wave,
             scratch,
         }
     }
 
-    fn shared_floats(&self) -> usize {
-        if self.shared { self.wave * self.key_tiles * self.tile_floats } else { 0 }
+    /// Floats of the packed keys of a wave, and of its keys by distance.
+    fn shared_floats(&self, sizes: &Sizes) -> [usize; 2] {
+        let keys = if self.shared { self.wave * self.key_tiles * self.tile_floats } else { 0 };
+        [keys, self.wave * self.distance_panels * PANEL * sizes.q.dim]
     }
 }
 
 pub(crate) fn workspace_floats(sizes: &Sizes) -> usize {
     let layout = Layout::new(sizes);
     let threads = sizes.cpu.threads.count();
-    (layout.shared_floats() + threads * layout.scratch).max(threads * short::scratch(sizes))
+    let shared: usize = layout.shared_floats(sizes).iter().sum();
+    (shared + threads * layout.scratch).max(threads * short::scratch(sizes))
 }
 
 /// Runs the call with the tiles whatever its size: `rows` of one (sequence, key/value head) in this thread.
@@ -104,7 +117,8 @@ pub(super) fn run_unit<E: Element, K: Element>(problem: &Problem<'_, E, K>, unit
     let layout = Layout::new(&problem.sizes);
     // Keys are packed as they come, by rows that are computed a second time as well.
     let local = if layout.shared { layout.tile_floats } else { 0 };
-    let layout = Layout { shared: false, scratch: layout.scratch + local, ..layout };
+    let scratch = layout.scratch + local;
+    let layout = Layout { shared: false, distance_panels: 0, scratch, ..layout };
     let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
     let mut scratch = vec![0.0; layout.scratch];
     for part in 0..layout.segments * layout.tiles {
@@ -125,24 +139,30 @@ pub(crate) fn run<E: Element, K: Element>(problem: &Problem<'_, E, K>, floats: &
         return short::run(problem, floats);
     }
     let layout = Layout::new(&problem.sizes);
-    let (shared, scratch) = floats.split_at_mut(layout.shared_floats());
+    let [keys, distances] = layout.shared_floats(&problem.sizes);
+    let (shared, rest) = floats.split_at_mut(keys);
+    let (distances, scratch) = rest.split_at_mut(distances);
     let units = problem.sizes.q.batch * problem.sizes.kv_heads;
     let engine = Engine { problem, layout, factor: Factor::new(problem.scale) };
     for first in (0..units).step_by(layout.wave) {
         let wave = first..(first + layout.wave).min(units);
         if layout.shared {
             engine.pack(wave.clone(), shared, scratch);
+            engine.pack_distances(wave.clone(), distances, scratch);
         }
         let parts = wave.len() * layout.segments * layout.tiles;
-        let (packed, engine) = (&*shared, &engine);
+        let (packed, distances, engine) = (&*shared, &*distances, &engine);
         for_each_part(parts, scratch.chunks_exact_mut(layout.scratch), |part, scratch| {
             // The last rows see most under a causal mask: they come first.
             let tile = layout.tiles - 1 - part % layout.tiles;
             let segment = part / layout.tiles % layout.segments;
             let n = part / (layout.tiles * layout.segments);
             let unit_floats = layout.key_tiles * layout.tile_floats;
-            let packed = layout.shared.then(|| &packed[n * unit_floats..][..unit_floats]);
             let tile = engine.query_tile(wave.start + n, segment, tile);
+            let packed = layout.shared.then(|| Packed {
+                keys: &packed[n * unit_floats..][..unit_floats],
+                distances: engine.distances(&tile, n, distances),
+            });
             engine.attend(&tile, packed, scratch);
         });
     }
@@ -186,6 +206,15 @@ impl QueryTile {
     fn only(&self, row: usize) -> QueryTile {
         QueryTile { rows: row..row + 1, ..self.clone() }
     }
+}
+
+/// What is packed beforehand of a (sequence, key/value head).
+#[derive(Debug, Clone, Copy)]
+struct Packed<'a> {
+    /// Tiles of keys and values.
+    keys: &'a [f32],
+    /// Keys by distance.
+    distances: Option<Shared<'a>>,
 }
 
 struct Engine<'a, E, K> {
@@ -239,6 +268,35 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         });
     }
 
+    /// Packs the keys by distance of a wave.
+    fn pack_distances(&self, wave: Range<usize>, distances: &mut [f32], scratch: &mut [f32]) {
+        let Some(encoding) = &self.problem.terms.encoding else { return };
+        let (panels, dim) = (self.layout.distance_panels, self.problem.sizes.q.dim);
+        let level = self.problem.sizes.cpu.level;
+        let shape = Shape { batch: wave.len(), seq: panels, heads: 1, dim: PANEL * dim };
+        let used = &mut distances[..wave.len() * panels * PANEL * dim];
+        let mut tensor = TensorMut::new(used, shape).expect("the workspace has this shape");
+        let tensor = tensor.share();
+        let scratches = scratch.chunks_exact_mut(self.layout.scratch);
+        for_each_part(wave.len() * panels, scratches, |part, scratch| {
+            let (n, panel) = (part / panels, part % panels);
+            let tile = self.query_tile(wave.start + n, 0, 0);
+            let first = tile.keys.len() as isize - 1 - (panel * PANEL) as isize;
+            // SAFETY: each part writes its own panel.
+            let panel = unsafe { tensor.row(n, panel, 0) };
+            let room = &mut scratch[..PANEL * dim];
+            relative::pack(level, encoding, (tile.first_head, first), room, panel);
+        });
+    }
+
+    /// The keys by distance of the `n`-th head of a wave, where they are shared.
+    fn distances<'p>(&self, tile: &QueryTile, n: usize, packed: &'p [f32]) -> Option<Shared<'p>> {
+        let dim = self.problem.sizes.q.dim;
+        let floats = self.layout.distance_panels * PANEL * dim;
+        let largest = tile.keys.len() as isize - 1;
+        (floats > 0).then(|| Shared { panels: &packed[n * floats..][..floats], largest, dim })
+    }
+
     /// Whether any query of the sequence may see any of the positions.
     fn seen(&self, any: &QueryTile, positions: &Range<usize>) -> bool {
         let sizes = &self.problem.sizes;
@@ -262,8 +320,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 
     /// Computes the rows of a tile from beginning to end and writes their outputs.
-    fn attend(&self, tile: &QueryTile, packed: Option<&[f32]>, scratch: &mut [f32]) {
-        let mut state = State::new(scratch, &self.problem.sizes, tile.rows.len());
+    fn attend(&self, tile: &QueryTile, packed: Option<Packed<'_>>, scratch: &mut [f32]) {
+        let Problem { sizes, terms, .. } = self.problem;
+        let mut state = State::new(scratch, (sizes, terms), tile.rows.len());
         self.accumulate(tile, packed, &mut state, false);
         for (r, row) in tile.rows.clone().enumerate() {
             let (acc, max, sum) = state.row(r);
@@ -277,9 +336,10 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 
     /// Computes a row again whose result is not finite, with the values that it may not see replaced
     /// by zeros: 0 × NaN must not reach it from there. What it may see, it gets. Allocates.
-    fn attend_carefully(&self, tile: &QueryTile, packed: Option<&[f32]>) {
+    fn attend_carefully(&self, tile: &QueryTile, packed: Option<Packed<'_>>) {
         let mut scratch = vec![0.0; self.layout.scratch];
-        let mut state = State::new(&mut scratch, &self.problem.sizes, 1);
+        let Problem { sizes, terms, .. } = self.problem;
+        let mut state = State::new(&mut scratch, (sizes, terms), 1);
         self.accumulate(tile, packed, &mut state, true);
         self.write(tile, tile.rows.start, state.row(0));
     }
@@ -294,7 +354,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     fn accumulate(
         &self,
         tile: &QueryTile,
-        packed: Option<&[f32]>,
+        packed: Option<Packed<'_>>,
         state: &mut State<'_>,
         careful: bool,
     ) {
@@ -303,6 +363,9 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let (i, head) = tile.query(row);
             let query = &mut state.queries[r * depth..(r + 1) * depth];
             self.factor.load(tile.form, self.problem.q.row(tile.batch, i, head), query);
+            if let Some(band) = &mut state.band {
+                band.load(self.factor, (r, head), query);
+            }
         }
         let rows = tile.position(tile.rows.start)..tile.position(tile.rows.end - 1) + 1;
         let mut walk = Walk { engine: self, tile, packed, state, careful };
@@ -321,6 +384,8 @@ struct KeyTile<'a> {
     keys: &'a [f32],
     /// Rows of cells.
     values: Rows<'a, f32>,
+    /// Columns of keys by distance that are shared.
+    distances: Option<Columns<'a>>,
 }
 
 impl<E: Element, K: Element> Engine<'_, E, K> {
@@ -335,13 +400,16 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         let (&Engine { problem, factor, .. }, form) = (self, tile.form);
         let (sizes, level) = (&problem.sizes, problem.sizes.cpu.level);
         let (depth, width) = (self.depth(tile), padded(sizes.value_dim));
-        let KeyTile { positions, keys, values } = *at;
+        let KeyTile { positions, keys, values, distances } = *at;
         let (mut tile_max, mut rescale) = ([0.0; GROUP], [0.0; GROUP]);
         let queries = &state.queries[group.start * depth..group.end * depth];
         let (out, hidden) = (&mut *state.scores, f32::NEG_INFINITY);
-        let (rows, stride, max) = (group.len(), depth, &mut tile_max);
-        let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+        let (rows, stride, max, out_stride) = (group.len(), depth, &mut tile_max, KEY_TILE);
+        let product =
+            Scores { queries, stride, rows, depth, keys, visible, hidden, out, out_stride, max };
         tile::scores(form, product);
+        let band = state.band.as_mut();
+        let by_distance = band.map(|band| band.products(group.clone(), visible, distances));
         let first = tile.rows.start;
         let rows = (first + group.start..first + group.end).map(|row| tile.row_site(row));
         let factor = problem.terms.finish(
@@ -352,6 +420,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 heads: sizes.q.heads,
                 positions: positions.clone(),
                 visible,
+                by_distance,
                 scores: state.scores,
                 max: &mut tile_max,
                 bend: None,
@@ -384,12 +453,12 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
 struct Walk<'w, 's, E, K> {
     engine: &'w Engine<'w, E, K>,
     tile: &'w QueryTile,
-    packed: Option<&'w [f32]>,
+    packed: Option<Packed<'w>>,
     state: &'w mut State<'s>,
     careful: bool,
 }
 
-impl<E: Element, K: Element> Walk<'_, '_, E, K> {
+impl<'w, E: Element, K: Element> Walk<'w, '_, E, K> {
     /// One key tile for all rows of the query tile, six at a time.
     fn compute(&mut self, positions: Range<usize>, full: bool) {
         let Engine { problem, layout, .. } = *self.engine;
@@ -405,7 +474,7 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
         let floats = match self.packed {
             Some(packed) => {
                 let index = (positions.start - self.tile.keys.start) / KEY_TILE;
-                &packed[index * layout.tile_floats..][..layout.tile_floats]
+                &packed.keys[index * layout.tile_floats..][..layout.tile_floats]
             }
             None => {
                 self.engine.pack_tile(self.tile, positions.clone(), local);
@@ -428,7 +497,8 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             KvValues::Rows(KvRows::F32(rows)) if problem.kv.plain() => rows,
             _ => cells(packed),
         };
-        let tile = KeyTile { positions: &positions, keys, values };
+        let distances = self.distances(positions.start);
+        let tile = KeyTile { positions: &positions, keys, values, distances };
         let size = tile::group_size(rows);
         for first in (0..rows).step_by(size.max(1)) {
             let group = first..(first + size).min(rows);
@@ -440,6 +510,19 @@ impl<E: Element, K: Element> Walk<'_, '_, E, K> {
             self.engine.group(self.tile, &tile, (group, visible), self.state);
         }
         self.state.local = local;
+    }
+
+    /// Makes the columns of the tile's rows ready, against keys from a position on, unless they are shared.
+    fn distances(&mut self, start: usize) -> Option<Columns<'w>> {
+        let rows = self.tile.rows.len();
+        let first = self.tile.position(self.tile.rows.end - 1) - start as isize;
+        let shared = self.packed.and_then(|packed| packed.distances);
+        match (&mut self.state.band, &shared) {
+            (Some(band), Some(_)) => band.take(rows),
+            (Some(band), None) => band.pack(self.tile.first_head, first, rows),
+            (None, _) => {}
+        }
+        shared.map(|shared| shared.columns(first))
     }
 
     /// One bit for each (row, key) that the mask allows.
@@ -465,21 +548,24 @@ struct State<'a> {
     scores: &'a mut [f32],
     max: &'a mut [f32],
     sum: &'a mut [f32],
+    /// Products by distance, where the call has a relative encoding.
+    band: Option<Band<'a>>,
     /// A packed key tile with its widened values, where keys are not packed beforehand.
     local: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    fn new(scratch: &'a mut [f32], sizes: &Sizes, rows: usize) -> State<'a> {
+    fn new(scratch: &'a mut [f32], (sizes, terms): (&Sizes, &Terms<'a>), rows: usize) -> State<'a> {
         let (queries, rest) = scratch.split_at_mut(ROWS * sizes.q.dim.next_multiple_of(16));
         let (acc, rest) = rest.split_at_mut(ROWS * padded(sizes.value_dim));
         let (scores, rest) = rest.split_at_mut(GROUP * KEY_TILE);
         let (sum, rest) = rest.split_at_mut(ROWS * 16);
-        let (max, local) = rest.split_at_mut(ROWS);
+        let (max, rest) = rest.split_at_mut(ROWS);
+        let (band, local) = Band::split(terms, sizes.cpu.level, ROWS, rest);
         acc[..rows * padded(sizes.value_dim)].fill(0.0);
         sum[..rows * 16].fill(0.0);
         max[..rows].fill(f32::NEG_INFINITY);
-        State { queries, acc, scores, max, sum, local }
+        State { queries, acc, scores, max, sum, band, local }
     }
 
     /// Accumulator, maximum and sum of a row.

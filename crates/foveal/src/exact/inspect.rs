@@ -12,7 +12,8 @@
 //! as exact as their logarithm: an absolute error of about (|s| + |lse|)·2⁻²⁴ in s − lse.
 //! Column sums choose the keys that H2O (Zhang et al. 2023) and SnapKV (Li et al. 2024) keep.
 
-use super::terms::{Finish, RowSite, Terms};
+use super::relative::Band;
+use super::terms::{ByDistance, Finish, RowSite, Terms};
 use super::{Factor, live_tiles};
 use crate::cache::{KvStore, Sequences};
 use crate::element::Element;
@@ -319,6 +320,8 @@ struct Scratch {
     columns: Vec<f64>,
     /// A sum for each column of a grid.
     cells: Vec<f64>,
+    /// Products by distance.
+    band: Vec<f32>,
 }
 
 impl<E: Element, K: Element> Look<'_, E, K> {
@@ -347,6 +350,7 @@ impl<E: Element, K: Element> Look<'_, E, K> {
             logits: vec![0.0; GROUP * KEY_TILE],
             columns: vec![0.0; KEY_TILE],
             cells: vec![0.0; cells],
+            band: vec![0.0; if self.sizes.by_distance { Band::floats(GROUP, dim) } else { 0 }],
         };
         (0..self.sizes.cpu.threads.count().min(parts)).map(scratch).collect()
     }
@@ -451,17 +455,28 @@ impl<E: Element, K: Element> Look<'_, E, K> {
         let (queries, weights) =
             (&mut scratch.queries[..n * depth], &mut scratch.weights[..n * KEY_TILE]);
         let (mut shift, form) = ([0.0; GROUP], Form::Numbers(level));
+        let (mut band, _) = Band::split(self.terms, level, GROUP, &mut scratch.band);
         for (r, row) in tile.rows.clone().enumerate() {
             let query = self.of.q.row(batch, row, head);
-            self.factor.load(form, query, &mut queries[r * depth..(r + 1) * depth]);
+            let to = &mut queries[r * depth..(r + 1) * depth];
+            self.factor.load(form, query, to);
+            if let Some(band) = &mut band {
+                band.load(self.factor, (r, head), to);
+            }
             shift[r] = self.base_2((batch, row, head));
         }
         let keys = &scratch.keys[..tile.positions.len().div_ceil(PANEL) * PANEL * depth];
         let (out, max, hidden) = (&mut *weights, &mut [0.0; GROUP], f32::NEG_INFINITY);
-        let (rows, stride) = (n, depth);
-        let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+        let (rows, stride, out_stride) = (n, depth, KEY_TILE);
+        let product =
+            Scores { queries, stride, rows, depth, keys, visible, hidden, out, out_stride, max };
         tile::scores(form, product);
-        let factor = self.finish(&tile, visible, weights);
+        let last = self.position(batch, tile.rows.end - 1);
+        let by_distance = band.as_mut().map(|band| {
+            band.pack(head, last - tile.positions.start as isize, n);
+            band.products(0..n, visible, None)
+        });
+        let factor = self.finish(&tile, (visible, by_distance), weights);
         scratch.logits[..n * KEY_TILE].copy_from_slice(weights);
         let shift = &shift[..n];
         normalise(level, Normalise { weights, visible, words, factor, shift });
@@ -471,7 +486,12 @@ impl<E: Element, K: Element> Look<'_, E, K> {
     }
 
     /// Applies the call's terms to scores; returns what makes logits in base 2 of the result.
-    fn finish(&self, tile: &Tile, visible: Visible<'_>, scores: &mut [f32]) -> f32 {
+    fn finish(
+        &self,
+        tile: &Tile,
+        (visible, by_distance): (Visible<'_>, Option<ByDistance<'_>>),
+        scores: &mut [f32],
+    ) -> f32 {
         if self.terms.plain() {
             return self.factor.factor;
         }
@@ -486,6 +506,7 @@ impl<E: Element, K: Element> Look<'_, E, K> {
             heads: self.sizes.q.heads,
             positions: tile.positions.clone(),
             visible,
+            by_distance,
             scores,
             max: &mut [0.0; GROUP],
             bend: None,

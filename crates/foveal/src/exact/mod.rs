@@ -24,6 +24,7 @@ pub mod inspect;
 pub(crate) mod instances;
 pub mod latent;
 pub mod reference;
+mod relative;
 pub(crate) mod short;
 pub(crate) mod state;
 pub(crate) mod terms;
@@ -85,7 +86,7 @@ impl<E: Element, K> Problem<'_, E, K> {
 impl<E: Element, K: Element> Problem<'_, E, K> {
     /// How a sequence's products are computed.
     fn form(&self, batch: usize) -> Form {
-        Form::of(self.sizes.cpu.level, [E::DTYPE, self.kv.dtype(batch)])
+        self.terms.form(self.sizes.cpu.level, [E::DTYPE, self.kv.dtype(batch)])
     }
 }
 

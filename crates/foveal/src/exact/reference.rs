@@ -1,7 +1,8 @@
 //! Softmax attention as it is defined, in f64: loops without tiles, for tests and for reading.
 //!
 //! ```text
-//! s_j = cap(scale · ⟨q, k_j⟩) + bias_j  for every j that the row may see
+//! s_j = cap(scale · a_j) + bias_j  for every j that the row may see
+//! a_j = ⟨q, k_j⟩, or with a relative encoding ⟨q + u, k_j⟩ + ⟨q + v, r(i − j)⟩
 //! lse = ln (Σ e^(s_j) + e^sink)      o = Σ e^(s_j − lse) z_j v_j
 //! ```
 //!
@@ -57,6 +58,51 @@ pub struct Partial {
     pub lse: Vec<f64>,
 }
 
+/// The relative encoding of Transformer-XL: see [`RelativeEncoding`](crate::position::RelativeEncoding).
+#[derive(Debug, Clone, Copy)]
+pub struct Relative<'a> {
+    /// r, `[1, distances, heads, dim]`; distances beyond the ends take the ends.
+    pub keys: Input<'a>,
+    /// u, `[heads, dim]`.
+    pub content_bias: &'a [f64],
+    /// v, `[heads, dim]`.
+    pub position_bias: &'a [f64],
+}
+
+impl<'a> Relative<'a> {
+    fn place(&self, distance: isize) -> usize {
+        distance.clamp(0, self.keys.shape.seq as isize - 1) as usize
+    }
+
+    fn key(&self, head: usize, distance: isize) -> &'a [f64] {
+        self.keys.row(0, self.place(distance), head)
+    }
+
+    fn content_bias(&self, head: usize) -> &'a [f64] {
+        let dim = self.keys.shape.dim;
+        &self.content_bias[head * dim..][..dim]
+    }
+
+    fn position_bias(&self, head: usize) -> &'a [f64] {
+        let dim = self.keys.shape.dim;
+        &self.position_bias[head * dim..][..dim]
+    }
+
+    fn check(&self, q: Shape) -> Result<()> {
+        let seq = self.keys.shape.seq.max(1);
+        self.keys.check("keys by distance", Shape { batch: 1, seq, ..q })?;
+        let expected = q.heads * q.dim;
+        for (what, bias) in
+            [("content bias", self.content_bias), ("position bias", self.position_bias)]
+        {
+            if bias.len() != expected {
+                return Err(Error::LengthMismatch { what, expected, got: bias.len() });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a definition is given besides queries, keys and values. Rows and keys are numbered from 0.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
@@ -68,6 +114,8 @@ pub struct Options<'a> {
     pub softcap: Option<f64>,
     /// What is added to the score of (site, row, key), after the cap.
     pub bias: Option<&'a dyn Fn(Site, usize, usize) -> f64>,
+    /// A second product of queries, with keys by distance.
+    pub relative: Option<Relative<'a>>,
     /// A logit for each query head without a value.
     pub sinks: Option<&'a [f64]>,
     /// What the weight of (site, row, key) is multiplied by.
@@ -77,7 +125,22 @@ pub struct Options<'a> {
 impl<'a> Options<'a> {
     /// A scale, a mask and nothing else.
     pub fn new(scale: f64, mask: &'a dyn Pattern) -> Options<'a> {
-        Options { scale, mask, softcap: None, bias: None, sinks: None, dropout: None }
+        let (softcap, bias, relative) = (None, None, None);
+        Options { scale, mask, softcap, bias, relative, sinks: None, dropout: None }
+    }
+
+    /// The product of a query with a key that lies `distance` behind it.
+    fn product(&self, head: usize, distance: isize, query: &[f64], key: &[f64]) -> f64 {
+        match &self.relative {
+            None => query.iter().zip(key).map(|(q, k)| q * k).sum(),
+            Some(relative) => {
+                let rows = query.iter().zip(relative.content_bias(head)).zip(key);
+                let content: f64 = rows.map(|((q, u), k)| (q + u) * k).sum();
+                let rows = query.iter().zip(relative.position_bias(head));
+                let key = relative.key(head, distance);
+                content + rows.zip(key).map(|((q, v), r)| (q + v) * r).sum::<f64>()
+            }
+        }
     }
 
     fn score(&self, (at, row, j): (Site, usize, usize), product: f64) -> f64 {
@@ -119,8 +182,8 @@ pub fn attention_with([q, k, v]: [Input<'_>; 3], options: &Options<'_>) -> Resul
             let i = row as isize + keys as isize - queries as isize;
             let mut seen = Row::default();
             for j in (0..keys).filter(|&j| options.mask.allows(at, i, j)) {
-                let pairs = q.row(batch, row, q_head).iter().zip(k.row(batch, j, at.kv_head));
-                let product: f64 = pairs.map(|(q, k)| q * k).sum();
+                let (query, key) = (q.row(batch, row, q_head), k.row(batch, j, at.kv_head));
+                let product = options.product(q_head, i - j as isize, query, key);
                 seen.scores.push(options.score((at, row, j), product));
                 seen.factors.push(options.dropout.map_or(1.0, |factor| factor(at, row, j)));
                 seen.values.push(v.row(batch, j, at.kv_head));
@@ -139,6 +202,9 @@ fn check([q, k, v]: [Input<'_>; 3], options: &Options<'_>) -> Result<()> {
     let (heads, kv_heads) = (q.shape.heads, k.shape.heads);
     if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(Error::HeadGrouping { heads, kv_heads });
+    }
+    if let Some(relative) = &options.relative {
+        relative.check(q.shape)?;
     }
     if let Some(sinks) = options.sinks.filter(|sinks| sinks.len() != heads) {
         let what = "sinks, one a query head";

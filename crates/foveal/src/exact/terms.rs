@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! s_ij = scale ⟨q_i, k_j⟩        s ← cap · tanh(s / cap)        s ← s + bias_ij − slope_h |i − j| + table[bucket(i − j), h]
+//! (with a relative encoding:  s_ij = scale (⟨q_i + u_h, k_j⟩ + ⟨q_i + v_h, r_h(i − j)⟩))
 //! mask: s ← −∞                   lse_i = ln(Σ_j e^(s_ij) + e^(sink_h))
 //! P_ij = e^(s_ij − lse_i)        o_i = Σ_j P_ij Z_ij v_j,   Z ∈ {0, 1/keep}
 //! ```
@@ -11,10 +12,12 @@
 //! head and the two positions, so that a backward pass makes them again.
 
 use super::Factor;
+use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::position::{RelativeBias, Slopes};
+use crate::position::{RelativeBias, RelativeEncoding, Slopes};
 use crate::random::mix;
 use crate::simd::Level;
+use crate::simd::product::Form;
 use crate::simd::terms::{GroupTerms, RowDropout, RowTerms, drop_row, finish_group};
 use crate::simd::tile::{GROUP, KEY_TILE, Visible};
 use crate::tensor::{Shape, TensorRef};
@@ -58,6 +61,7 @@ pub(crate) struct Terms<'a> {
     pub(crate) bias: Option<TensorRef<'a, f32>>,
     pub(crate) alibi: Option<Slopes<'a>>,
     pub(crate) relative: Option<RelativeBias<'a>>,
+    pub(crate) encoding: Option<RelativeEncoding<'a>>,
     /// One logit for each query head.
     pub(crate) sinks: Option<&'a [f32]>,
     pub(crate) dropout: Option<Dropout>,
@@ -76,15 +80,16 @@ pub(crate) struct RowSite {
 impl Terms<'_> {
     /// Whether a head's terms depend on its number, or on the number of heads.
     pub(crate) fn by_head(&self) -> bool {
-        let Terms { softcap: _, bias, alibi, relative, sinks, dropout } = self;
+        let Terms { softcap: _, bias, alibi, relative, encoding, sinks, dropout } = self;
         let biased = bias.is_some() || alibi.is_some() || relative.is_some();
-        biased || sinks.is_some() || dropout.is_some()
+        biased || encoding.is_some() || sinks.is_some() || dropout.is_some()
     }
 
     /// Whether something depends on where queries and keys are.
     pub(crate) fn by_position(&self) -> bool {
-        let Terms { bias, alibi, relative, dropout, .. } = self;
-        bias.is_some() || alibi.is_some() || relative.is_some() || dropout.is_some()
+        let Terms { bias, alibi, relative, encoding, dropout, .. } = self;
+        let biased = bias.is_some() || alibi.is_some() || relative.is_some();
+        biased || encoding.is_some() || dropout.is_some()
     }
 
     /// Refuses numbers that do not fit queries `q` and `keys` keys.
@@ -112,6 +117,14 @@ impl Terms<'_> {
             if got != expected {
                 let what =
                     "a bias is [batch, queries, heads, keys], the first three of the call or 1";
+                return Err(Error::ShapeMismatch { what, expected, got });
+            }
+        }
+        if let Some(encoding) = &self.encoding {
+            let got = encoding.shape();
+            let expected = Shape { heads: q.heads, dim: q.dim, ..got };
+            if got != expected {
+                let what = "keys by distance are [1, distances, query heads, key dimension]";
                 return Err(Error::ShapeMismatch { what, expected, got });
             }
         }
@@ -150,6 +163,12 @@ impl Terms<'_> {
             && self.bias.is_none()
             && self.alibi.is_none()
             && self.relative.is_none()
+            && self.encoding.is_none()
+    }
+
+    /// How products of factors of these storage types are computed. Queries that an encoding moves are numbers.
+    pub(crate) fn form(&self, level: Level, factors: [DType; 2]) -> Form {
+        if self.encoding.is_some() { Form::Numbers(level) } else { Form::of(level, factors) }
     }
 
     /// The sink of a head as a logit in base 2; −∞ is none.
@@ -180,6 +199,20 @@ impl Terms<'_> {
     }
 }
 
+/// Products by distance of a group of rows: those of row n begin at `first + n * stride`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByDistance<'a> {
+    pub(crate) floats: &'a [f32],
+    pub(crate) first: usize,
+    pub(crate) stride: usize,
+}
+
+impl<'a> ByDistance<'a> {
+    fn row(&self, n: usize) -> &'a [f32] {
+        &self.floats[self.first + n * self.stride..][..KEY_TILE]
+    }
+}
+
 /// A group of rows against the keys of a tile, between the product and the softmax.
 #[derive(Debug)]
 pub(crate) struct Finish<'a> {
@@ -190,6 +223,8 @@ pub(crate) struct Finish<'a> {
     /// The keys of the scores.
     pub(crate) positions: Range<usize>,
     pub(crate) visible: Visible<'a>,
+    /// Added to products, where the call has a relative encoding.
+    pub(crate) by_distance: Option<ByDistance<'a>>,
     /// `[row][KEY_TILE]`.
     pub(crate) scores: &'a mut [f32],
     /// Out: the largest score of each row, in base 2.
@@ -205,7 +240,8 @@ impl Terms<'_> {
         if self.plain() {
             return finish.factor.factor;
         }
-        let Finish { level, factor, heads, positions, visible, scores, max, bend } = finish;
+        let Finish { level, factor, heads, positions, visible, by_distance, scores, max, bend } =
+            finish;
         let mut sums = self.relative.as_ref().map(|_| [[0.0; KEY_TILE]; GROUP]);
         let mut sums = sums.iter_mut().flatten();
         let (mut group, mut n) = ([RowTerms::default(); GROUP], 0);
@@ -217,6 +253,7 @@ impl Terms<'_> {
                 last = (at.head, self.slope(at.head, heads));
             }
             *row = RowTerms {
+                product: by_distance.map_or(&[][..], |products| products.row(n)),
                 slope: last.1,
                 distance: (positions.start as isize - at.position) as f32,
                 bias: self.row_bias(at, &positions, sum).unwrap_or_default(),
@@ -275,6 +312,8 @@ impl fmt::Display for Terms<'_> {
         words.extend(self.alibi.map(|_| "ALiBi".to_owned()));
         let buckets = self.relative.as_ref().map(RelativeBias::buckets);
         words.extend(buckets.map(|buckets| format!("relative bias in {buckets} buckets")));
+        let distances = self.encoding.map(|encoding| encoding.shape().seq);
+        words.extend(distances.map(|n| format!("relative encoding of {n} distances")));
         words.extend(self.sinks.map(|_| "sinks".to_owned()));
         words.extend(self.dropout.map(|dropout| format!("dropout {}", dropout.rate)));
         f.write_str(if words.is_empty() { "none" } else { "" })?;

@@ -54,6 +54,12 @@ pub struct TermGradients<'a> {
     pub d_table: Option<&'a mut [f32]>,
     /// Of the sinks, one a query head.
     pub d_sinks: Option<&'a mut [f32]>,
+    /// Of the keys by distance of a relative encoding, in their shape: summed over sequences.
+    pub d_relative_keys: Option<TensorMut<'a, f32>>,
+    /// Of its content bias u, `[heads, dim]` row by row.
+    pub d_content_bias: Option<&'a mut [f32]>,
+    /// Of its position bias v, likewise.
+    pub d_position_bias: Option<&'a mut [f32]>,
 }
 
 /// The gradients that [`Attention::backward`] allocates.
@@ -131,6 +137,9 @@ impl Plan<'_> {
                 slopes: terms.d_slopes,
                 table: terms.d_table,
                 sinks: terms.d_sinks,
+                relative_keys: terms.d_relative_keys.map(TensorMut::into_shared),
+                content_bias: terms.d_content_bias,
+                position_bias: terms.d_position_bias,
             },
             mask: self.mask,
             terms: self.terms,
@@ -143,12 +152,17 @@ impl Plan<'_> {
 
     /// Refuses gradients of terms that the call does not have, or in other shapes.
     fn check_terms(&self, gradients: &TermGradients<'_>) -> Result<()> {
-        let TermGradients { d_bias, d_slopes, d_table, d_sinks } = gradients;
+        let TermGradients { d_bias, d_slopes, d_table, d_sinks, .. } = gradients;
+        let TermGradients { d_relative_keys, d_content_bias, d_position_bias, .. } = gradients;
         let terms = self.terms;
         let heads = self.q.heads;
         if let (Some(d_bias), Some(bias)) = (d_bias, terms.bias) {
             expect("gradient of the bias", bias.shape(), d_bias.shape())?;
         }
+        if let (Some(d_keys), Some(encoding)) = (d_relative_keys, terms.encoding) {
+            expect("gradient of the keys by distance", encoding.shape(), d_keys.shape())?;
+        }
+        let moved = terms.encoding.map(|_| heads * self.q.dim);
         let table = terms.relative.as_ref().map(|relative| relative.buckets() * heads);
         let length = |x: &Option<&mut [f32]>| x.as_ref().map(|x| x.len());
         for (what, wanted, expected) in [
@@ -156,6 +170,9 @@ impl Plan<'_> {
             ("gradient of slopes", length(d_slopes), terms.alibi.map(|_| heads)),
             ("gradient of a relative bias", length(d_table), table),
             ("gradient of sinks", length(d_sinks), terms.sinks.map(<[f32]>::len)),
+            ("gradient of keys by distance", d_relative_keys.as_ref().map(|_| 0), moved.map(|_| 0)),
+            ("gradient of a content bias", length(d_content_bias), moved),
+            ("gradient of a position bias", length(d_position_bias), moved),
         ] {
             match (wanted, expected) {
                 (Some(_), None) => {

@@ -76,6 +76,7 @@ fn short_head_kernel<P: Product, E: Element>(product: P, args: ShortHead<'_, E>)
                 visible,
                 hidden: f32::NEG_INFINITY,
                 out: scores,
+                out_stride: KEY_TILE,
                 max: &mut max,
             },
         );

@@ -1,6 +1,7 @@
 //! A group of rows of scores between the product and the softmax: cap, biases, mask, largest score.
 //!
 //! ```text
+//! s ← s + product by distance
 //! t = cap · tanh(scale s / cap)  (or scale s)      t ← (t + bias − slope |i − j|) · log2 e      −∞ where masked
 //! ```
 //!
@@ -43,6 +44,8 @@ pub(crate) struct GroupTerms<'a> {
 /// What differs from row to row.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct RowTerms<'a> {
+    /// Added to products: KEY_TILE numbers, or none.
+    pub(crate) product: &'a [f32],
     /// Subtracted for each position between query and key.
     pub(crate) slope: f32,
     /// The first key's position less the query's.
@@ -71,6 +74,8 @@ fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: GroupTerms
     let (rows, steps) = (args.rows.len(), args.visible.all_steps());
     assert!(rows <= GROUP && args.scores.len() >= rows * KEY_TILE);
     assert!(args.bend.as_ref().is_none_or(|bend| bend.len() >= rows * KEY_TILE));
+    let product = |row: &RowTerms<'_>| row.product.is_empty() || row.product.len() >= KEY_TILE;
+    assert!(args.rows.iter().all(product));
     let cap = args.cap.unwrap_or(1.0);
     let scale = s.splat(if CAP { args.scale / cap } else { args.scale * LOG2_E });
     let cap = s.splat(cap * LOG2_E);
@@ -83,7 +88,12 @@ fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: GroupTerms
             for v in first * STEP / S::LANES..end * STEP / S::LANES {
                 let at = panel * PANEL + v * S::LANES;
                 // SAFETY: steps lie inside the row's KEY_TILE numbers.
-                let mut x = s.mul(unsafe { s.load(scores.add(at)) }, scale);
+                let mut x = unsafe { s.load(scores.add(at)) };
+                if !row.product.is_empty() {
+                    // SAFETY: as long as the scores.
+                    x = s.add(x, unsafe { s.load(row.product.as_ptr().add(at)) });
+                }
+                x = s.mul(x, scale);
                 if CAP {
                     let tanh = math::tanh(s, x);
                     if let Some(bend) = bend {

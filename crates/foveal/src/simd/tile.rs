@@ -200,8 +200,10 @@ pub(crate) struct Scores<'a> {
     pub(crate) visible: Visible<'a>,
     /// What a computed key gets that the row may not see: −∞ for scores.
     pub(crate) hidden: f32,
-    /// Out: `[row][KEY_TILE]`; skipped steps are untouched.
+    /// Out: a row for each query; skipped steps are untouched.
     pub(crate) out: &'a mut [f32],
+    /// Numbers from one of them to the next.
+    pub(crate) out_stride: usize,
     /// Out: the largest visible score of each row, −∞ if there is none.
     pub(crate) max: &'a mut [f32; GROUP],
 }
@@ -227,23 +229,26 @@ pub(super) fn scores_kernel<P: Product>(product: P, args: Scores<'_>) {
 #[inline(always)]
 fn scores_rows<P: Product, const R: usize>(product: P, args: Scores<'_>) {
     let s = product.simd();
-    let Scores { queries, stride, depth, keys, visible, hidden, out, max, .. } = args;
-    assert!(queries.len() >= (R - 1) * stride + depth && out.len() >= R * KEY_TILE);
+    let Scores { queries, stride, depth, keys, visible, hidden, out, out_stride, max, .. } = args;
+    let panels = (keys.len() / (PANEL * depth)).min(PANELS);
+    assert!(queries.len() >= (R - 1) * stride + depth);
+    assert!(out.len() >= (R - 1) * out_stride + panels * PANEL);
     if let Visible::Some(words) = visible {
         assert_eq!(words.len(), R);
     }
     let mut largest = [s.splat(f32::NEG_INFINITY); R];
-    for panel in 0..(keys.len() / (PANEL * depth)).min(PANELS) {
+    for panel in 0..panels {
         let (first, end) = visible.steps(panel);
         let (mut v, end) = (first * STEP / P::S::LANES, end * STEP / P::S::LANES);
         while v < end {
             let at = Column { panel, lane: v * P::S::LANES };
             let taken = (end - v).min(P::S::TILE_VECTORS);
             // SAFETY: the panel lies inside `keys`, columns v.. of it hold `taken` vectors, and
-            // `out` has KEY_TILE numbers for each of R rows; lengths were checked above.
+            // `out` has as many numbers as the panels for each of R rows; lengths were checked above.
             unsafe {
                 let out = out.as_mut_ptr();
-                let io = ScoreBlock { queries, stride, depth, keys, visible, hidden, out };
+                let io =
+                    ScoreBlock { queries, stride, depth, keys, visible, hidden, out, out_stride };
                 match taken {
                     1 => score_block::<P, R, 1>(product, &io, at, &mut largest),
                     2 if P::S::TILE_VECTORS >= 2 => {
@@ -271,6 +276,7 @@ struct ScoreBlock<'a> {
     visible: Visible<'a>,
     hidden: f32,
     out: *mut f32,
+    out_stride: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -283,7 +289,7 @@ struct Column {
 ///
 /// # Safety
 /// The panel lies inside `io.keys`, `at.lane + V * LANES <= PANEL`, `io.queries` holds R rows, and
-/// `io.out` is valid for R rows of KEY_TILE numbers.
+/// `io.out` is valid for the panel's numbers of R rows, `io.out_stride` apart.
 #[inline(always)]
 unsafe fn score_block<P: Product, const R: usize, const V: usize>(
     product: P,
@@ -319,8 +325,8 @@ unsafe fn score_block<P: Product, const R: usize, const V: usize>(
                 x = s.select(bits, x, s.splat(io.hidden));
             }
             largest[r] = s.max(x, largest[r]);
-            // SAFETY: row r has KEY_TILE numbers, and the panel's lanes lie inside them.
-            unsafe { s.store(io.out.add(r * KEY_TILE + at.panel * PANEL + lane), x) };
+            // SAFETY: the panel's lanes lie inside row r.
+            unsafe { s.store(io.out.add(r * io.out_stride + at.panel * PANEL + lane), x) };
         }
     }
 }

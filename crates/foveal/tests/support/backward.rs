@@ -95,6 +95,7 @@ impl<E: Element> Call<E> {
                 d_slopes: some(&mut result.d_slopes),
                 d_table: some(&mut result.d_table),
                 d_sinks: some(&mut result.d_sinks),
+                ..TermGradients::default()
             },
         };
         plan.backward(inputs, saved, upstream, gradients, &mut workspace).unwrap();

@@ -8,10 +8,12 @@
 //!
 //! Slow, and allocates: images of dK and dV of the head, and a row.
 
+use super::relative::places;
 use super::terms::tally_pair;
 use super::{BackwardProblem, Chunk, Engine};
 use crate::element::Element;
 use crate::mask::Pattern;
+use crate::position::RelativeEncoding;
 
 /// Gradients of keys and values, row-major.
 struct Sums {
@@ -54,6 +56,7 @@ fn row<E: Element, K: Element>(
     let delta = dot(&out, &d_out) - d_lse;
     let at = engine.row_site(chunk, i);
     let scale = f64::from(engine.call.scale);
+    let encoded = terms.encoding.map(|encoding| Encoded::new(encoding, head, &query));
     let mut sum = vec![0.0; sizes.q.dim];
     // SAFETY: each chunk belongs to one part.
     let tally = unsafe { engine.tallies.row(0, chunk.unit, chunk.index) };
@@ -62,7 +65,13 @@ fn row<E: Element, K: Element>(
     for j in seen.filter(|&j| engine.call.mask.allows(site, at.position, j)) {
         let key = wide(k.row(batch, j, site.kv_head));
         let value = wide(v.row(batch, j, site.kv_head));
-        let (score, bend) = terms.pair(at, j, (scale * dot(&query, &key), sizes.q.heads));
+        let by_distance =
+            encoded.as_ref().map(|x| (x, wide(x.encoding.key(head, at.position - j as isize))));
+        let product = match &by_distance {
+            Some((x, by_distance)) => dot(&x.content, &key) + dot(&x.position, by_distance),
+            None => dot(&query, &key),
+        };
+        let (score, bend) = terms.pair(at, j, (scale * product, sizes.q.heads));
         let p = (score - lse).exp();
         let kept = terms
             .dropout
@@ -73,11 +82,56 @@ fn row<E: Element, K: Element>(
         unsafe { engine.add_bias(chunk, (i, j), ds as f32) };
         let ds = scale * bend * ds;
         add(&mut sum, ds, &key);
-        add(&mut sums.d_k[j * query.len()..][..query.len()], ds, &query);
+        let moved = encoded.as_ref().map_or(&query, |x| &x.content);
+        add(&mut sums.d_k[j * query.len()..][..query.len()], ds, moved);
+        if let Some((x, by_distance)) = &by_distance {
+            add(&mut sum, ds, by_distance);
+            x.add(engine, (at.position - j as isize, ds), (&key, by_distance), tally);
+        }
         add(&mut sums.d_v[j * value.len()..][..value.len()], p * kept, &d_out);
     }
     // SAFETY: as in `head`.
     round(&sum, unsafe { d_q.row(batch, i, head) });
+}
+
+/// A query as a relative encoding takes it.
+struct Encoded<'a> {
+    encoding: RelativeEncoding<'a>,
+    head: usize,
+    /// q + u.
+    content: Vec<f64>,
+    /// q + v.
+    position: Vec<f64>,
+}
+
+impl<'a> Encoded<'a> {
+    fn new(encoding: RelativeEncoding<'a>, head: usize, query: &[f64]) -> Encoded<'a> {
+        let [content, position] = encoding.biases(head).map(|bias| {
+            bias.iter().zip(query).map(|(&bias, query)| f64::from(bias) + query).collect()
+        });
+        Encoded { encoding, head, content, position }
+    }
+
+    /// Adds a pair's gradients of the encoding, from that of its product.
+    fn add<E: Element, K: Element>(
+        &self,
+        engine: &Engine<'_, E, K>,
+        (distance, ds): (isize, f64),
+        (key, by_distance): (&[f64], &[f64]),
+        tally: &mut [f32],
+    ) {
+        let (first, dim) = places(engine.call.terms);
+        let (u, v) = tally[first..first + 2 * dim].split_at_mut(dim);
+        let add = |to: &mut [f32], from: &[f64]| {
+            to.iter_mut().zip(from).for_each(|(to, from)| *to += (ds * from) as f32);
+        };
+        add(u, key);
+        add(v, by_distance);
+        if let Some(keys) = &engine.call.terms_out.relative_keys {
+            // SAFETY: sequences of a head come one after the other, each computed by one thread.
+            add(unsafe { keys.row(0, self.encoding.row(distance), self.head) }, &self.position);
+        }
+    }
 }
 
 fn wide<T: Element>(row: &[T]) -> Vec<f64> {

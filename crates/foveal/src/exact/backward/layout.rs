@@ -1,5 +1,6 @@
 //! How a backward call is cut into parts and its workspace into pieces. Nothing here depends on data.
 
+use super::relative::{self, Distances};
 use super::terms::{Sharing, tally};
 use super::tile::{KeyTile, Stretch};
 use crate::element::DType;
@@ -30,6 +31,8 @@ const MOST_TILES: usize = 4;
 pub(super) struct Layout {
     /// (Sequence, key/value head) pairs.
     pub(super) units: usize,
+    /// Rows of units that come one after the other: each by itself, or all sequences of a head.
+    pub(super) strands: usize,
     /// Of which so many are computed at the same time, each by threads of its own.
     pub(super) heads_at_once: usize,
     /// Threads that share one.
@@ -57,7 +60,7 @@ pub(super) struct Layout {
     pub(super) sums: usize,
     /// Floats of a chunk's sums for the gradient of a bias.
     pub(super) bias_sums: usize,
-    /// Floats of both.
+    /// Floats of all sums of a chunk: of keys, for the gradient of a bias, and for that of keys by distance.
     pub(super) slot: usize,
     /// Numbers that a chunk adds up for the gradients of terms.
     pub(super) tally: usize,
@@ -91,12 +94,14 @@ impl Layout {
         let chunks = per_head * sizes.group();
         let all = sizes.cpu.threads.count();
         // Heads apart need no barriers, unless some threads would have none for long.
-        let rounds = units.div_ceil(all).max(1);
-        let busy = units.saturating_mul(5) >= rounds.saturating_mul(all).saturating_mul(4);
+        // Sequences share the gradient of keys by distance.
+        let strands = if terms.encoding.is_some() { sizes.kv_heads } else { units };
+        let rounds = strands.div_ceil(all).max(1);
+        let busy = strands.saturating_mul(5) >= rounds.saturating_mul(all).saturating_mul(4);
         let sharing = Sharing::new(terms, sizes.q, sizes.kv_heads);
         let apart = sharing != Sharing::Across && (chunks <= 1 || busy);
         let (heads_at_once, threads) =
-            if apart { (all.min(units), 1) } else { (1, all.min(chunks.max(1))) };
+            if apart { (all.min(strands), 1) } else { (1, all.min(chunks.max(1))) };
         let width = padded(dim) + padded(value_dim);
         let lines = |n: usize| n.next_multiple_of(16);
         // Short vectors leave room for more keys, which repay the loading of rows.
@@ -104,9 +109,12 @@ impl Layout {
         let sums = stretch * width;
         let bias_rows = if terms.bias.is_some_and(|bias| bias.shape().seq == 1) { 1 } else { rows };
         let bias_sums = if sharing == Sharing::Nothing { 0 } else { stretch * bias_rows };
+        let distance_sums = lines(relative::sums(terms, rows, stretch));
         let image = if storage == DType::F32 { 0 } else { lines(chunks * rows * dim) };
+        let distances = if sizes.by_distance { Distances::floats(dim) } else { 0 };
         Layout {
             units,
+            strands,
             heads_at_once: heads_at_once.max(1),
             threads,
             per_head,
@@ -121,11 +129,16 @@ impl Layout {
             keys: stretch * (2 * dims.0 + dims.1),
             sums,
             bias_sums,
-            slot: sums + bias_sums,
+            slot: sums + bias_sums + distance_sums,
             tally: tally(terms),
             slots: if threads == 1 { 1 } else { chunks.min(SLOTS * threads).min(MOST_SLOTS) },
-            scratch: Scratch::floats(dims),
+            scratch: Scratch::floats(dims) + distances,
         }
+    }
+
+    /// The units of a strand, in order.
+    pub(super) fn units_of(&self, strand: usize) -> impl Iterator<Item = usize> + use<> {
+        (strand..self.units).step_by(self.strands.max(1))
     }
 
     /// Floats of one key/value head that is being computed.
@@ -218,6 +231,8 @@ pub(super) struct Scratch<'a> {
     pub(super) bend: &'a mut [f32],
     /// dQ of all rows.
     pub(super) d_q: &'a mut [f32],
+    /// Products by distance, where the call has a relative encoding.
+    pub(super) distances: Option<Distances<'a>>,
 }
 
 impl<'a> Scratch<'a> {
@@ -229,7 +244,7 @@ impl<'a> Scratch<'a> {
     pub(super) fn new(
         form: Form,
         scratch: &'a mut [f32],
-        (dim, value_dim): (usize, usize),
+        ((dim, value_dim), terms): ((usize, usize), &Terms<'a>),
     ) -> Scratch<'a> {
         // Numbers need no other form of rows.
         let across = |width: usize| match form {
@@ -243,9 +258,10 @@ impl<'a> Scratch<'a> {
         let (scores, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (gradients, rest) = rest.split_at_mut(ROWS * KEY_TILE);
         let (bend, rest) = rest.split_at_mut(GROUP * KEY_TILE);
-        let d_q = &mut rest[..ROWS * padded(dim)];
+        let (d_q, rest) = rest.split_at_mut(ROWS * padded(dim));
+        let (distances, _) = Distances::split(terms, form, rest);
         let (scores, gradients) = (Weights::new(form, scores), Weights::new(form, gradients));
-        Scratch { queries, query_rows, d_out, d_out_rows, scores, gradients, bend, d_q }
+        Scratch { queries, query_rows, d_out, d_out_rows, scores, gradients, bend, d_q, distances }
     }
 }
 

@@ -28,6 +28,7 @@
 
 mod careful;
 mod layout;
+mod relative;
 mod terms;
 mod tile;
 
@@ -85,14 +86,19 @@ pub(crate) fn run<E: Element, K: Element>(
     let (tallies, floats) = floats.split_at_mut(layout.tallies());
     let tallies_of = shared(tallies, [layout.units, layout.chunks, layout.tally]);
     let factor = Factor::new(call.scale);
-    let form = Form::of(call.sizes.cpu.level, [E::DTYPE, K::DTYPE]);
+    let form = call.terms.form(call.sizes.cpu.level, [E::DTYPE, K::DTYPE]);
     let engine = Engine { call, layout, factor, form, tallies: tallies_of };
     engine.clear_bias();
+    engine.clear_relative_keys();
     // Either every thread has a head of its own, or all have one together.
     let each = floats.chunks_exact_mut(layout.floats()).take(layout.heads_at_once);
-    for_each_part(layout.units, each, |unit, floats| engine.head(unit, layout.split(floats)));
+    for_each_part(layout.strands, each, |strand, floats| {
+        for unit in layout.units_of(strand) {
+            engine.head(unit, layout.split(floats));
+        }
+    });
     let (sizes, chunks) = ((call.sizes.q, call.sizes.kv_heads), (layout.chunks, layout.tally));
-    terms::finish(&mut call.terms_out, tallies, sizes, chunks);
+    terms::finish(call, tallies, sizes, chunks);
 }
 
 /// Neighbouring rows of one query head, whose sums for dK and dV are kept apart from the others'.
@@ -176,7 +182,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 Image { rows: shared(image, shape), apart: true }
             }
         };
-        if !self.prepare(unit, &image, statistics, scratch) {
+        let finite = self.prepare(unit, &image, statistics, scratch);
+        if !(finite && self.encoding_is_finite(unit)) {
             return careful::head(self, unit);
         }
         for n in 0..layout.stretches {
@@ -201,6 +208,7 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
                 let step = Join { unit, keys: &keys, count: wave.count, first, last };
                 self.join(&step, sums, total, scratch);
                 self.join_bias(&step, &wave, sums);
+                self.join_relative(&step, &wave, sums);
                 first = false;
             }
         }

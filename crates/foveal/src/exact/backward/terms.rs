@@ -1,4 +1,5 @@
-//! What the terms of a call get: gradients of a dense bias, of slopes, of a table of buckets and of sinks.
+//! What the terms of a call get: gradients of a dense bias, of slopes, of a table of buckets and of sinks, and what a
+//! [relative encoding](super::relative) adds up.
 //!
 //! ```text
 //! dbias = dS, summed over the axes that the bias shares     dtable[b, h] = Σ dS_ij where bucket(i − j) = b
@@ -7,8 +8,9 @@
 //!
 //! Numbers of a head are added up chunk by chunk, and chunks in the order of sequences and rows.
 
+use super::relative::places;
 use super::tile::KeyTile;
-use super::{Chunk, Engine, Join, Wave};
+use super::{BackwardProblem, Chunk, Engine, Join, Wave};
 use crate::element::Element;
 use crate::exact::terms::Terms;
 use crate::parallel::for_each_part;
@@ -26,6 +28,12 @@ pub(crate) struct TermOutputs<'a> {
     pub(crate) table: Option<&'a mut [f32]>,
     /// One a query head.
     pub(crate) sinks: Option<&'a mut [f32]>,
+    /// `[1, distances, heads, dim]`.
+    pub(crate) relative_keys: Option<SharedRows<'a, f32>>,
+    /// `[heads, dim]`.
+    pub(crate) content_bias: Option<&'a mut [f32]>,
+    /// `[heads, dim]`.
+    pub(crate) position_bias: Option<&'a mut [f32]>,
 }
 
 /// Places in a chunk's numbers.
@@ -35,9 +43,9 @@ pub(super) const TABLE: usize = 2;
 
 /// Numbers that each chunk adds up.
 pub(super) fn tally(terms: &Terms<'_>) -> usize {
-    let buckets = terms.relative.as_ref().map_or(0, |relative| relative.buckets());
-    let any = buckets > 0 || terms.alibi.is_some() || terms.sinks.is_some();
-    if any { (TABLE + buckets).next_multiple_of(16) } else { 0 }
+    let (end, dim) = places(terms);
+    let any = end > TABLE || dim > 0 || terms.alibi.is_some() || terms.sinks.is_some();
+    if any { (end + 2 * dim).next_multiple_of(16) } else { 0 }
 }
 
 /// How a bias with gradients lies to the rows of a call.
@@ -183,8 +191,8 @@ pub(super) fn tally_pair(terms: &Terms<'_>, distance: isize, d_score: f32, tally
 }
 
 /// Sums of all chunks of each head, over sequences.
-pub(super) fn finish(
-    outputs: &mut TermOutputs<'_>,
+pub(super) fn finish<E, K>(
+    call: &mut BackwardProblem<'_, E, K>,
     tallies: &[f32],
     (q, kv_heads): (Shape, usize),
     (chunks, tally): (usize, usize),
@@ -201,7 +209,13 @@ pub(super) fn finish(
         }
         sum as f32
     };
-    let TermOutputs { slopes, table, sinks, .. } = outputs;
+    let (first, dim) = places(call.terms);
+    let TermOutputs { slopes, table, sinks, content_bias, position_bias, .. } = &mut call.terms_out;
+    for (out, first) in [(content_bias, first), (position_bias, first + dim)] {
+        for (n, out) in out.iter_mut().flat_map(|out| out.iter_mut()).enumerate() {
+            *out = total(n / dim, first + n % dim);
+        }
+    }
     for (out, place) in [(slopes, SLOPE), (sinks, SINK)] {
         for (head, out) in out.iter_mut().flat_map(|out| out.iter_mut()).enumerate() {
             *out = total(head, place);

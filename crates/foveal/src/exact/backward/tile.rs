@@ -61,11 +61,14 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     pub(super) fn accumulate(&self, chunk: &Chunk, keys: &Stretch<'_>, work: Work<'_>) {
         let Work { statistics, image, scratch, sums } = work;
         let sizes = &self.call.sizes;
-        let (sums, bias_sums) = sums.split_at_mut(self.layout.sums);
+        let (sums, rest) = sums.split_at_mut(self.layout.sums);
+        let (bias_sums, distance_sums) = rest.split_at_mut(self.layout.bias_sums);
         sums[..keys.positions.len() * self.layout.width].fill(0.0);
         bias_sums.fill(0.0);
-        let scratch = Scratch::new(self.form, scratch, (sizes.q.dim, sizes.value_dim));
-        let mut pass = Pass { engine: self, chunk, image, scratch, sums, bias_sums };
+        distance_sums.fill(0.0);
+        let of = ((sizes.q.dim, sizes.value_dim), self.call.terms);
+        let scratch = Scratch::new(self.form, scratch, of);
+        let mut pass = Pass { engine: self, chunk, image, scratch, sums, bias_sums, distance_sums };
         for start in chunk.rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(chunk.rows.end);
             let at = (chunk.site, self.positions(&rows));
@@ -96,6 +99,7 @@ struct Pass<'p, 's, E, K> {
     scratch: Scratch<'s>,
     sums: &'s mut [f32],
     bias_sums: &'s mut [f32],
+    distance_sums: &'s mut [f32],
 }
 
 impl<E: Element, K: Element> Pass<'_, '_, E, K> {
@@ -112,6 +116,11 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         if !all {
             self.fill(rows, keys, &mut words[..rows.len()]);
             row_bounds(&words[..rows.len()], &mut bounds);
+        }
+        if let Some(distances) = &mut self.scratch.distances {
+            let last = self.engine.positions(rows).end - 1;
+            let first = last - keys.positions.start as isize;
+            distances.pack(self.chunk.site.q_head, first, rows.len());
         }
         for first in (0..rows.len()).step_by(GROUP) {
             let group = first..(first + GROUP).min(rows.len());
@@ -131,6 +140,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             self.queries(&at);
         }
         self.keys_and_values(keys, rows.len(), &bounds);
+        self.distances(keys, rows);
     }
 
     /// Copies the rows' queries, turned around if the scale asks for it, and output gradients.
@@ -138,12 +148,20 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let call = self.engine.call;
         let (form, site) = (self.engine.form, self.chunk.site);
         let (dim, value_dim) = (call.sizes.q.dim, call.sizes.value_dim);
-        let Scratch { queries, d_out, d_q, query_rows, d_out_rows, .. } = &mut self.scratch;
+        let Scratch { queries, d_out, d_q, query_rows, d_out_rows, distances, .. } =
+            &mut self.scratch;
+        if let Some(distances) = distances {
+            distances.clear(rows.len());
+        }
         d_q[..rows.len() * padded(dim)].fill(0.0);
         let cells = queries.chunks_exact_mut(form.cells(dim));
         let d_cells = d_out.chunks_exact_mut(form.cells(value_dim));
         for (i, (query, d_out)) in rows.clone().zip(cells.zip(d_cells)) {
             self.engine.factor.load(form, call.q.row(site.batch, i, site.q_head), query);
+            if let Some(distances) = distances {
+                let at = (i - rows.start, site.q_head);
+                distances.band.load(self.engine.factor, at, query);
+            }
             form.load(call.d_out.row(site.batch, i, site.q_head), 1.0, d_out);
         }
         if let Form::Pairs(token) = form {
@@ -185,19 +203,32 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let call = self.engine.call;
         let (level, visible) = (call.sizes.cpu.level, at.visible);
         let form = self.engine.form;
-        let Scratch { queries, d_out, scores, gradients, bend, .. } = &mut self.scratch;
+        let Scratch { queries, d_out, scores, gradients, bend, distances, .. } = &mut self.scratch;
         let (scores, gradients) = (scores.group(&at.rows), gradients.group(&at.rows));
         let mut max = [0.0; GROUP];
         let rows = at.rows.len();
         let mut product = |queries, depth, keys, hidden, out: &mut [f32]| {
-            let (stride, max) = (depth, &mut max);
-            let product = Scores { queries, stride, rows, depth, keys, visible, hidden, out, max };
+            let (stride, max, out_stride) = (depth, &mut max, KEY_TILE);
+            let product = Scores {
+                queries,
+                stride,
+                rows,
+                depth,
+                keys,
+                visible,
+                hidden,
+                out,
+                out_stride,
+                max,
+            };
             tile::scores(form, product);
         };
         let (depth, value_depth) = (form.cells(call.sizes.q.dim), form.cells(call.sizes.value_dim));
         let (keys, values) = (at.keys.keys, at.keys.values);
         product(&queries[at.part(depth)], depth, keys, f32::NEG_INFINITY, scores);
         product(&d_out[at.part(value_depth)], value_depth, values, 0.0, gradients);
+        let distances = distances.as_mut();
+        let by_distance = distances.map(|x| x.band.products(at.rows.clone(), visible, None));
         let sites = at.queries().map(|i| self.engine.row_site(self.chunk, i));
         let positions = &at.keys.positions;
         let finish = Finish {
@@ -206,6 +237,7 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
             heads: call.sizes.q.heads,
             positions: positions.clone(),
             visible,
+            by_distance,
             scores,
             max: &mut max,
             bend: call.terms.softcap.is_some().then_some(bend),
@@ -240,7 +272,10 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
     /// dQ += dS K for a group of rows, without the scale.
     fn queries(&mut self, at: &Group<'_>) {
         let call = self.engine.call;
-        let Scratch { gradients, d_q, .. } = &mut self.scratch;
+        let Scratch { gradients, d_q, distances, .. } = &mut self.scratch;
+        if let Some(distances) = distances {
+            distances.add(&at.rows, at.visible, gradients.group(&at.rows));
+        }
         let out = &mut d_q[at.part(padded(call.sizes.q.dim))];
         let (probabilities, visible) = (&*gradients.group(&at.rows), at.visible);
         let (values, rescale) = (at.keys.rows, &[1.0; GROUP]);
@@ -253,9 +288,26 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
         let call = self.engine.call;
         let (level, dim) = (call.sizes.cpu.level, call.sizes.q.dim);
         for (i, sum) in rows.clone().zip(self.scratch.d_q.chunks_exact(padded(dim))) {
+            let sum = &sum[..dim];
             // SAFETY: rows belong to one chunk, and each chunk to one part.
             let d_q = unsafe { self.image.row(self.chunk, i) };
-            row::blend(level, d_q, 1.0, &sum[..dim], call.scale);
+            row::blend(level, d_q, 1.0, sum, call.scale);
+            if let Some(distances) = &self.scratch.distances {
+                let more = distances.query(i - rows.start);
+                row::blend(level, d_q, 1.0, more, call.scale);
+                self.engine.add_biases(self.chunk, sum, more);
+            }
+        }
+    }
+
+    /// Adds what keys by distance get from the rows to the chunk's sums, without the scale.
+    fn distances(&mut self, keys: &KeyTile<'_>, rows: &Range<usize>) {
+        let call = self.engine.call;
+        if let Some(distances) = &self.scratch.distances
+            && call.terms_out.relative_keys.is_some()
+        {
+            let first = self.chunk.rows.end - rows.end + keys.first;
+            distances.add_keys(&mut self.distance_sums[first * padded(call.sizes.q.dim)..]);
         }
     }
 

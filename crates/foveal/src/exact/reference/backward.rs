@@ -3,7 +3,9 @@
 //! ```text
 //! p_j = e^(s_j − lse)     dp_j = z_j ⟨dO, v_j⟩     D = Σ p_j dp_j     ds_j = p_j (dp_j − D + dlse)
 //! dv_j = Σ p_j z_j dO     dbias_j = ds_j           dsink = p_sink (dlse − D)
-//! dq = Σ scale ds_j cap'(scale ⟨q, k_j⟩) k_j       dk_j = Σ scale ds_j cap'(scale ⟨q, k_j⟩) q
+//! da_j = scale ds_j cap'(scale a_j)                dq = Σ da_j k_j             dk_j = Σ da_j q
+//! with a relative encoding:  dq = Σ da_j (k_j + r(i − j))    dk_j = Σ da_j (q + u)    dr(p) = Σ da_j (q + v), i − j = p
+//!                            du = Σ da_j k_j                 dv = Σ da_j r(i − j)
 //! ```
 //!
 //! A row whose log-sum-exp is −∞ has no gradients.
@@ -27,6 +29,12 @@ pub struct Derivatives {
     pub d_scores: Vec<f64>,
     /// `[heads]`; zeros without sinks.
     pub d_sinks: Vec<f64>,
+    /// `[1, distances, heads, dim]`; empty without a relative encoding.
+    pub d_relative_keys: Vec<f64>,
+    /// `[heads, dim]`, likewise.
+    pub d_content_bias: Vec<f64>,
+    /// `[heads, dim]`, likewise.
+    pub d_position_bias: Vec<f64>,
 }
 
 /// The gradients of a loss whose gradients with respect to the output `[B, T, H, Dv]` and the log-sum-exp
@@ -50,6 +58,9 @@ pub fn attention_backward(
         d_v: vec![0.0; v.data.len()],
         d_scores: vec![0.0; batch * queries * heads * keys],
         d_sinks: vec![0.0; heads],
+        d_relative_keys: vec![0.0; options.relative.map_or(0, |x| x.keys.data.len())],
+        d_content_bias: vec![0.0; options.relative.map_or(0, |x| x.content_bias.len())],
+        d_position_bias: vec![0.0; options.relative.map_or(0, |x| x.position_bias.len())],
     };
     for batch in 0..batch {
         for (row, q_head) in (0..queries).flat_map(|row| (0..heads).map(move |head| (row, head))) {
@@ -73,7 +84,9 @@ impl Derivatives {
         let query = q.row(at.batch, row, at.q_head);
         let d_out = d_out.row(at.batch, row, at.q_head);
         let seen: Vec<usize> = (0..keys).filter(|&j| options.mask.allows(at, i, j)).collect();
-        let product = |j| dot(query, k.row(at.batch, j, at.kv_head));
+        let product = |j: usize| {
+            options.product(at.q_head, i - j as isize, query, k.row(at.batch, j, at.kv_head))
+        };
         let scores: Vec<f64> =
             seen.iter().map(|&j| options.score((at, row, j), product(j))).collect();
         let sink = options.sinks.map(|sinks| sinks[at.q_head]);
@@ -97,10 +110,36 @@ impl Derivatives {
                 (k.offset(at.batch, j, at.kv_head), v.offset(at.batch, j, at.kv_head));
             add(&mut self.d_q[place * query.len()..], d_product, k.row(at.batch, j, at.kv_head));
             add(&mut self.d_k[key..], d_product, query);
+            self.add_relative([q, k], options, (at, row, j), d_product);
             add(&mut self.d_v[value..], p * factor(j), d_out);
             self.d_scores[place * keys + j] = d_score;
         }
         self.d_sinks[at.q_head] -= sink.map_or(0.0, |sink| (sink - lse).exp() * delta);
+    }
+}
+
+impl Derivatives {
+    /// What a relative encoding adds to the gradients of a pair's product.
+    fn add_relative(
+        &mut self,
+        [q, k]: [Input<'_>; 2],
+        options: &Options<'_>,
+        (at, row, j): (Site, usize, usize),
+        d_product: f64,
+    ) {
+        let Some(relative) = &options.relative else { return };
+        let (dim, head) = (q.shape.dim, at.q_head);
+        let distance = row as isize + k.shape.seq as isize - (q.shape.seq + j) as isize;
+        let query = q.offset(at.batch, row, head);
+        let key = k.offset(at.batch, j, at.kv_head);
+        let by_distance = relative.key(head, distance);
+        add(&mut self.d_q[query..], d_product, by_distance);
+        add(&mut self.d_k[key..], d_product, relative.content_bias(head));
+        let place = relative.keys.offset(0, relative.place(distance), head);
+        add(&mut self.d_relative_keys[place..], d_product, &q.data[query..][..dim]);
+        add(&mut self.d_relative_keys[place..], d_product, relative.position_bias(head));
+        add(&mut self.d_content_bias[head * dim..], d_product, &k.data[key..][..dim]);
+        add(&mut self.d_position_bias[head * dim..], d_product, by_distance);
     }
 }
 
