@@ -65,6 +65,7 @@ mod exact;
 mod gradient;
 pub mod linear;
 pub mod mask;
+pub mod memory;
 pub mod nn;
 mod parallel;
 pub mod plan;

@@ -385,13 +385,14 @@ impl<'a, 'b, E: Element> Head<'a, 'b, E> {
     }
 }
 
-fn write<'a>(rows: (&'a [f32], usize), columns: (&'a [f32], usize)) -> Write<'a> {
+/// An outer product for each token, of rows with their strides.
+pub(crate) fn write<'a>(rows: (&'a [f32], usize), columns: (&'a [f32], usize)) -> Write<'a> {
     let of = |(data, stride)| TokenRows { data, stride };
     Write { rows: of(rows), columns: of(columns) }
 }
 
 /// A sweep without decay.
-fn plain<'a>(
+pub(crate) fn plain<'a>(
     (state, layout): (&'a mut [f32], Layout),
     tokens: usize,
     write: Option<Write<'a>>,

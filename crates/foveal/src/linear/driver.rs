@@ -169,7 +169,7 @@ impl Sizes<'_> {
 }
 
 /// `floats` numbers for each thread that `units` of work are worth.
-pub(super) fn scratches(
+pub(crate) fn scratches(
     workspace: &mut Workspace,
     cpu: Cpu,
     units: usize,
@@ -226,7 +226,7 @@ pub(super) struct Gathered<'a> {
 }
 
 /// Takes the first `n` numbers of what is left.
-pub(super) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
+pub(crate) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
     let (own, rest) = std::mem::take(floats).split_at_mut(n);
     *floats = rest;
     own

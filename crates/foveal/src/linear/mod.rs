@@ -54,6 +54,10 @@ mod state;
 mod tokens;
 mod vector_decay;
 
+pub(crate) use bidirectional::{plain, write};
+pub(crate) use block::BLOCK;
+pub(crate) use driver::{scratches, take};
+
 pub use backward::{Gradients, RecurrentBackward, Upstream};
 pub use block::{Block, BlockGradient, Pass, Written};
 pub use delta::Delta;
