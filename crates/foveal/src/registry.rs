@@ -10,6 +10,8 @@ pub enum Group {
     Sparse,
     /// Linear attention: a matrix state of constant size.
     Linear,
+    /// Attention to near tokens, mixed with what a memory of earlier ones gives.
+    Memory,
 }
 
 impl Group {
@@ -19,6 +21,7 @@ impl Group {
             Group::Exact => "exact",
             Group::Sparse => "sparse",
             Group::Linear => "linear",
+            Group::Memory => "memory",
         }
     }
 }
@@ -185,6 +188,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         group: Group::Linear,
         summary: "the delta rule on a state that decays by one number for each token and head",
         paper: "arXiv:2412.06464",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "infini",
+        group: Group::Memory,
+        summary: "attention within a segment, mixed by a gate with what a matrix remembers of the segments before",
+        paper: "arXiv:2404.07143",
         forward: true,
         backward: true,
         decode: true,

@@ -19,6 +19,7 @@
 //! key/value head 2·Dk·Dv (delta: 4·Dk·Dv) for the write. The memory is Dk·(Dv + 1) numbers for each key/value head.
 
 mod backward;
+mod gradient;
 mod head;
 mod state;
 
@@ -260,9 +261,9 @@ impl Infini {
         let scratches = scratches(workspace, cpu, sizes.units(), Head::floats(sizes.dims))?;
         let spans = Spans::new(sizes.batch, sizes.seq, None)?;
         let items = out.into_patches(spans, sizes.group()).zip(memory.units_mut(1)).enumerate();
-        for_each_item(items, scratches, |(index, (mut out, mut memory)), floats| {
+        for_each_item(items, scratches, |(index, (mut out, memory)), floats| {
             let (batch, kv_head) = (index / sizes.kv_heads, index % sizes.kv_heads);
-            let mut head = Head::load(floats, sizes.dims, cpu.level, (&memory.0, &memory.1));
+            let mut head = Head::load(floats, sizes.dims, cpu.level, (memory.0, memory.1));
             for start in (0..sizes.seq).step_by(self.segment) {
                 let end = start.saturating_add(self.segment).min(sizes.seq);
                 for own in 0..sizes.group() {
@@ -276,7 +277,7 @@ impl Infini {
                     head.write(k.slice(start..end), v.slice(start..end), self.update);
                 }
             }
-            head.store((&mut memory.0, &mut memory.1));
+            head.store((memory.0, memory.1));
         });
         Ok(())
     }
