@@ -1,28 +1,41 @@
 //! Speed of memory mechanisms, one thread: how much of the multiply-add peak, and time a token as a text grows.
 //!
-//! `cargo run --release -p foveal --example memory_speed [infini]`
+//! `cargo run --release -p foveal --example memory_speed [infini | memorizing]`
 //!
 //! Rounds go through all cases one after the other and the best of each is printed; the peak of multiply-adds is measured in
 //! the same rounds. Operations are counted as the definition has them: keys within the segment up to the query's own.
 
+use foveal::cache::{ContiguousCache, KvStore, KvTile};
 use foveal::linear::State;
-use foveal::memory::Update;
 use foveal::memory::infini::{Infini, Tokens, Upstream};
+use foveal::memory::memorizing::{self, Memorizing};
+use foveal::memory::{MemoryStore, Update};
 use foveal::sparse::StateHeads;
 use foveal::testing::multiply_add;
-use foveal::{Cpu, DType, Level, Phase, Shape, Tensor, Threads, Workspace};
+use foveal::{
+    Cpu, DType, Element, Level, Phase, Shape, Tensor, TensorRef, Threads, Workspace,
+};
 use std::time::Instant;
 
 const DIM: usize = 128;
 const HEADS: usize = 4;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 
 fn main() -> foveal::Result<()> {
     let cpu = Cpu { level: Level::detect()?, threads: Threads::ONE };
     println!("{}, one thread, {HEADS} heads of {DIM}, best of {ROUNDS}", cpu.level);
-    infini_of_peak(cpu)?;
-    infini_over_length(cpu)?;
-    infini_token_by_token(cpu)
+    let only = std::env::args().nth(1);
+    let runs = |name: &str| only.as_ref().is_none_or(|only| only == name);
+    if runs("infini") {
+        infini_of_peak(cpu)?;
+        infini_over_length(cpu)?;
+        infini_token_by_token(cpu)?;
+    }
+    if runs("memorizing") {
+        memorizing::<f32>("f32", cpu)?;
+        memorizing::<half::bf16>("bf16", cpu)?;
+    }
+    Ok(())
 }
 
 /// Numbers between −1 and 1 that look random.
@@ -72,7 +85,7 @@ fn infini_of_peak(cpu: Cpu) -> foveal::Result<()> {
     let tokens = Tokens::new(q.view(), k.view(), v.view(), &gate);
     let cases = [Update::Linear, Update::Delta]
         .into_iter()
-        .flat_map(|update| [256, 512, 1024, 2048, 4096].map(|segment| (update, segment)));
+        .flat_map(|update| [256, 1024, 2048].map(|segment| (update, segment)));
     let cases: Vec<_> = cases.collect();
     let (mut peak, mut best) = (0.0f64, vec![[f64::INFINITY; 2]; cases.len()]);
     let (mut out, mut workspace) = (Tensor::zeros(shape)?, Workspace::new());
@@ -148,6 +161,94 @@ fn infini_token_by_token(cpu: Cpu) -> foveal::Result<()> {
         let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
         let (first, last) = (mean(&times[..512]), mean(&times[1536..2047]));
         println!("| {segment} | {first:.1} | {last:.1} | {:.0} |", times[2047]);
+    }
+    Ok(())
+}
+
+/// A store that is full from the first segment on, which it then holds over and over.
+#[derive(Debug)]
+struct Full<E>(ContiguousCache<E>, usize);
+
+impl<E: Element> KvStore for Full<E> {
+    fn end(&self) -> usize {
+        self.0.end()
+    }
+    fn start(&self) -> usize {
+        self.0.start()
+    }
+    fn kv_heads(&self) -> usize {
+        self.0.kv_heads()
+    }
+    fn dims(&self) -> (usize, usize) {
+        self.0.dims()
+    }
+    fn dtype(&self) -> DType {
+        self.0.dtype()
+    }
+    fn tile(&self, head: usize, positions: std::ops::Range<usize>) -> KvTile<'_> {
+        self.0.tile(head, positions)
+    }
+}
+
+impl<E: Element> MemoryStore for Full<E> {
+    fn append(&mut self, k: TensorRef<'_, f32>, v: TensorRef<'_, f32>) -> foveal::Result<()> {
+        self.0.append(k, v)?;
+        while self.0.end() < self.1 {
+            self.0.append(k, v)?;
+        }
+        Ok(())
+    }
+    fn forget(&mut self, before: usize) {
+        self.0.forget(before);
+    }
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// A segment, and a token, against memories of several sizes.
+fn memorizing<E: Element>(name: &str, cpu: Cpu) -> foveal::Result<()> {
+    const SEGMENT: usize = 512;
+    let heads = StateHeads { heads: HEADS, kv_heads: HEADS, key_dim: DIM, value_dim: DIM };
+    let shape = Shape { batch: 1, seq: SEGMENT, heads: HEADS, dim: DIM };
+    let [q, k, v] = [numbers(shape)?, numbers(shape)?, numbers(shape)?];
+    let (gate, scale) = ([0.0; HEADS], [1.0; HEADS]);
+    let tokens = memorizing::Tokens::new(q.view(), k.view(), v.view(), &gate, &scale);
+    let one = |x: &Tensor<f32>| -> foveal::Result<Tensor<f32>> {
+        let shape = Shape { seq: 1, ..shape };
+        Tensor::from_vec(x.as_slice()[..HEADS * DIM].to_vec(), shape)
+    };
+    let [q1, k1, v1] = [one(&q)?, one(&k)?, one(&v)?];
+    let token = memorizing::Tokens::new(q1.view(), k1.view(), v1.view(), &gate, &scale);
+    println!("\nMemorizing Transformers, entries in {name}, segments of {SEGMENT}");
+    println!("| entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of keys |");
+    println!("|---|---|---|---|---|---|");
+    for entries in [8192, 65536] {
+        for top in [1, 32, 128] {
+            let memorizing = Memorizing::new(SEGMENT, top, entries)?.cpu(cpu);
+            let store = Full(memorizing.store::<E>(heads)?, entries);
+            let mut state = memorizing.state(heads, store)?;
+            state.forward(&tokens, Phase::Prompt)?;
+            let (mut peak, mut segment, mut single) = (0.0f64, f64::INFINITY, f64::INFINITY);
+            for _ in 0..ROUNDS {
+                peak = peak.max(flops(cpu.level));
+                segment =
+                    segment.min(seconds(|| state.forward(&tokens, Phase::Prompt).map(|_| ()))?);
+            }
+            for _ in 0..8 * ROUNDS {
+                single =
+                    single.min(seconds(|| state.forward(&token, Phase::Generated).map(|_| ()))?);
+            }
+            let products = (HEADS * SEGMENT * entries * 2 * DIM) as f64 / segment;
+            let bytes = (HEADS * entries * DIM * size_of::<E>()) as f64 / single;
+            println!(
+                "| {entries} | {top} | {:.1} | {:.0} % | {:.0} | {:.1} |",
+                segment * 1e3,
+                100.0 * products / peak,
+                single * 1e6,
+                bytes / 1e9
+            );
+        }
     }
     Ok(())
 }

@@ -201,6 +201,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         backward: true,
         decode: true,
     },
+    Mechanism {
+        name: "memorizing",
+        group: Group::Memory,
+        summary: "attention within a segment, mixed by a gate with attention to the best of a document's past keys",
+        paper: "arXiv:2203.08913",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
 ];
 
 #[cfg(test)]

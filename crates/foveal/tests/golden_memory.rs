@@ -4,11 +4,13 @@ mod support;
 
 use foveal::linear::{State, StateShape};
 use foveal::memory::infini::{Gradients, Infini, InfiniBackward, Tokens, Upstream};
-use foveal::memory::reference::{Memories, Segments, infini};
+use foveal::memory::memorizing::{self, Memorizing};
+use foveal::memory::reference::{Memories, Memorized, Segments, infini};
 use foveal::memory::{Empty, Update};
 use foveal::position::{Rope, RopeConfig, RopeLayout, RopeTable};
 use foveal::reference::Input;
-use foveal::{Cpu, Scale, Shape, Tensor, Workspace};
+use foveal::sparse::StateHeads;
+use foveal::{Cpu, Phase, Scale, Shape, Tensor, Workspace};
 use support::attention::shape;
 use support::cpus;
 use support::golden::{Array, Case, cases};
@@ -208,6 +210,159 @@ fn infini_attention() {
         for cpu in cpus() {
             let how = format!("{}", cpu.level);
             compare(case, &how, &infini_answers(case, cpu), case.tolerance("f32"));
+        }
+    }
+}
+
+/// The documents of each sequence of a case.
+fn documents(case: &Case) -> Vec<(usize, std::ops::Range<usize>)> {
+    let Shape { batch, seq, .. } = shape(case.tensor("q"));
+    let (segment, resets) =
+        (case.number("segment") as usize, case.tensors.get("reset_before_segment"));
+    let mut documents = vec![];
+    for b in 0..batch {
+        let segments = seq / segment;
+        let begins = |n: &usize| resets.is_some_and(|x| x.data[b * segments + n] != 0.0) && *n > 0;
+        let mut cuts: Vec<usize> = (0..segments).filter(begins).map(|n| n * segment).collect();
+        cuts.insert(0, 0);
+        cuts.push(seq);
+        documents.extend(cuts.windows(2).map(|pair| (b, pair[0]..pair[1])));
+    }
+    documents
+}
+
+/// The tokens of one document.
+fn cut(array: &Array, (batch, tokens): &(usize, std::ops::Range<usize>)) -> Array {
+    let Shape { seq, heads, dim, .. } = shape(array);
+    let own = (batch * seq + tokens.start) * heads * dim..(batch * seq + tokens.end) * heads * dim;
+    Array { shape: vec![1, tokens.len(), heads, dim], data: array.data[own].to_vec() }
+}
+
+fn bias(case: &Case) -> Option<(Shape, Vec<f64>)> {
+    let bias = case.tensors.get("bias")?;
+    let [heads, seq, dim] = bias.shape[..] else { panic!("{}: {:?}", case.name, bias.shape) };
+    let mut turned = vec![];
+    for (t, h) in (0..seq).flat_map(|t| (0..heads).map(move |h| (t, h))) {
+        turned.extend_from_slice(&bias.data[(h * seq + t) * dim..][..dim]);
+    }
+    Some((Shape { batch: 1, seq, heads, dim }, turned))
+}
+
+/// Back to `[heads, query, key]`.
+fn by_head(Shape { seq, heads, dim, .. }: Shape, x: &[f64]) -> Vec<f64> {
+    let sites = (0..heads).flat_map(|h| (0..seq).map(move |t| (h, t)));
+    sites.flat_map(|(h, t)| x[(t * heads + h) * dim..][..dim].to_vec()).collect()
+}
+
+fn options(case: &Case) -> Memorizing {
+    let number = |name: &str| case.number(name) as usize;
+    let local = case.options["local"].as_str().unwrap();
+    Memorizing::new(number("segment"), number("top_k"), number("memory_capacity"))
+        .unwrap()
+        .previous(local.contains("previous segment"))
+}
+
+fn positions(selected: impl Iterator<Item = usize>, top: usize, start: usize) -> Vec<f64> {
+    let mut own: Vec<f64> = selected.map(|at| (at + start) as f64).collect();
+    own.resize(top, -1.0);
+    own
+}
+
+fn memorizing_by_definition(case: &Case) {
+    let local = case.options["local"].as_str().unwrap();
+    let number = |name: &str| case.number(name) as usize;
+    let bias = bias(case);
+    let (mut results, mut selected) = (vec![vec![]; 3], vec![]);
+    for document in documents(case) {
+        let own = ["q", "k", "v"].map(|name| cut(case.tensor(name), &document));
+        let [q, k, v] = own.each_ref().map(|x| Input { data: &x.data, shape: shape(x) });
+        let call = Memorized {
+            tokens: [q, k, v],
+            past: [k, v],
+            gate: &case.tensor("gate").data,
+            scale: &case.tensor("scale").data,
+            bias: bias.as_ref().map(|bias| &bias.1[..]),
+            selected: None,
+            segment: number("segment"),
+            top: number("top_k"),
+            capacity: number("memory_capacity"),
+            previous: local.contains("previous segment"),
+        };
+        let own = foveal::memory::reference::memorizing(&call);
+        for (to, from) in results.iter_mut().zip([own.out, own.local, own.memory]) {
+            to.extend(from);
+        }
+        let start = document.1.start as f64;
+        selected.extend(own.selected.iter().map(|x| x.map_or(-1.0, |x| x as f64 + start)));
+    }
+    let tolerance = case.tolerance("f64");
+    for (name, got) in ["out", "out_local", "out_memory"].iter().zip(&results) {
+        case.check(name, got, tolerance);
+    }
+    assert_eq!(selected, case.tensor("selected").data, "{}", case.name);
+}
+
+fn memorizing_answers(case: &Case, cpu: Cpu) -> Vec<(&'static str, Vec<f64>)> {
+    let [q, _, v] = ["q", "k", "v"].map(|name| shape(case.tensor(name)));
+    let kv_heads = shape(case.tensor("k")).heads;
+    let heads = StateHeads { heads: q.heads, kv_heads, key_dim: q.dim, value_dim: v.dim };
+    let [gate, scale] = ["gate", "scale"].map(|name| case.tensor(name).to_f32());
+    let bias = bias(case)
+        .map(|(shape, x)| Tensor::from_vec(x.iter().map(|&x| x as f32).collect(), shape).unwrap());
+    let memorizing = options(case).cpu(cpu);
+    let names = ["out", "out_local", "out_memory", "selected", "grad.q", "grad.k", "grad.v"];
+    let mut rows: Vec<Vec<f64>> = vec![vec![]; names.len()];
+    let mut sums = [vec![0.0; q.heads], vec![0.0; q.heads], vec![]];
+    if let Some(bias) = &bias {
+        sums[2] = vec![0.0; bias.as_slice().len()];
+    }
+    for document in documents(case) {
+        let [q, k, v, d_out] =
+            ["q", "k", "v", "d_out"].map(|name| tensor(&cut(case.tensor(name), &document)));
+        let mut tokens = memorizing::Tokens::new(q.view(), k.view(), v.view(), &gate, &scale);
+        if let Some(bias) = &bias {
+            tokens = tokens.bias(bias.view());
+        }
+        let before = memorizing.state(heads, memorizing.store::<f32>(heads).unwrap()).unwrap();
+        let mut state = before.clone();
+        let forward = state.forward(&tokens, Phase::Prompt).unwrap();
+        let d = before.backward(&tokens, &forward, d_out.view()).unwrap();
+        let (top, start) = (case.number("top_k") as usize, document.1.start);
+        let sites = (0..document.1.len()).flat_map(|t| (0..heads.heads).map(move |h| (t, h)));
+        let selected = |(t, h)| positions(forward.selected.of(t, h), top, start);
+        let own = [
+            wide(forward.out.as_slice()),
+            wide(forward.local.as_slice()),
+            wide(forward.memory.as_slice()),
+            sites.flat_map(selected).collect(),
+            wide(d.d_q.as_slice()),
+            wide(d.d_k.as_slice()),
+            wide(d.d_v.as_slice()),
+        ];
+        rows.iter_mut().zip(own).for_each(|(to, from)| to.extend(from));
+        let d_bias = d.d_bias.map_or(vec![], Tensor::into_vec);
+        for (sum, own) in sums.iter_mut().zip([&d.d_gate, &d.d_scale, &d_bias]) {
+            sum.iter_mut().zip(own).for_each(|(a, &b)| *a += f64::from(b));
+        }
+    }
+    let [d_gate, d_scale, d_bias] = sums;
+    let mut answers: Vec<_> = names.into_iter().zip(rows).collect();
+    answers.extend([("grad.gate", d_gate), ("grad.scale", d_scale)]);
+    if let Some(bias) = &bias {
+        answers.push(("grad.bias", by_head(bias.shape(), &d_bias)));
+    }
+    answers
+}
+
+#[test]
+fn memorizing_transformers() {
+    let cases = cases("memorizing");
+    assert_eq!(cases.len(), 8);
+    for case in &cases {
+        memorizing_by_definition(case);
+        for cpu in cpus() {
+            let how = format!("{}", cpu.level);
+            compare(case, &how, &memorizing_answers(case, cpu), case.tolerance("f32"));
         }
     }
 }

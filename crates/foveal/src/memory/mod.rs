@@ -10,11 +10,16 @@
 //! | mechanism | what is remembered | source |
 //! |---|---|---|
 //! | [`Infini`] | a matrix and a sum of keys for each key/value head, of constant size | Munkhdalai et al. 2024 |
+//! | [`Memorizing`] | keys and values of a document's past, of which each query retrieves the best | Wu et al. 2022 |
 
 pub mod infini;
+pub mod memorizing;
 pub mod reference;
+mod store;
 
 pub use infini::{Empty, Infini, InfiniState, Update};
+pub use memorizing::{Memorizing, MemorizingState};
+pub use store::MemoryStore;
 
 /// The two weights that a gate gives.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -133,3 +133,157 @@ fn write(call: &Segments<'_>, [batch, start, h]: [usize; 3], memories: &mut Memo
         sums.iter_mut().zip(&key).for_each(|(z, x)| *z += x);
     }
 }
+
+/// What [`memorizing`] reads; shapes are those of [`Tokens`](super::memorizing::Tokens), for any number of sequences.
+#[derive(Debug, Clone, Copy)]
+pub struct Memorized<'a> {
+    /// Queries, keys and values.
+    pub tokens: [Input<'a>; 3],
+    /// Keys and values as later segments remember them: the same, or constants where differences are taken.
+    pub past: [Input<'a>; 2],
+    /// β of each query head.
+    pub gate: &'a [f64],
+    /// s of each query head.
+    pub scale: &'a [f64],
+    /// Bias of local attention, `[segment][heads][window]`.
+    pub bias: Option<&'a [f64]>,
+    /// Entries that are retrieved, where differences are taken; found otherwise. `[batch][token][head][top]`.
+    pub selected: Option<&'a [Option<usize>]>,
+    /// Tokens of a segment.
+    pub segment: usize,
+    /// Entries of a query.
+    pub top: usize,
+    /// Tokens that are remembered.
+    pub capacity: usize,
+    /// Whether local attention sees the segment before.
+    pub previous: bool,
+}
+
+/// What [`memorizing`] gives, row-major.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Retrieved {
+    /// Outputs.
+    pub out: Vec<f64>,
+    /// Local attention.
+    pub local: Vec<f64>,
+    /// Attention to what was retrieved.
+    pub memory: Vec<f64>,
+    /// Positions of what was retrieved, best first.
+    pub selected: Vec<Option<usize>>,
+}
+
+/// The Memorizing Transformer's attention from the beginning of a document on, query by query. Allocates.
+pub fn memorizing(call: &Memorized<'_>) -> Retrieved {
+    let [q, _, v] = call.tokens;
+    let mut result = Retrieved::default();
+    for batch in 0..q.shape.batch {
+        for t in 0..q.shape.seq {
+            for head in 0..q.shape.heads {
+                let site = Site { call, batch, t, head };
+                let local = site.local();
+                let selected = site.selected();
+                let memory = site.retrieve(&selected);
+                let g = 1.0 / (1.0 + (-call.gate[head]).exp());
+                let mixed = memory.iter().zip(&local).map(|(m, l)| g * m + (1.0 - g) * l);
+                result.out.extend(mixed);
+                result.local.extend(local);
+                result.memory.extend(memory);
+                result.selected.extend(selected);
+            }
+        }
+    }
+    debug_assert_eq!(result.out.len() * q.shape.dim, q.data.len() * v.shape.dim);
+    result
+}
+
+/// One query.
+struct Site<'a> {
+    call: &'a Memorized<'a>,
+    batch: usize,
+    t: usize,
+    head: usize,
+}
+
+impl Site<'_> {
+    fn unit(&self, x: &Input<'_>, t: usize, head: usize) -> Vec<f64> {
+        let row = row(x, [self.batch, t, head]);
+        let norm = (row.iter().map(|x| x * x).sum::<f64>() + 1e-6).sqrt();
+        row.iter().map(|x| x / norm).collect()
+    }
+
+    fn kv_head(&self) -> usize {
+        self.head * self.call.tokens[1].shape.heads / self.call.tokens[0].shape.heads
+    }
+
+    fn start(&self) -> usize {
+        self.t / self.call.segment * self.call.segment
+    }
+
+    /// q̂ · k̂ of a token as its own segment knows it, or as the past does.
+    fn product(&self, j: usize, past: bool) -> f64 {
+        let keys = if past { &self.call.past[0] } else { &self.call.tokens[1] };
+        let q = self.unit(&self.call.tokens[0], self.t, self.head);
+        let k = self.unit(keys, j, self.kv_head());
+        q.iter().zip(&k).map(|(a, b)| a * b).sum()
+    }
+
+    /// Σ softmax(|s| score) value.
+    fn softmax(&self, seen: &[(f64, &[f64])]) -> Vec<f64> {
+        let mut out = vec![0.0; self.call.tokens[2].shape.dim];
+        let scale = self.call.scale[self.head].abs();
+        let max = seen.iter().fold(f64::NEG_INFINITY, |max, x| max.max(scale * x.0));
+        let sum: f64 = seen.iter().map(|x| (scale * x.0 - max).exp()).sum();
+        for (score, value) in seen {
+            let weight = (scale * score - max).exp() / sum;
+            out.iter_mut().zip(*value).for_each(|(o, v)| *o += weight * v);
+        }
+        out
+    }
+
+    fn local(&self) -> Vec<f64> {
+        let Memorized { segment, previous, bias, .. } = *self.call;
+        let start = self.start();
+        let first = if previous { start.saturating_sub(segment) } else { start };
+        let window = if previous { 2 * segment } else { segment };
+        let heads = self.call.tokens[0].shape.heads;
+        let seen: Vec<_> = (first..=self.t)
+            .map(|j| {
+                let past = j < start;
+                let values = if past { &self.call.past[1] } else { &self.call.tokens[2] };
+                let column = j + window - segment - start;
+                let row_of = ((self.t - start) * heads + self.head) * window;
+                let bias = bias.map_or(0.0, |bias| bias[row_of + column]);
+                let value = row(values, [self.batch, j, self.kv_head()]);
+                (self.product(j, past) + bias, value)
+            })
+            .collect();
+        self.softmax(&seen)
+    }
+
+    /// The entries of this query, best first.
+    fn selected(&self) -> Vec<Option<usize>> {
+        let Memorized { top, capacity, selected, .. } = *self.call;
+        if let Some(selected) = selected {
+            let Shape { seq, heads, .. } = self.call.tokens[0].shape;
+            let at = ((self.batch * seq + self.t) * heads + self.head) * top;
+            return selected[at..at + top].to_vec();
+        }
+        let start = self.start();
+        let mut scores: Vec<(f64, usize)> =
+            (start.saturating_sub(capacity)..start).map(|j| (self.product(j, true), j)).collect();
+        scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        (0..top).map(|n| scores.get(n).map(|x| x.1)).collect()
+    }
+
+    fn retrieve(&self, selected: &[Option<usize>]) -> Vec<f64> {
+        let seen: Vec<_> = selected
+            .iter()
+            .flatten()
+            .map(|&j| {
+                let value = row(&self.call.past[1], [self.batch, j, self.kv_head()]);
+                (self.product(j, true), value)
+            })
+            .collect();
+        self.softmax(&seen)
+    }
+}
