@@ -170,7 +170,9 @@ pub enum Error {
         limit: usize,
     },
     /// A recurrent state of other extents, or of another kind, than the call's.
-    #[error("the state is {got}, the call needs {expected}; make it with Recurrent::state")]
+    #[error(
+        "the state is {got}, the call needs {expected}; make it with Recurrent::state, or Infini::memory"
+    )]
     StateShape {
         /// What the call needs.
         expected: String,

@@ -46,6 +46,7 @@
 //! | [`latent`] | multi-head latent attention over rows that all heads share | DeepSeek-V2 2024 |
 //! | [`sparse`] | exact attention to chosen keys: forward, backward, token by token | Child et al. 2019; Beltagy et al. 2020; Zaheer et al. 2020; Kitaev et al. 2020; Lu et al. 2025; Yuan et al. 2025 |
 //! | [`linear`] | linear attention with a matrix state: forward, backward, token by token | Katharopoulos et al. 2020 |
+//! | [`memory`] | segments, and what they leave to later ones: forward, backward, token by token | Munkhdalai et al. 2024; Wu et al. 2022 |
 //! | [`cache`] | what decoding keeps | |
 //! | [`SoftmaxState`] | partial results and how they are joined | Milakov and Gimelshein 2018 |
 //! | [`projection`] | matrices around attention, quantised as files hold them | GGUF |
@@ -65,6 +66,7 @@ mod exact;
 mod gradient;
 pub mod linear;
 pub mod mask;
+pub mod memory;
 pub mod nn;
 mod parallel;
 pub mod plan;

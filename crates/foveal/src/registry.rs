@@ -10,6 +10,8 @@ pub enum Group {
     Sparse,
     /// Linear attention: cost grows with the number of tokens, not with its square.
     Linear,
+    /// Attention to near tokens, mixed with what a memory of earlier ones gives.
+    Memory,
 }
 
 impl Group {
@@ -19,6 +21,7 @@ impl Group {
             Group::Exact => "exact",
             Group::Sparse => "sparse",
             Group::Linear => "linear",
+            Group::Memory => "memory",
         }
     }
 }
@@ -212,6 +215,24 @@ pub const MECHANISMS: &[Mechanism] = &[
         group: Group::Linear,
         summary: "the delta rule on a state that decays by one number for each token and head",
         paper: "arXiv:2412.06464",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "infini",
+        group: Group::Memory,
+        summary: "attention within a segment, mixed by a gate with what a matrix remembers of the segments before",
+        paper: "arXiv:2404.07143",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
+        name: "memorizing",
+        group: Group::Memory,
+        summary: "attention within a segment, mixed by a gate with attention to the best of a document's past keys",
+        paper: "arXiv:2203.08913",
         forward: true,
         backward: true,
         decode: true,

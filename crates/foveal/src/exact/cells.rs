@@ -10,7 +10,7 @@ use crate::tensor::Rows;
 
 impl Form {
     /// Packs the keys of a tile into panels at the front of `floats`; returns them.
-    pub(super) fn pack_keys<'a>(self, keys: KvKeys<'_>, floats: &'a mut [f32]) -> &'a [f32] {
+    pub(crate) fn pack_keys<'a>(self, keys: KvKeys<'_>, floats: &'a mut [f32]) -> &'a [f32] {
         let (count, width) = keys.size();
         let panels = &mut floats[..count.div_ceil(PANEL) * PANEL * self.cells(width)];
         match (self, keys) {

@@ -182,7 +182,7 @@ impl Sizes<'_> {
 }
 
 /// `floats` numbers for each thread that `units` of work are worth.
-pub(super) fn scratches(
+pub(crate) fn scratches(
     workspace: &mut Workspace,
     cpu: Cpu,
     units: usize,

@@ -78,7 +78,7 @@ pub(super) struct Gathered<'a> {
 }
 
 /// Takes the first `n` numbers of what is left.
-pub(super) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
+pub(crate) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
     let (own, rest) = std::mem::take(floats).split_at_mut(n);
     *floats = rest;
     own

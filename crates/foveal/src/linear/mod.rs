@@ -60,6 +60,10 @@ mod state;
 mod tokens;
 mod vector_decay;
 
+pub(crate) use block::BLOCK;
+pub(crate) use driver::scratches;
+pub(crate) use gather::take;
+
 pub use backward::{Gradients, RecurrentBackward, Upstream};
 pub use bidirectional::AnyOrder;
 pub use block::{Block, BlockGradient, Pass, Written};

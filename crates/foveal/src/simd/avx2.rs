@@ -177,6 +177,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn above(self, a: __m256, b: __m256) -> u32 {
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) as u32 }
+    }
+    #[inline(always)]
     fn scale_exponent(self, p: __m256, t: __m256, x: __m256) -> __m256 {
         unsafe {
             let k = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));

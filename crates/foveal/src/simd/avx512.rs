@@ -163,6 +163,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_mov_ps(b, bits as __mmask16, a) }
     }
     #[inline(always)]
+    fn above(self, a: __m512, b: __m512) -> u32 {
+        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b)) }
+    }
+    #[inline(always)]
     fn scale_exponent(self, p: __m512, t: __m512, x: __m512) -> __m512 {
         unsafe {
             let k = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));

@@ -41,6 +41,7 @@ pub(crate) mod product;
 pub(crate) mod projection;
 pub(crate) mod rotate;
 pub(crate) mod row;
+pub(crate) mod select;
 pub(crate) mod short;
 pub(crate) mod sweep;
 pub(crate) mod terms;
@@ -136,6 +137,8 @@ pub trait Simd: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a` in lanes whose bit is set, `b` in the others.
     fn select(self, bits: u32, a: Self::F, b: Self::F) -> Self::F;
+    /// One bit for each lane in which `a` is greater than `b`; NaN is not.
+    fn above(self, a: Self::F, b: Self::F) -> u32;
     /// `p * 2^k` with `k` in the low bits of `t` (a number plus 1.5·2²³), and 0 where `x < -126`.
     /// NaN in `p` stays.
     fn scale_exponent(self, p: Self::F, t: Self::F, x: Self::F) -> Self::F;

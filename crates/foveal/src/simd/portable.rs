@@ -165,6 +165,14 @@ impl Simd for Portable {
         out
     }
     #[inline(always)]
+    fn above(self, a: Lanes8, b: Lanes8) -> u32 {
+        let mut bits = 0;
+        for i in 0..8 {
+            bits |= u32::from(a.0[i] > b.0[i]) << i;
+        }
+        bits
+    }
+    #[inline(always)]
     fn scale_exponent(self, p: Lanes8, t: Lanes8, x: Lanes8) -> Lanes8 {
         let mut out = p;
         for i in 0..8 {

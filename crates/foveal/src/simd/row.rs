@@ -74,6 +74,31 @@ fn blend_kernel<S: Simd, E: Element>(s: S, to: &mut [E], keep: f32, from: &[E], 
 }
 
 dispatch! {
+    /// `to = to * keep + from * add`, rounded to the storage type; `from` may be longer.
+    pub(crate) fn mix<E: Element>(to: &mut [E], keep: f32, from: &[f32], add: f32) = mix_kernel
+}
+
+#[inline(always)]
+fn mix_kernel<S: Simd, E: Element>(s: S, to: &mut [E], keep: f32, from: &[f32], add: f32) {
+    let from = &from[..to.len()];
+    let (keep, add) = (s.splat(keep), s.splat(add));
+    let mut i = 0;
+    while i < to.len() {
+        let n = (to.len() - i).min(S::LANES);
+        // SAFETY: n elements are left in both.
+        unsafe {
+            let (p, q) = (to.as_mut_ptr().add(i), from.as_ptr().add(i));
+            let (x, y) = match n == S::LANES {
+                true => (E::load(s, p), s.load(q)),
+                false => (E::load_part(s, p, n), s.load_part(q, n)),
+            };
+            E::store_part(s, p, s.fma(y, add, s.mul(x, keep)), n);
+        }
+        i += n;
+    }
+}
+
+dispatch! {
     /// Asks for a row to be brought near. Reads nothing.
     pub(crate) fn prefetch<E: Element>(row: &[E]) = prefetch_kernel
 }

@@ -351,7 +351,11 @@ fn sum_later_kernel<S: Simd>(
     }
 }
 
-/// `to += from`; `from` may be longer.
+dispatch! {
+    /// `to += from`; `from` may be longer.
+    pub(crate) fn accumulate(from: &[f32], to: &mut [f32]) = accumulate_kernel
+}
+
 #[inline(always)]
 fn accumulate_kernel<S: Simd>(s: S, from: &[f32], to: &mut [f32]) {
     let from = &from[..to.len()];

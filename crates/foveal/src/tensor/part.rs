@@ -22,6 +22,16 @@ impl<'a, E: Element> TensorRef<'a, E> {
         let (shape, at) = part((self.shape, self.strides), &batch, &heads);
         TensorRef { data: &self.data[at..], shape, strides: self.strides }
     }
+
+    /// As many whole stretches of `len` tokens as one sequence has, as the sequences of a batch.
+    ///
+    /// # Panics
+    /// If there is no such sequence, or for stretches of no tokens.
+    pub(crate) fn stretches(&self, sequence: usize, len: usize) -> TensorRef<'a, E> {
+        let own = self.part(sequence..sequence + 1, 0..self.shape.heads);
+        let (shape, strides) = stretches((own.shape, own.strides), len);
+        TensorRef { data: own.data, shape, strides }
+    }
 }
 
 impl<'a, E: Element> TensorMut<'a, E> {
@@ -42,6 +52,24 @@ impl<'a, E: Element> TensorMut<'a, E> {
         let (shape, at) = part((self.shape, self.strides), &batch, &heads);
         TensorMut { data: &mut self.data[at..], shape, strides: self.strides }
     }
+
+    /// As many whole stretches of `len` tokens as one sequence has, as the sequences of a batch.
+    ///
+    /// # Panics
+    /// If there is no such sequence, or for stretches of no tokens.
+    pub(crate) fn into_stretches(self, sequence: usize, len: usize) -> TensorMut<'a, E> {
+        let heads = 0..self.shape.heads;
+        let own = self.into_part(sequence..sequence + 1, heads);
+        let (shape, strides) = stretches((own.shape, own.strides), len);
+        TensorMut { data: own.data, shape, strides }
+    }
+}
+
+/// The shape and strides of a sequence cut into stretches.
+fn stretches((whole, strides): (Shape, Strides), len: usize) -> (Shape, Strides) {
+    let shape = Shape { batch: whole.seq / len, seq: len, ..whole };
+    // One stretch reaches no further than the sequence, and none has no neighbour.
+    (shape, Strides { batch: strides.seq.saturating_mul(len), ..strides })
 }
 
 /// The part's shape, and where it begins.

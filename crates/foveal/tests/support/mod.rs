@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod backward;
 pub mod golden;
+pub mod infini;
 pub mod layer;
 pub mod linear;
 pub mod rope;
