@@ -66,6 +66,16 @@ impl Linear {
         Ok(LinearRef { weight: self.matrix()?, bias: self.bias.as_deref() })
     }
 
+    /// Projects rows `[rows, in_features]` once, in f32, as a model is loaded. Allocates the result.
+    pub(crate) fn rows_of(&self, x: &[f32]) -> Result<Vec<f32>, Error> {
+        let mut y = vec![0.0; x.len() / self.in_features().max(1) * self.out_features()];
+        let (cpu, mut workspace) = (Cpu::detect()?, Workspace::new());
+        let (phase, activations) = (Phase::Prompt, Activations::F32);
+        let mut run = Run { cpu, phase, activations, workspace: &mut workspace };
+        self.forward(x, &mut y, &mut run)?;
+        Ok(y)
+    }
+
     /// Reads the rows of a table of embeddings into `x`, `[tokens, in_features]`.
     pub(crate) fn embed(&self, tokens: &[u32], x: &mut [f32], cpu: Cpu) -> Result<(), Error> {
         Ok(embed(&self.matrix()?, tokens, x, cpu.level)?)

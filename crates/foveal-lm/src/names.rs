@@ -233,6 +233,30 @@ impl<'a> Parts<'a> {
         Ok(Linear::new(self.weights.tensor(&name)?.with_shape(&shape)?, None))
     }
 
+    /// So many numbers of one of a layer's sections.
+    pub(crate) fn section_vector(
+        &self,
+        layer: usize,
+        section: usize,
+        part: &str,
+        len: usize,
+    ) -> Result<Vec<f32>, Error> {
+        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}");
+        Ok(self.weights.tensor(&name)?.with_shape(&[len])?.to_f32())
+    }
+
+    /// The taps of a convolution of one of a layer's sections, `[channels, 1, taps]`.
+    pub(crate) fn section_taps(
+        &self,
+        layer: usize,
+        section: usize,
+        part: &str,
+        [channels, taps]: [usize; 2],
+    ) -> Result<Vec<f32>, Error> {
+        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}.weight");
+        Ok(self.weights.tensor(&name)?.with_shape(&[channels, 1, taps])?.to_f32())
+    }
+
     /// The projection `part` of a layer, of the shape `[out_features, in_features]`, with its bias or without.
     pub(crate) fn linear(
         &self,

@@ -13,7 +13,9 @@ use foveal::position::{Yarn, YarnAmplitude};
 use crate::Error;
 use crate::weights::{Description, Weights};
 
-pub use sections::{CombineHeads, Factorised, Mechanism, NearWindow, SectionConfig};
+pub use sections::{
+    CombineHeads, Factorised, KernelMap, Mechanism, MemoryUpdate, NearWindow, SectionConfig,
+};
 
 /// The families of models that can be assembled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

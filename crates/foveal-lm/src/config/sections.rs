@@ -88,6 +88,115 @@ pub enum Mechanism {
         /// Newest tokens.
         window: usize,
     },
+    /// [`Linear`](foveal::linear::Linear).
+    Linear {
+        /// What queries and keys go through.
+        #[serde(default)]
+        map: KernelMap,
+    },
+    /// [`Favor`](foveal::linear::Favor) with orthogonal features.
+    Performer {
+        /// How many.
+        features: usize,
+        /// What they are drawn with.
+        #[serde(default)]
+        seed: u64,
+    },
+    /// [`Efficient`](foveal::linear::Efficient), over the keys so far.
+    Efficient {},
+    /// [`Retention`](foveal::linear::Retention).
+    Retention {},
+    /// [`ScalarDecay`](foveal::linear::ScalarDecay).
+    ScalarDecay {
+        /// Taps of the convolutions of queries, keys and values; 0 for none.
+        #[serde(default)]
+        conv: usize,
+    },
+    /// [`VectorDecay`](foveal::linear::VectorDecay): gated linear attention.
+    Gla {
+        /// Inner width of the projection to decays.
+        #[serde(default = "sixteen")]
+        rank: usize,
+    },
+    /// [`Delta`](foveal::linear::Delta) without gate.
+    Delta {
+        /// As in [`Mechanism::ScalarDecay`].
+        #[serde(default = "four")]
+        conv: usize,
+        /// Whether writing strengths go up to 2.
+        #[serde(default)]
+        negative_eigenvalues: bool,
+    },
+    /// [`Delta`](foveal::linear::Delta) with a gate.
+    GatedDelta {
+        /// As in [`Mechanism::ScalarDecay`].
+        #[serde(default = "four")]
+        conv: usize,
+        /// Whether writing strengths go up to 2.
+        #[serde(default)]
+        negative_eigenvalues: bool,
+    },
+    /// Transformer-XL: the segment and the tokens before it, by [`RelativeEncoding`](foveal::position::RelativeEncoding).
+    TransformerXl {
+        /// Tokens of a segment.
+        segment: usize,
+        /// Tokens before a segment that its queries see.
+        memory: usize,
+        /// Whether every query sees as many tokens as a memory has, its own included, whatever its place in the segment.
+        #[serde(default)]
+        same_length: bool,
+        /// The distance that those beyond it count as.
+        #[serde(default)]
+        clamp: Option<usize>,
+    },
+    /// [`Infini`](foveal::memory::infini::Infini).
+    Infini {
+        /// Tokens of a segment.
+        segment: usize,
+        /// What a segment adds to the memory.
+        #[serde(default)]
+        update: MemoryUpdate,
+        /// Whether queries and keys are rotated within a segment.
+        #[serde(default = "yes")]
+        rotated: bool,
+    },
+    /// [`Memorizing`](foveal::memory::memorizing::Memorizing), its memory in bf16. The mechanism has no positions: other
+    /// layers have to have them.
+    Memorizing {
+        /// Tokens of a segment.
+        segment: usize,
+        /// Entries of the memory that a query sees.
+        top: usize,
+        /// Tokens that are remembered.
+        capacity: usize,
+        /// Whether the segment before is seen whole as well.
+        #[serde(default)]
+        previous: bool,
+    },
+}
+
+/// See [`foveal::memory::infini::Update`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryUpdate {
+    /// Values.
+    #[default]
+    Linear,
+    /// Values less what is held.
+    Delta,
+}
+
+/// See [`foveal::linear::FeatureMap`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KernelMap {
+    /// elu(x) + 1.
+    #[default]
+    EluPlusOne,
+    /// max(x, 0).
+    Relu,
+    /// e^x.
+    Exp,
 }
 
 /// The patterns of the Sparse Transformer.
@@ -128,10 +237,40 @@ const fn one() -> usize {
     1
 }
 
+const fn yes() -> bool {
+    true
+}
+
+const fn four() -> usize {
+    4
+}
+
+const fn sixteen() -> usize {
+    16
+}
+
 impl Mechanism {
     /// All names, as `foveal list` has them.
-    pub const NAMES: [&str; 7] =
-        ["full", "window", "sparse_transformer", "longformer", "bigbird", "moba", "native_sparse"];
+    pub const NAMES: [&str; 18] = [
+        "full",
+        "window",
+        "sparse_transformer",
+        "longformer",
+        "bigbird",
+        "moba",
+        "native_sparse",
+        "linear",
+        "performer",
+        "efficient",
+        "retention",
+        "scalar_decay",
+        "gla",
+        "delta",
+        "gated_delta",
+        "transformer_xl",
+        "infini",
+        "memorizing",
+    ];
 }
 
 /// Neighbouring heads of a layer, and what mixes tokens in them.

@@ -17,6 +17,7 @@ mod pages;
 mod prompt_cache;
 mod quantize;
 mod real;
+mod recurrent;
 mod reference;
 mod sections;
 mod small;

@@ -121,20 +121,27 @@ impl Reference<'_> {
         if self.has(&name("kv_b_proj.weight")) {
             return self.latent_attention(layer, x);
         }
-        let [q, k] = ["q", "k"].map(|part| {
+        let plain = ["q", "k"].map(|part| {
             let rows = self.project(&name(&format!("{part}_proj")), x);
-            let rows = self.norm(&name(&format!("{part}_norm")), &rows).unwrap_or(rows);
-            self.rotate(layer, rows)
+            self.norm(&name(&format!("{part}_norm")), &rows).unwrap_or(rows)
         });
         let v = self.project(&name("v_proj"), x);
+        let [q, k] = plain.each_ref().map(|rows| self.rotate(layer, rows.clone()));
         let (heads, dim) = (self.count("num_attention_heads"), self.count("head_dim"));
         let group = heads / self.count("num_key_value_heads");
         let scale = self.number("query_pre_attn_scalar").unwrap_or(dim as f64).sqrt().recip();
         let sinks = self.vector(&name("sinks"));
         let cap = self.number("attn_logit_softcapping");
         if let Some(sections) = crate::sections::of(&self.model.config, layer) {
-            let gates = |n: usize| self.project(&name(&format!("sections.{n}.gate_proj")), x);
-            let mixed = crate::sections::mix(&sections, [&q, &k, &v], (dim, scale), layer, gates);
+            let tensors = crate::sections::Tensors {
+                rotated: [&q, &k],
+                plain: [&plain[0], &plain[1]],
+                v: &v,
+                inputs: x,
+                project: &|part, x| self.project(&name(part), x),
+                vector: &|part| self.vector(&name(part)).unwrap_or_default(),
+            };
+            let mixed = crate::sections::mix(&sections, &tensors, (dim, scale), layer);
             return self.project(&name("o_proj"), &mixed);
         }
         let row = |i: usize| {

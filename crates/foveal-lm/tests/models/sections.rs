@@ -14,11 +14,12 @@ use crate::batch::check_joining_and_leaving;
 use crate::formats::Folder;
 use crate::golden_case::difference;
 use crate::latent::{load, logits, tensor};
+use crate::recurrent;
 use crate::reference;
 use crate::small;
 
 /// Rows of numbers, one for each token.
-type Rows = Vec<Vec<f64>>;
+pub(crate) type Rows = Vec<Vec<f64>>;
 
 /// The sections of a layer, each with its heads and key/value heads; `None` without any.
 pub(crate) fn of(config: &Value, layer: usize) -> Option<Vec<(Value, usize, usize)>> {
@@ -38,18 +39,36 @@ pub(crate) fn of(config: &Value, layer: usize) -> Option<Vec<(Value, usize, usiz
     }
 }
 
+/// What a layer mixes, and what it does so with: tensors of its mixer by the end of their names.
+pub(crate) struct Tensors<'a> {
+    pub(crate) rotated: [&'a Rows; 2],
+    pub(crate) plain: [&'a Rows; 2],
+    pub(crate) v: &'a Rows,
+    pub(crate) inputs: &'a Rows,
+    pub(crate) project: &'a dyn Fn(&str, &Rows) -> Rows,
+    pub(crate) vector: &'a dyn Fn(&str) -> Vec<f64>,
+}
+
 /// What all heads give: `[tokens][heads · dim]`.
 pub(crate) fn mix(
     sections: &[(Value, usize, usize)],
-    [q, k, v]: [&Rows; 3],
+    tensors: &Tensors<'_>,
     (dim, scale): (usize, f64),
     layer: usize,
-    gates: impl Fn(usize) -> Rows,
 ) -> Rows {
+    let ([q, k], v) = (tensors.rotated, tensors.v);
     let mut out = vec![vec![]; q.len()];
     let (mut first, mut first_kv) = (0, 0);
     for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
-        let gates = if section["name"] == "native_sparse" { gates(n) } else { vec![] };
+        if let Some(rows) = recurrent::mix(section, tensors, (n, first), (*heads, dim)) {
+            out.iter_mut().zip(rows).for_each(|(out, row)| out.extend(row));
+            (first, first_kv) = (first + heads, first_kv + kv_heads);
+            continue;
+        }
+        let gates = match section["name"] == "native_sparse" {
+            true => (tensors.project)(&format!("sections.{n}.gate_proj"), tensors.inputs),
+            false => vec![],
+        };
         for head in 0..*heads {
             let kv = first_kv + head * kv_heads / heads;
             let cut = |x: &Rows, head: usize| -> Rows {
@@ -163,7 +182,7 @@ impl Head {
     }
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
@@ -177,7 +196,9 @@ const TOKENS: usize = 40;
 
 /// A model of Llama's layers with these mixers.
 fn tiny(mixer: &Value) -> Tiny {
-    let sizes = TinySizes { layers: LAYERS, ..TinySizes::default() };
+    // Recurrences have a key for each query head.
+    let kv_heads = if recurrent::among(mixer) { 4 } else { 2 };
+    let sizes = TinySizes { layers: LAYERS, kv_heads, ..TinySizes::default() };
     let mut model = Tiny::new("llama", sizes);
     model.config["foveal"] = json!({"mixer": mixer});
     for layer in 0..LAYERS {
@@ -187,6 +208,9 @@ fn tiny(mixer: &Value) -> Tiny {
                 let part = format!("sections.{n}.gate_proj");
                 model.tensors.push(tensor(layer, &part, &[3 * heads, sizes.width]));
             }
+            let more =
+                recurrent::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
+            model.tensors.extend(more);
         }
     }
     model
@@ -212,6 +236,21 @@ fn mixers() -> Vec<Value> {
         json!({"name": "moba", "block": 4, "top": 3}),
         native(12),
         json!([{"name": "moba", "block": 8, "top": 2}, {"name": "full"}]),
+        json!({"name": "linear"}),
+        json!({"name": "linear", "map": "relu"}),
+        json!({"name": "efficient"}),
+        json!({"name": "retention"}),
+        json!({"name": "scalar_decay"}),
+        json!({"name": "scalar_decay", "conv": 3}),
+        json!({"name": "gla", "rank": 3}),
+        json!({"name": "delta"}),
+        json!({"name": "delta", "conv": 0, "negative_eigenvalues": true}),
+        json!({"name": "gated_delta"}),
+        json!([{"name": "gated_delta", "conv": 2}, {"name": "window", "tokens": 9}]),
+        json!([
+            [{"name": "full", "heads": 1}, {"name": "retention", "heads": 3}],
+            [{"name": "gla", "heads": 2}, {"name": "delta", "heads": 2}],
+        ]),
         json!([
             [{"name": "full", "heads": 2}, {"name": "moba", "block": 4, "top": 2, "heads": 2}],
             [sparse(json!({"pattern": "fixed", "heads": 2})), {"name": "window", "tokens": 9, "heads": 2}],
@@ -257,7 +296,8 @@ fn every_logit_is_that_of_the_definition() {
 #[test]
 fn cuts_and_company_change_no_bit() {
     let native = json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 4, "window": 7});
-    for mixer in mixers().into_iter().chain([native]) {
+    let performer = json!({"name": "performer", "features": 16});
+    for mixer in mixers().into_iter().chain([native, performer]) {
         let model = load(&tiny(&mixer), &format!("{}-cuts", name(&mixer))).unwrap();
         let text = text();
         let whole = logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text, &[]));

@@ -5,8 +5,10 @@ use foveal::sparse::{
     BigBird, BlockPlan, Branches, Combine, Factors, Longformer, Moba, NativeSizes, NativeSparse,
     SparseTransformer, StateHeads, SubBlocks, Window,
 };
-use foveal::{Attention, Mask, Phase, Scale, Shape, Tensor, TensorMut, TensorRef};
+use foveal::{Attention, Mask, Phase, Scale, Shape, Tensor, TensorMut, TensorRef, nn};
 
+use super::across::{Encoding, Remembering, Segments};
+use super::recurrent::{Recurring, projected};
 use super::scale;
 use super::state::{Compressing, SectionState};
 use crate::Error;
@@ -31,10 +33,14 @@ enum Kind {
         mask: Mask,
         reach: Option<usize>,
     },
+    /// The same by content and by distance.
+    Segments(Box<Segments>),
     Sparse(SparseTransformer),
     Moba(Moba),
     /// With the projection to gates, `[3 · heads, width]`.
     Native(NativeSparse, Linear),
+    Recurring(Box<Recurring>),
+    Remembering(Box<Remembering>),
 }
 
 /// The tokens of a call, as a section sees them: `[sequences, tokens, …]`.
@@ -45,6 +51,8 @@ pub(super) struct SectionTokens<'a> {
     pub(super) q: TensorRef<'a, f32>,
     pub(super) k: TensorRef<'a, f32>,
     pub(super) v: TensorRef<'a, f32>,
+    /// Queries and keys without rotation.
+    pub(super) plain: [TensorRef<'a, f32>; 2],
 }
 
 impl Core {
@@ -55,6 +63,16 @@ impl Core {
     ) -> Result<Core, Error> {
         let context = parts.config().context;
         let scale = scale(parts);
+        if let Some(recurring) = Recurring::new(mechanism, sizes, (parts, layer, section))? {
+            return Ok(Core { sizes, scale, kind: Kind::Recurring(Box::new(recurring)) });
+        }
+        let (heads, place) = (sizes.heads, (parts, layer, section));
+        if let Some(segments) = Segments::new(mechanism, (heads, sizes.dims.0), place)? {
+            return Ok(Core { sizes, scale, kind: Kind::Segments(Box::new(segments)) });
+        }
+        if let Some(remembering) = Remembering::new(mechanism, heads, scale, place)? {
+            return Ok(Core { sizes, scale, kind: Kind::Remembering(Box::new(remembering)) });
+        }
         let kind = match mechanism {
             Mechanism::Full {} => {
                 Kind::Masked { mask: Mask::window(context), reach: Some(context) }
@@ -86,8 +104,20 @@ impl Core {
                 let gates = parts.section(layer, section, "gate_proj", shape)?;
                 Kind::Native(NativeSparse::new(sizes_of)?.scale(scale), gates)
             }
+            // Made above.
+            _ => return Err(Error::SectionState),
         };
         Ok(Core { sizes, scale, kind })
+    }
+
+    /// Whether its queries and keys are rotated.
+    pub(super) fn rotated(&self) -> bool {
+        match &self.kind {
+            Kind::Recurring(recurring) => recurring.rotated(),
+            Kind::Remembering(remembering) => remembering.rotated(),
+            Kind::Segments(_) => false,
+            _ => true,
+        }
     }
 
     fn state_heads(&self) -> StateHeads {
@@ -98,14 +128,19 @@ impl Core {
     /// A state that has seen nothing. Keys and values that a mask shows are stored as `storage` says, others as f32.
     pub(super) fn state(&self, storage: CacheStorage) -> Result<SectionState, Error> {
         Ok(match &self.kind {
-            Kind::Masked { .. } => {
-                SectionState::Keys(Store::new(storage, self.sizes.kv_heads, self.sizes.dims)?)
+            Kind::Masked { .. } | Kind::Segments(_) => {
+                let Heads { kv_heads, dims, .. } = self.sizes;
+                SectionState::Keys(Box::new(Store::new(storage, kv_heads, dims)?))
             }
             Kind::Sparse(layer) => SectionState::Sparse(Box::new(layer.state(self.state_heads())?)),
             Kind::Moba(layer) => SectionState::Moba(Box::new(layer.state(self.state_heads())?)),
             Kind::Native(layer, _) => {
                 let state = layer.state(self.state_heads())?;
                 SectionState::Native(Box::new(Compressing { state, open: [vec![], vec![]] }))
+            }
+            Kind::Recurring(recurring) => SectionState::Recurrent(Box::new(recurring.state()?)),
+            Kind::Remembering(remembering) => {
+                SectionState::Memory(Box::new(remembering.state(self.state_heads())?))
             }
         })
     }
@@ -118,8 +153,29 @@ impl Core {
         mut out: TensorMut<'_, f32>,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        if let Kind::Masked { mask, reach } = &self.kind {
-            return self.masked((mask, *reach), (states, n), tokens, out, run);
+        match &self.kind {
+            Kind::Masked { mask, reach } => {
+                return self.masked((mask, *reach, None), (states, n), tokens, out, run);
+            }
+            Kind::Segments(segments) => {
+                let Segments { mask, reach, encoding } = &**segments;
+                let seen = (mask, Some(*reach), Some(encoding));
+                return self.masked(seen, (states, n), tokens, out, run);
+            }
+            Kind::Remembering(remembering) => {
+                return Core::remembering(remembering, (states, n), tokens, out, run);
+            }
+            _ => {}
+        }
+        if let Kind::Recurring(recurring) = &self.kind {
+            let own = states.iter_mut().map(|state| match state.section_mut(n) {
+                Some(SectionState::Recurrent(state)) => Some(&mut **state),
+                _ => None,
+            });
+            let given = recurring.forward(own, tokens, run)?;
+            let given = TensorRef::new(&given, out.shape())?;
+            copy(given, &mut out);
+            return Ok(());
         }
         let gates = match &self.kind {
             Kind::Native(_, gates) => gates_of(gates, tokens.x, run)?,
@@ -169,10 +225,34 @@ impl Core {
         }
     }
 
+    /// One sequence after the other.
+    fn remembering(
+        remembering: &Remembering,
+        (states, n): (&mut [LayerState], usize),
+        tokens: SectionTokens<'_>,
+        mut out: TensorMut<'_, f32>,
+        run: &Run<'_>,
+    ) -> Result<(), Error> {
+        for (sequence, state) in states.iter_mut().enumerate() {
+            let Some(SectionState::Memory(state)) = state.section_mut(n) else {
+                return Err(Error::SectionState);
+            };
+            let own = |x| sequence_of(x, sequence);
+            let SectionTokens { x, q, k, v, plain } = tokens;
+            let (q, k, v, plain) = (own(q), own(k), own(v), plain.map(own));
+            let given = remembering.forward(state, SectionTokens { x, q, k, v, plain }, run)?;
+            let Shape { seq, heads, .. } = given.shape();
+            for (t, head) in (0..seq).flat_map(|t| (0..heads).map(move |head| (t, head))) {
+                out.row_mut(sequence, t, head).copy_from_slice(given.view().row(0, t, head));
+            }
+        }
+        Ok(())
+    }
+
     /// Exact attention over keys and values of all sequences.
     fn masked(
         &self,
-        (mask, reach): (&Mask, Option<usize>),
+        (mask, reach, encoding): (&Mask, Option<usize>, Option<&Encoding>),
         (states, n): (&mut [LayerState], usize),
         tokens: SectionTokens<'_>,
         out: TensorMut<'_, f32>,
@@ -191,12 +271,16 @@ impl Core {
         let stores: Vec<&dyn KvStore> = states
             .iter()
             .filter_map(|state| match state.section(n) {
-                Some(SectionState::Keys(store)) => Some(store as &dyn KvStore),
+                Some(SectionState::Keys(store)) => Some(&**store as &dyn KvStore),
                 _ => None,
             })
             .collect();
         let keys = Shape { seq: held, heads: self.sizes.kv_heads, ..shape };
         let attention = Attention::new().mask(mask.clone()).scale(self.scale).cpu(run.cpu);
+        let attention = match encoding {
+            Some(encoding) => attention.relative_encoding(encoding.view()?),
+            None => attention,
+        };
         let plan = match run.phase {
             Phase::Prompt => attention.plan(shape, keys, keys)?,
             Phase::Generated => attention.plan_decode(shape, keys, keys)?,
@@ -268,11 +352,17 @@ impl Compressing {
 
 /// The gates of all tokens, `[rows, heads, 3]`.
 fn gates_of(gates: &Linear, x: &[f32], run: &mut Run<'_>) -> Result<Vec<f32>, Error> {
-    let rows = x.len() / gates.in_features().max(1);
-    let mut y = vec![0.0; rows * gates.out_features()];
-    gates.forward(x, &mut y, run)?;
-    y.iter_mut().for_each(|y| *y = 1.0 / (1.0 + (-*y).exp()));
-    Ok(y)
+    let mut gates = projected(gates, x, run)?;
+    nn::sigmoid(&mut gates, 1.0, run.cpu.level)?;
+    Ok(gates)
+}
+
+/// Copies row by row.
+fn copy(from: TensorRef<'_, f32>, to: &mut TensorMut<'_, f32>) {
+    let Shape { batch, seq, heads, .. } = from.shape();
+    for (b, t) in (0..batch).flat_map(|b| (0..seq).map(move |t| (b, t))) {
+        (0..heads).for_each(|h| to.row_mut(b, t, h).copy_from_slice(from.row(b, t, h)));
+    }
 }
 
 /// One sequence of a batch.

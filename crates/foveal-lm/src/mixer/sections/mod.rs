@@ -1,7 +1,7 @@
 //! A layer whose heads are mixed by mechanisms that the configuration names, one for all or one for each of its sections.
 //!
 //! ```text
-//! q = norm(x Wqᵀ + bq)   k = norm(x Wkᵀ + bk)   v = x Wvᵀ + bv         for all heads, rotated
+//! q = norm(x Wqᵀ + bq)   k = norm(x Wkᵀ + bk)   v = x Wvᵀ + bv         for all heads; rotated, but for most recurrences
 //! y = concat_s(mechanism_s(q_s, k_s, v_s)) Woᵀ                         s: neighbouring heads
 //! ```
 //!
@@ -9,7 +9,9 @@
 //! later queries can see, and no more; those that choose keys read a prompt as they read what is generated, a token at a
 //! time, so that a token costs what its pattern has.
 
+mod across;
 mod core;
+mod recurrent;
 mod state;
 
 use foveal::nn::{RmsNorm, rms_norm_in_place};
@@ -62,6 +64,8 @@ pub(crate) struct Activations {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    /// Queries and keys before rotation.
+    plain: [Vec<f32>; 2],
     mixed: Vec<f32>,
 }
 
@@ -135,7 +139,7 @@ impl SectionedAttention {
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
         let attention::Activations { rotations, sections: scratch, .. } = activations;
-        let Activations { q, k, v, mixed } = scratch;
+        let Activations { q, k, v, plain, mixed } = scratch;
         let rows = x.len() / self.query.in_features();
         let call = [states.len(), rows / states.len().max(1)];
         q.resize(rows * self.heads * self.head_dim, 0.0);
@@ -150,6 +154,8 @@ impl SectionedAttention {
             let norm = RmsNorm { weight, epsilon: self.norm_epsilon };
             rms_norm_in_place(norm, rows, run.cpu.level)?;
         }
+        plain[0].clone_from(q);
+        plain[1].clone_from(k);
         self.rotate(&rotations[self.rope], call, [q, k], run)?;
         for (n, section) in self.sections.iter().enumerate() {
             let tokens = core::SectionTokens {
@@ -157,6 +163,10 @@ impl SectionedAttention {
                 q: self.view(q, call, self.heads, section.heads)?,
                 k: self.view(k, call, self.kv_heads, section.kv_heads)?,
                 v: self.view(v, call, self.kv_heads, section.kv_heads)?,
+                plain: [
+                    self.view(&plain[0], call, self.heads, section.heads)?,
+                    self.view(&plain[1], call, self.kv_heads, section.kv_heads)?,
+                ],
             };
             let (shape, strides, first) = self.place(call, self.heads, section.heads);
             let out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
@@ -172,9 +182,14 @@ impl SectionedAttention {
         [q, k]: [&mut Vec<f32>; 2],
         run: &Run<'_>,
     ) -> Result<(), Error> {
-        for (x, heads) in [(q, self.heads), (k, self.kv_heads)] {
-            let (shape, ..) = self.place(call, heads, (0, heads));
-            rotation.rotate(run.cpu.level, TensorMut::new(x, shape)?)?;
+        for section in self.sections.iter().filter(|section| section.core.rotated()) {
+            for (x, heads, own) in
+                [(&mut *q, self.heads, section.heads), (&mut *k, self.kv_heads, section.kv_heads)]
+            {
+                let (shape, strides, first) = self.place(call, heads, own);
+                let x = x.get_mut(first..).unwrap_or(&mut []);
+                rotation.rotate(run.cpu.level, TensorMut::from_strides(x, shape, strides)?)?;
+            }
         }
         Ok(())
     }

@@ -3,16 +3,20 @@
 use foveal::cache::KvStore;
 use foveal::sparse::{MobaState, NativeState, SparseState};
 
+use super::across::MemoryState;
+use super::recurrent::RecurrentState;
 use crate::mixer::Store;
 
 /// The state of one section of a layer.
 #[derive(Clone, Debug)]
 pub(crate) enum SectionState {
     /// Keys and values.
-    Keys(Store),
+    Keys(Box<Store>),
     Sparse(Box<SparseState<f32>>),
     Moba(Box<MobaState<f32>>),
     Native(Box<Compressing>),
+    Recurrent(Box<RecurrentState>),
+    Memory(Box<MemoryState>),
 }
 
 /// The state of Native Sparse Attention, and the tokens that are not compressed yet.
@@ -34,6 +38,8 @@ impl SectionState {
                 native.state.clear();
                 native.open.iter_mut().for_each(Vec::clear);
             }
+            SectionState::Recurrent(state) => state.clear(),
+            SectionState::Memory(state) => state.clear(),
         }
     }
 
@@ -47,6 +53,8 @@ impl SectionState {
                 let open = native.open.iter().map(Vec::len).sum::<usize>();
                 native.state.bytes() + open * size_of::<f32>()
             }
+            SectionState::Recurrent(state) => state.bytes(),
+            SectionState::Memory(state) => state.bytes(),
         }
     }
 
@@ -57,6 +65,8 @@ impl SectionState {
             SectionState::Sparse(state) => state.tokens(),
             SectionState::Moba(state) => state.tokens(),
             SectionState::Native(native) => native.state.tokens(),
+            SectionState::Recurrent(state) => state.tokens,
+            SectionState::Memory(state) => state.tokens(),
         }
     }
 }

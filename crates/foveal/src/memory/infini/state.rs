@@ -38,7 +38,7 @@ use crate::workspace::Workspace;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct InfiniState<E> {
     infini: Infini,
     shape: StateHeads,

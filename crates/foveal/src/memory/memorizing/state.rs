@@ -108,6 +108,14 @@ impl Memorizing {
 }
 
 impl<M: MemoryStore> MemorizingState<M> {
+    /// Bytes of the memory, and of the window that is allocated from the beginning.
+    pub fn bytes(&self) -> usize {
+        let (key_dim, value_dim) = self.store.dims();
+        let entries = (self.store.end() - self.store.start()) * self.store.kv_heads();
+        let window = size_of::<f32>() * (self.keys.len() + self.values.len());
+        window + entries * (key_dim + value_dim) * self.store.dtype().size()
+    }
+
     /// Tokens of the document that were seen.
     pub fn tokens(&self) -> usize {
         self.tokens

@@ -1,0 +1,241 @@
+//! Sections that see across segments.
+//!
+//! ```text
+//! transformer_xl   softmax over the segment and the `memory` tokens before it, by content and by distance:
+//!                  scale (⟨q + u, k⟩ + ⟨q + v, r(i − j)⟩)      r(p) = W_r [sin, cos](p)
+//! infini           g · (what a matrix holds of all segments before) + (1 − g) · softmax over the segment
+//! memorizing       g · softmax over the `top` best keys of the document's past + (1 − g) · softmax over the segment
+//! ```
+//!
+//! Formulas and sources: [`foveal::position::RelativeEncoding`], [`foveal::memory`]. Borders of segments lie at multiples of
+//! their length in the text, however it is cut into calls. Queries and keys are rotated within Infini's segments only, if
+//! at all: what a memory adds up or looks for has no place.
+
+use std::ops::Range;
+
+use foveal::cache::ContiguousCache;
+use foveal::mask::{Coverage, Pattern, Site};
+use foveal::memory::infini::{self, Infini, InfiniState};
+use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
+use foveal::position::RelativeEncoding;
+use foveal::sparse::StateHeads;
+use foveal::{Mask, Scale, Shape, Tensor, TensorRef};
+use half::bf16;
+
+use super::core::SectionTokens;
+use crate::Error;
+use crate::config::{Mechanism, MemoryUpdate};
+use crate::linear::Run;
+use crate::names::Parts;
+
+/// A memory of what is no longer seen.
+#[derive(Clone, Debug)]
+pub(super) enum Remembering {
+    Infini { layer: Infini, gate: Vec<f32>, rotated: bool },
+    Memorizing { layer: Memorizing, gate: Vec<f32>, scale: Vec<f32> },
+}
+
+/// What such a memory is of a text.
+#[derive(Clone, Debug)]
+pub(crate) enum MemoryState {
+    Infini(InfiniState<f32>),
+    Memorizing(MemorizingState<ContiguousCache<bf16>>),
+}
+
+impl MemoryState {
+    pub(super) fn tokens(&self) -> usize {
+        match self {
+            MemoryState::Infini(state) => state.tokens(),
+            MemoryState::Memorizing(state) => state.tokens(),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            MemoryState::Infini(state) => state.bytes(),
+            MemoryState::Memorizing(state) => state.bytes(),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        match self {
+            MemoryState::Infini(state) => state.clear(),
+            MemoryState::Memorizing(state) => state.clear(),
+        }
+    }
+}
+
+impl Remembering {
+    /// `None` for a mechanism without such a memory.
+    pub(super) fn new(
+        mechanism: &Mechanism,
+        heads: usize,
+        scale: Scale,
+        (parts, layer, section): (&Parts<'_>, usize, usize),
+    ) -> Result<Option<Remembering>, Error> {
+        let vector = |part: &str| parts.section_vector(layer, section, part, heads);
+        Ok(Some(match *mechanism {
+            Mechanism::Infini { segment, update, rotated } => {
+                let update = match update {
+                    MemoryUpdate::Linear => infini::Update::Linear,
+                    MemoryUpdate::Delta => infini::Update::Delta,
+                };
+                let layer = Infini::new(segment)?.update(update).scale(scale);
+                Remembering::Infini { layer, gate: vector("gate")?, rotated }
+            }
+            Mechanism::Memorizing { segment, top, capacity, previous } => {
+                let layer = Memorizing::new(segment, top, capacity)?.previous(previous);
+                Remembering::Memorizing { layer, gate: vector("gate")?, scale: vector("scale")? }
+            }
+            _ => return Ok(None),
+        }))
+    }
+
+    /// Whether some of its queries and keys are rotated.
+    pub(super) fn rotated(&self) -> bool {
+        matches!(self, Remembering::Infini { rotated: true, .. })
+    }
+
+    pub(super) fn state(&self, heads: StateHeads) -> Result<MemoryState, Error> {
+        Ok(match self {
+            Remembering::Infini { layer, rotated, .. } => {
+                MemoryState::Infini(layer.state(heads, *rotated)?)
+            }
+            Remembering::Memorizing { layer, .. } => {
+                MemoryState::Memorizing(layer.state(heads, layer.store(heads)?)?)
+            }
+        })
+    }
+
+    /// What the heads give of one sequence's tokens, on from its state.
+    pub(super) fn forward(
+        &self,
+        state: &mut MemoryState,
+        tokens: SectionTokens<'_>,
+        run: &Run<'_>,
+    ) -> Result<Tensor<f32>, Error> {
+        let SectionTokens { plain: [q, k], v, .. } = tokens;
+        match (self, state) {
+            (Remembering::Infini { gate, rotated, .. }, MemoryState::Infini(state)) => {
+                let own = infini::Tokens::new(q, k, v, gate);
+                let own = if *rotated { own.rotated(tokens.q, tokens.k) } else { own };
+                Ok(state.forward(&own, run.phase)?)
+            }
+            (Remembering::Memorizing { gate, scale, .. }, MemoryState::Memorizing(state)) => {
+                let own = memorizing::Tokens::new(q, k, v, gate, scale);
+                Ok(state.forward(&own, run.phase)?.out)
+            }
+            _ => Err(Error::SectionState),
+        }
+    }
+}
+
+/// What a relative encoding reads: keys by distance, `[distances, heads, head_dim]`, and two biases, `[heads, head_dim]`.
+#[derive(Clone, Debug)]
+pub(super) struct Encoding {
+    keys: Vec<f32>,
+    shape: Shape,
+    content: Vec<f32>,
+    position: Vec<f32>,
+}
+
+/// What a section of Transformer-XL sees.
+#[derive(Clone, Debug)]
+pub(super) struct Segments {
+    pub(super) mask: Mask,
+    /// Keys that a query may see at most.
+    pub(super) reach: usize,
+    pub(super) encoding: Encoding,
+}
+
+impl Segments {
+    /// `None` for another mechanism.
+    pub(super) fn new(
+        mechanism: &Mechanism,
+        (heads, dim): (usize, usize),
+        (parts, layer, section): (&Parts<'_>, usize, usize),
+    ) -> Result<Option<Segments>, Error> {
+        let &Mechanism::TransformerXl { segment, memory, same_length, clamp } = mechanism else {
+            return Ok(None);
+        };
+        if segment == 0 {
+            return Err(Error::config("segment of a mixer", segment, "at least 1 token"));
+        }
+        let width = parts.config().width;
+        let reach = segment.saturating_add(memory).min(parts.config().context);
+        let mask = match same_length {
+            true => Mask::window(memory.max(1)),
+            false => Mask::pattern(SegmentMask { segment, memory }),
+        };
+        // A distance beyond the last row takes the last row.
+        let distances = clamp.map_or(reach, |clamp| reach.min(clamp.saturating_add(1)));
+        let table = RelativeEncoding::sinusoids(distances, width)?;
+        let projection = parts.section(layer, section, "r_proj", [heads * dim, width])?;
+        let keys = projection.rows_of(&table)?;
+        let vector = |part: &str| parts.section_vector(layer, section, part, heads * dim);
+        let shape = Shape { batch: 1, seq: distances, heads, dim };
+        let (content, position) = (vector("content_bias")?, vector("position_bias")?);
+        let encoding = Encoding { keys, shape, content, position };
+        Ok(Some(Segments { mask, reach, encoding }))
+    }
+}
+
+impl Encoding {
+    pub(super) fn view(&self) -> Result<RelativeEncoding<'_>, Error> {
+        let keys = TensorRef::new(&self.keys, self.shape)?;
+        Ok(RelativeEncoding::new(keys, &self.content, &self.position)?)
+    }
+}
+
+/// The tokens of the query's segment up to itself, and so many before the segment.
+#[derive(Debug)]
+struct SegmentMask {
+    segment: usize,
+    memory: usize,
+}
+
+impl SegmentMask {
+    /// The first position that the query at `i` sees.
+    fn first(&self, i: usize) -> usize {
+        (i / self.segment * self.segment).saturating_sub(self.memory)
+    }
+}
+
+impl Pattern for SegmentMask {
+    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
+        usize::try_from(i).is_ok_and(|i| (self.first(i)..=i).contains(&j))
+    }
+
+    fn live(
+        &self,
+        _: Site,
+        rows: Range<isize>,
+        keys: Range<usize>,
+        visit: &mut dyn FnMut(Range<usize>, Coverage),
+    ) {
+        let (Ok(first), Ok(end)) = (usize::try_from(rows.start.max(0)), usize::try_from(rows.end))
+        else {
+            return;
+        };
+        if first >= end {
+            return;
+        }
+        // A row before position 0 sees nothing, so that nothing is full.
+        let all = self.first(end - 1)..if rows.start < 0 { 0 } else { first + 1 };
+        let any = self.first(first)..end;
+        let pieces = match all.is_empty() {
+            true => [(any, Coverage::Partial), (0..0, Coverage::Full), (0..0, Coverage::Partial)],
+            false => [
+                (any.start..all.start, Coverage::Partial),
+                (all.clone(), Coverage::Full),
+                (all.end..any.end, Coverage::Partial),
+            ],
+        };
+        for (piece, coverage) in pieces {
+            let piece = piece.start.max(keys.start)..piece.end.min(keys.end);
+            if !piece.is_empty() {
+                visit(piece, coverage);
+            }
+        }
+    }
+}
