@@ -160,7 +160,7 @@ pub enum Mechanism {
         #[serde(default = "yes")]
         rotated: bool,
     },
-    /// [`Memorizing`](foveal::memory::memorizing::Memorizing), its memory in bf16. The mechanism has no positions: other
+    /// [`Memorizing`](foveal::memory::memorizing::Memorizing), its memory stored as other keys and values. The mechanism has no positions: other
     /// layers have to have them.
     Memorizing {
         /// Tokens of a segment.

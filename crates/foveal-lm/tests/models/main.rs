@@ -1,5 +1,6 @@
 //! Whole models: against golden outputs, against each other, and against the laws that they should keep.
 
+mod across;
 mod activations;
 mod batch;
 mod caches;

@@ -210,7 +210,7 @@ fn convolved(x: &Rows, weight: &[f64], taps: usize) -> Rows {
     (0..x.len()).map(|t| (0..x[t].len()).map(|channel| number(t, channel)).collect()).collect()
 }
 
-fn sigmoid(x: f64) -> f64 {
+pub(crate) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
@@ -220,13 +220,13 @@ fn unit(x: &[f64]) -> Vec<f64> {
 }
 
 /// A head's matrix, `[key][value]`, and the sum of its keys.
-struct Memory {
-    matrix: Rows,
-    sums: Vec<f64>,
+pub(crate) struct Memory {
+    pub(crate) matrix: Rows,
+    pub(crate) sums: Vec<f64>,
 }
 
 impl Memory {
-    fn new(dim: usize) -> Memory {
+    pub(crate) fn new(dim: usize) -> Memory {
         Memory { matrix: vec![vec![0.0; dim]; dim], sums: vec![0.0; dim] }
     }
 
@@ -236,14 +236,14 @@ impl Memory {
         }
     }
 
-    fn write(&mut self, k: &[f64], v: &[f64]) {
+    pub(crate) fn write(&mut self, k: &[f64], v: &[f64]) {
         for (row, k) in self.matrix.iter_mut().zip(k) {
             row.iter_mut().zip(v).for_each(|(x, v)| *x += k * v);
         }
         self.sums.iter_mut().zip(k).for_each(|(sum, k)| *sum += k);
     }
 
-    fn read(&self, q: &[f64]) -> Vec<f64> {
+    pub(crate) fn read(&self, q: &[f64]) -> Vec<f64> {
         let column = |d: usize| self.matrix.iter().zip(q).map(|(row, q)| q * row[d]).sum();
         (0..self.sums.len()).map(column).collect()
     }

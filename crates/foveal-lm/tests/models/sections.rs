@@ -10,6 +10,7 @@ use foveal_lm::testing::{Tiny, TinySizes};
 use foveal_lm::{Error, Model};
 use serde_json::{Value, json};
 
+use crate::across;
 use crate::batch::check_joining_and_leaving;
 use crate::formats::Folder;
 use crate::golden_case::difference;
@@ -60,7 +61,9 @@ pub(crate) fn mix(
     let mut out = vec![vec![]; q.len()];
     let (mut first, mut first_kv) = (0, 0);
     for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
-        if let Some(rows) = recurrent::mix(section, tensors, (n, first), (*heads, dim)) {
+        let own = [(first, *heads), (first_kv, *kv_heads)];
+        let rows = recurrent::mix(section, tensors, (n, first), (*heads, dim));
+        if let Some(rows) = rows.or_else(|| across::mix(section, tensors, (n, own), (dim, scale))) {
             out.iter_mut().zip(rows).for_each(|(out, row)| out.extend(row));
             (first, first_kv) = (first + heads, first_kv + kv_heads);
             continue;
@@ -211,6 +214,8 @@ fn tiny(mixer: &Value) -> Tiny {
             let more =
                 recurrent::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
             model.tensors.extend(more);
+            let more = across::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
+            model.tensors.extend(more);
         }
     }
     model
@@ -247,6 +252,16 @@ fn mixers() -> Vec<Value> {
         json!({"name": "delta", "conv": 0, "negative_eigenvalues": true}),
         json!({"name": "gated_delta"}),
         json!([{"name": "gated_delta", "conv": 2}, {"name": "window", "tokens": 9}]),
+        json!({"name": "transformer_xl", "segment": 6, "memory": 9}),
+        json!({"name": "transformer_xl", "segment": 6, "memory": 7, "same_length": true, "clamp": 3}),
+        json!({"name": "infini", "segment": 6}),
+        json!({"name": "infini", "segment": 7, "update": "delta", "rotated": false}),
+        json!({"name": "memorizing", "segment": 6, "top": 4, "capacity": 20}),
+        json!([{"name": "memorizing", "segment": 5, "top": 3, "capacity": 100, "previous": true}, {"name": "infini", "segment": 9}]),
+        json!([
+            {"name": "transformer_xl", "segment": 8, "memory": 8},
+            [{"name": "infini", "segment": 6, "heads": 2}, {"name": "memorizing", "segment": 6, "top": 4, "capacity": 12, "heads": 2}],
+        ]),
         json!([
             [{"name": "full", "heads": 1}, {"name": "retention", "heads": 3}],
             [{"name": "gla", "heads": 2}, {"name": "delta", "heads": 2}],
@@ -394,7 +409,7 @@ fn configurations_that_make_no_sense_are_refused() {
         (json!({"name": "bigbird", "block": 0, "random": 1}), "block"),
         (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
         (json!({"name": "moba", "block": 0, "top": 1}), "block"),
-        (json!({"name": "moba", "block": 4, "top": 0}), "top"),
+        (json!({"name": "moba", "block": 4, "top": 0}), "blocks that a row sees"),
         (json!({"name": "full", "heads": 3}), "sections with 4 heads"),
         (json!({"name": "full", "heads": 0}), "1 to 4096"),
         (json!([{"name": "full"}]), "one for each of 2 layers"),

@@ -13,19 +13,18 @@
 
 use std::ops::Range;
 
-use foveal::cache::ContiguousCache;
 use foveal::mask::{Coverage, Pattern, Site};
 use foveal::memory::infini::{self, Infini, InfiniState};
 use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
 use foveal::position::RelativeEncoding;
 use foveal::sparse::StateHeads;
 use foveal::{Mask, Scale, Shape, Tensor, TensorRef};
-use half::bf16;
 
 use super::core::SectionTokens;
 use crate::Error;
 use crate::config::{Mechanism, MemoryUpdate};
 use crate::linear::Run;
+use crate::mixer::{CacheStorage, Store};
 use crate::names::Parts;
 
 /// A memory of what is no longer seen.
@@ -39,7 +38,7 @@ pub(super) enum Remembering {
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryState {
     Infini(InfiniState<f32>),
-    Memorizing(MemorizingState<ContiguousCache<bf16>>),
+    Memorizing(MemorizingState<Store>),
 }
 
 impl MemoryState {
@@ -96,13 +95,21 @@ impl Remembering {
         matches!(self, Remembering::Infini { rotated: true, .. })
     }
 
-    pub(super) fn state(&self, heads: StateHeads) -> Result<MemoryState, Error> {
+    pub(super) fn state(
+        &self,
+        heads: StateHeads,
+        storage: CacheStorage,
+    ) -> Result<MemoryState, Error> {
         Ok(match self {
             Remembering::Infini { layer, rotated, .. } => {
                 MemoryState::Infini(layer.state(heads, *rotated)?)
             }
             Remembering::Memorizing { layer, .. } => {
-                MemoryState::Memorizing(layer.state(heads, layer.store(heads)?)?)
+                // Only rows are searched.
+                let storage = if storage.coded() { CacheStorage::Bf16 } else { storage };
+                let dims = (heads.key_dim, heads.value_dim);
+                let store = Store::new(storage, heads.kv_heads, dims)?;
+                MemoryState::Memorizing(layer.state(heads, store)?)
             }
         })
     }

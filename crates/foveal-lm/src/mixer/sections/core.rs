@@ -125,7 +125,8 @@ impl Core {
         StateHeads { heads, kv_heads, key_dim, value_dim }
     }
 
-    /// A state that has seen nothing. Keys and values that a mask shows are stored as `storage` says, others as f32.
+    /// A state that has seen nothing. Keys and values that a mask shows or a memory is searched for are stored as `storage`
+    /// says, others as f32.
     pub(super) fn state(&self, storage: CacheStorage) -> Result<SectionState, Error> {
         Ok(match &self.kind {
             Kind::Masked { .. } | Kind::Segments(_) => {
@@ -140,7 +141,7 @@ impl Core {
             }
             Kind::Recurring(recurring) => SectionState::Recurrent(Box::new(recurring.state()?)),
             Kind::Remembering(remembering) => {
-                SectionState::Memory(Box::new(remembering.state(self.state_heads())?))
+                SectionState::Memory(Box::new(remembering.state(self.state_heads(), storage)?))
             }
         })
     }

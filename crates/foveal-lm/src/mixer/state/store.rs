@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use foveal::cache::codes::Bits;
 use foveal::cache::{ContiguousCache, KvStore, KvTile, PagedCache, QuantizedCache, TILE};
+use foveal::memory::MemoryStore;
 use foveal::{DType, TensorRef};
 use half::{bf16, f16};
 
@@ -183,6 +184,30 @@ fn check_f16(x: TensorRef<'_, f32>) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+impl MemoryStore for Store {
+    /// Room is made as it is needed. Numbers beyond f16 are refused by name, as [`Store::append`] refuses them.
+    fn append(&mut self, k: TensorRef<'_, f32>, v: TensorRef<'_, f32>) -> foveal::Result<()> {
+        let refused = |error: Error| match error {
+            Error::Kernel(error) => error,
+            error => foveal::Error::InvalidParameter {
+                what: "a key or value of a memory",
+                expected: "one that its storage holds",
+                got: error.to_string(),
+            },
+        };
+        self.make_room(None, k.shape().seq).map_err(refused)?;
+        Store::append(self, k, v).map_err(refused)
+    }
+
+    fn forget(&mut self, before: usize) {
+        with_store!(self, cache => cache.forget(before));
+    }
+
+    fn clear(&mut self) {
+        Store::clear(self);
+    }
 }
 
 impl KvStore for Store {
