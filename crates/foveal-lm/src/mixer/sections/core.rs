@@ -99,7 +99,8 @@ impl Core {
     pub(super) fn state(&self, storage: CacheStorage) -> Result<SectionState, Error> {
         Ok(match &self.kind {
             Kind::Masked { .. } => {
-                SectionState::Keys(Store::new(storage, self.sizes.kv_heads, self.sizes.dims)?)
+                let Heads { kv_heads, dims, .. } = self.sizes;
+                SectionState::Keys(Box::new(Store::new(storage, kv_heads, dims)?))
             }
             Kind::Sparse(layer) => SectionState::Sparse(Box::new(layer.state(self.state_heads())?)),
             Kind::Moba(layer) => SectionState::Moba(Box::new(layer.state(self.state_heads())?)),
@@ -191,7 +192,7 @@ impl Core {
         let stores: Vec<&dyn KvStore> = states
             .iter()
             .filter_map(|state| match state.section(n) {
-                Some(SectionState::Keys(store)) => Some(store as &dyn KvStore),
+                Some(SectionState::Keys(store)) => Some(&**store as &dyn KvStore),
                 _ => None,
             })
             .collect();

@@ -9,7 +9,7 @@ use crate::mixer::Store;
 #[derive(Clone, Debug)]
 pub(crate) enum SectionState {
     /// Keys and values.
-    Keys(Store),
+    Keys(Box<Store>),
     Sparse(Box<SparseState<f32>>),
     Moba(Box<MobaState<f32>>),
     Native(Box<Compressing>),
