@@ -5,6 +5,7 @@ use foveal::cache::{ContiguousCache, KvStore, LatentCache, QuantizedCache, TILE}
 use foveal::latent::{LatentAttention, LatentCall, LatentDims, LatentForm, LatentScratch};
 use foveal::nn::{LayerNorm, NormBackward, NormGradients, layer_norm_backward};
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
+use foveal::position::RelativeEncoding;
 use foveal::projection::{
     Input, Matrix, MatrixShape, Output, ProjectionBackward, ProjectionGradients,
     backward_workspace_bytes, project_backward,
@@ -313,5 +314,53 @@ fn absorbed_rows_are_computed_without_allocating() {
         };
         run();
         assert_eq!(allocations(run), 0, "{level}");
+    }
+}
+
+#[test]
+fn products_by_distance_are_computed_without_allocating() {
+    let shape = Shape { batch: 2, seq: 300, heads: 2, dim: 24 };
+    let keys = Tensor::<f32>::zeros(Shape { batch: 1, ..shape }).unwrap();
+    let bias = [0.0; 48];
+    let encoding = RelativeEncoding::new(keys.view(), &bias, &bias).unwrap();
+    for level in Level::available() {
+        let cpu = Cpu { level, threads: Threads::ONE };
+        let attention = Attention::new().mask(Mask::causal()).relative_encoding(encoding).cpu(cpu);
+        let kv = Tensor::<f32>::zeros(shape).unwrap();
+        for (seq, decode) in [(130, false), (20, false), (2, true)] {
+            let q = Tensor::<f32>::zeros(Shape { seq, ..shape }).unwrap();
+            let plan = match decode {
+                true => attention.plan_decode(q.shape(), shape, shape).unwrap(),
+                false => attention.plan(q.shape(), shape, shape).unwrap(),
+            };
+            let mut out = Tensor::<f32>::zeros(q.shape()).unwrap();
+            let mut workspace = Workspace::for_plan(&plan);
+            let count = allocations(|| {
+                let inputs = Inputs { q: q.view(), k: kv.view(), v: kv.view() };
+                plan.forward(inputs, out.view_mut(), None, &mut workspace).unwrap();
+            });
+            assert_eq!(count, 0, "{level} {seq}");
+        }
+        let [q, mut d_q, mut d_k, mut d_v] = [(); 4].map(|()| Tensor::<f32>::zeros(shape).unwrap());
+        let lse = Tensor::<f32>::zeros(shape.per_row()).unwrap();
+        let mut d_keys = Tensor::<f32>::zeros(keys.shape()).unwrap();
+        let [mut d_u, mut d_w] = [[0.0; 48]; 2];
+        let plan = attention.plan(shape, shape, shape).unwrap();
+        let mut workspace = Workspace::for_backward::<f32>(&plan);
+        let count = allocations(|| {
+            let terms = TermGradients {
+                d_relative_keys: Some(d_keys.view_mut()),
+                d_content_bias: Some(&mut d_u),
+                d_position_bias: Some(&mut d_w),
+                ..TermGradients::default()
+            };
+            let (d_q, d_k, d_v) = (d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
+            let inputs = Inputs { q: q.view(), k: kv.view(), v: kv.view() };
+            let saved = Saved { out: q.view(), lse: lse.view() };
+            let upstream = Upstream { d_out: q.view(), d_lse: None };
+            let gradients = Gradients { d_q, d_k, d_v, terms };
+            plan.backward(inputs, saved, upstream, gradients, &mut workspace).unwrap();
+        });
+        assert_eq!(count, 0, "{level}");
     }
 }

@@ -73,6 +73,20 @@ pub struct Backward<E> {
     pub d_v: Tensor<E>,
 }
 
+impl<'a> From<TermGradients<'a>> for TermOutputs<'a> {
+    fn from(gradients: TermGradients<'a>) -> TermOutputs<'a> {
+        TermOutputs {
+            bias: gradients.d_bias.map(TensorMut::into_shared),
+            slopes: gradients.d_slopes,
+            table: gradients.d_table,
+            sinks: gradients.d_sinks,
+            relative_keys: gradients.d_relative_keys.map(TensorMut::into_shared),
+            content_bias: gradients.d_content_bias,
+            position_bias: gradients.d_position_bias,
+        }
+    }
+}
+
 impl Plan<'_> {
     /// The gradients of a loss whose gradients with respect to forward's results are given.
     ///
@@ -132,15 +146,7 @@ impl Plan<'_> {
             d_q: d_q.into_shared(),
             d_k: d_k.into_shared(),
             d_v: d_v.into_shared(),
-            terms_out: TermOutputs {
-                bias: terms.d_bias.map(TensorMut::into_shared),
-                slopes: terms.d_slopes,
-                table: terms.d_table,
-                sinks: terms.d_sinks,
-                relative_keys: terms.d_relative_keys.map(TensorMut::into_shared),
-                content_bias: terms.d_content_bias,
-                position_bias: terms.d_position_bias,
-            },
+            terms_out: terms.into(),
             mask: self.mask,
             terms: self.terms,
             scale: self.scale,

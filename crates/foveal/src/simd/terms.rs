@@ -54,6 +54,14 @@ pub(crate) struct RowTerms<'a> {
     pub(crate) bias: &'a [f32],
 }
 
+impl RowTerms<'_> {
+    /// Whether products by distance are as many as scores, if there are any.
+    #[inline(always)]
+    fn fits(&self) -> bool {
+        self.product.is_empty() || self.product.len() >= KEY_TILE
+    }
+}
+
 dispatch! {
     /// Finishes the scores of a group of rows.
     pub(crate) fn finish_group(args: GroupTerms<'_>) = finish_group_kernel
@@ -74,8 +82,7 @@ fn finish<S: Simd, const CAP: bool, const BIAS: bool>(s: S, mut args: GroupTerms
     let (rows, steps) = (args.rows.len(), args.visible.all_steps());
     assert!(rows <= GROUP && args.scores.len() >= rows * KEY_TILE);
     assert!(args.bend.as_ref().is_none_or(|bend| bend.len() >= rows * KEY_TILE));
-    let product = |row: &RowTerms<'_>| row.product.is_empty() || row.product.len() >= KEY_TILE;
-    assert!(args.rows.iter().all(product));
+    assert!(args.rows.iter().all(RowTerms::fits));
     let cap = args.cap.unwrap_or(1.0);
     let scale = s.splat(if CAP { args.scale / cap } else { args.scale * LOG2_E });
     let cap = s.splat(cap * LOG2_E);

@@ -284,3 +284,45 @@ fn strides_of_keys_by_distance_change_nothing() {
         assert_eq!(a, b);
     }
 }
+
+/// A cache that forgets what lies behind the memory gives the bits of one that keeps everything, segment by segment.
+#[test]
+fn a_cache_that_forgets_behind_the_memory_changes_no_bit() {
+    let sizes = Sizes { batch: 1, queries: 900, keys: 900, kv_heads: 4, ..SIZES };
+    let call = Call::<f32>::random(sizes, 21);
+    let (segment, memory) = (60, 200);
+    let encoding = Encoding::random(memory, sizes, 22);
+    for cpu in cpus() {
+        let mask = Mask::window(memory);
+        let attention = Attention::new().mask(mask).relative_encoding(encoding.view()).cpu(cpu);
+        let [mut kept, mut forgetting] =
+            [(); 2].map(|()| ContiguousCache::<f32>::new(4, (12, 9), 900).unwrap());
+        for start in (0..900).step_by(segment) {
+            let range = start..start + segment;
+            let [k, v] = [&call.k, &call.v].map(|x| tokens(x, range.clone()));
+            forgetting.forget(start.saturating_sub(memory));
+            let q = tokens(&call.q, range.clone());
+            let mut results = vec![];
+            for cache in [&mut kept, &mut forgetting] {
+                cache.append(k, v).unwrap();
+                for decode in [false, true] {
+                    let k = Shape { seq: range.end, ..call.k.shape() };
+                    let v = Shape { dim: 9, ..k };
+                    let plan = match decode {
+                        true => attention.plan_decode(q.shape(), k, v).unwrap(),
+                        false => attention.plan(q.shape(), k, v).unwrap(),
+                    };
+                    let mut out = Tensor::<f32>::zeros(plan.out_shape()).unwrap();
+                    let mut workspace = Workspace::for_plan(&plan);
+                    workspace.poison();
+                    let stores: [&dyn KvStore; 1] = [&*cache];
+                    plan.forward_cached(q, &stores, (out.view_mut(), None), &mut workspace)
+                        .unwrap();
+                    results.push(out);
+                }
+            }
+            assert_eq!(results[0], results[2], "{} {range:?}", cpu.level);
+            assert_eq!(results[1], results[3], "{} {range:?}", cpu.level);
+        }
+    }
+}

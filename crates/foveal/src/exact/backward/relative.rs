@@ -16,6 +16,8 @@ use super::{Chunk, Engine, Join, Wave};
 use crate::element::Element;
 use crate::exact::relative::{Band, columns, words};
 use crate::exact::terms::Terms;
+use crate::mask::Pattern;
+use crate::simd::Level;
 use crate::simd::gradient::{self, Across};
 use crate::simd::product::Form;
 use crate::simd::row;
@@ -129,10 +131,21 @@ impl<'a> Distances<'a> {
         }
     }
 
-    /// What row `r` got from keys by distance, without the scale.
-    pub(super) fn query(&self, r: usize) -> &[f32] {
-        &self.d_q[r * padded(self.dim)..][..self.dim]
+    /// What rows got from keys by distance, `[row][padded dim]`, without the scale.
+    pub(super) fn queries(&mut self, rows: usize) -> &mut [f32] {
+        &mut self.d_q[..rows * padded(self.dim)]
     }
+}
+
+/// The sum of rows of a width, which is left in the first: halves are added until one row is left.
+fn row_sum(level: Level, rows: &mut [f32], width: usize) -> &[f32] {
+    let mut n = rows.len() / width;
+    while n > 1 {
+        let (kept, added) = rows[..n * width].split_at_mut(n.div_ceil(2) * width);
+        row::blend(level, &mut kept[..added.len()], 1.0, added, 1.0);
+        n = n.div_ceil(2);
+    }
+    &rows[..width]
 }
 
 /// Floats of a chunk's sums for a stretch of keys.
@@ -164,15 +177,28 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
         }
     }
 
-    /// Adds one row's parts of dQ, without the scale, to the chunk's du and dv.
-    pub(super) fn add_biases(&self, chunk: &Chunk, content: &[f32], position: &[f32]) {
+    /// Adds rows' parts of dQ, `[row][padded dim]` without the scale, to the chunk's du and dv. What they held is lost.
+    pub(super) fn add_biases(&self, chunk: &Chunk, content: &mut [f32], position: &mut [f32]) {
         let (level, scale) = (self.call.sizes.cpu.level, self.call.scale);
         let (first, dim) = places(self.call.terms);
         // SAFETY: each chunk belongs to one part.
         let tally = unsafe { self.tallies.row(0, chunk.unit, chunk.index) };
         let (u, v) = tally[first..first + 2 * dim].split_at_mut(dim);
-        row::blend(level, u, 1.0, content, scale);
-        row::blend(level, v, 1.0, position, scale);
+        row::blend(level, u, 1.0, &row_sum(level, content, padded(dim))[..dim], scale);
+        row::blend(level, v, 1.0, &row_sum(level, position, padded(dim))[..dim], scale);
+    }
+
+    /// The columns of a chunk for which some row sees a key of a stretch.
+    fn live_columns(&self, chunk: &Chunk, keys: &Range<usize>) -> Range<usize> {
+        let (mut start, mut end) = (keys.end, keys.start);
+        let positions = self.positions(&chunk.rows);
+        self.call.mask.live(chunk.site, positions, keys.clone(), &mut |range, _| {
+            (start, end) = (start.min(range.start), end.max(range.end));
+        });
+        match start < end {
+            true => start - keys.start..end - keys.start + chunk.rows.len() - 1,
+            false => 0..0,
+        }
     }
 
     /// Adds the wave's sums to the gradient of keys by distance, chunk by chunk.
@@ -188,7 +214,8 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
             let chunk = self.chunk(step.unit, index);
             let first = self.first_distance(&chunk, step.keys);
             let sums = sums[self.layout.sums + self.layout.bias_sums..].chunks_exact(padded(dim));
-            for (c, sum) in sums.take(step.keys.len() + chunk.rows.len() - 1).enumerate() {
+            let columns = self.live_columns(&chunk, step.keys);
+            for (c, sum) in sums.enumerate().take(columns.end).skip(columns.start) {
                 let p = encoding.row(first - c as isize);
                 // SAFETY: sequences of a head come one after the other, and one thread at a time joins.
                 let out = unsafe { out.row(0, p, chunk.site.q_head) };

@@ -91,6 +91,18 @@ impl<E: Element, K: Element> Engine<'_, E, K> {
     }
 }
 
+impl<E: Element, K: Element> Engine<'_, E, K> {
+    /// Adds rows `[row][padded dim]`, times the scale, to those of dQ.
+    fn add_rows(&self, chunk: &Chunk, rows: &Range<usize>, (image, sums): (&Image<'_>, &[f32])) {
+        let (level, dim) = (self.call.sizes.cpu.level, self.call.sizes.q.dim);
+        for (i, sum) in rows.clone().zip(sums.chunks_exact(padded(dim))) {
+            // SAFETY: rows belong to one chunk, and each chunk to one part.
+            let d_q = unsafe { image.row(chunk, i) };
+            row::blend(level, d_q, 1.0, &sum[..dim], self.call.scale);
+        }
+    }
+}
+
 /// A pass of one chunk over one stretch of keys.
 struct Pass<'p, 's, E, K> {
     engine: &'p Engine<'p, E, K>,
@@ -285,18 +297,14 @@ impl<E: Element, K: Element> Pass<'_, '_, E, K> {
 
     /// Adds what the rows got from a stretch of keys to dQ, times the scale.
     fn add_queries(&mut self, rows: &Range<usize>) {
-        let call = self.engine.call;
-        let (level, dim) = (call.sizes.cpu.level, call.sizes.q.dim);
-        for (i, sum) in rows.clone().zip(self.scratch.d_q.chunks_exact(padded(dim))) {
-            let sum = &sum[..dim];
-            // SAFETY: rows belong to one chunk, and each chunk to one part.
-            let d_q = unsafe { self.image.row(self.chunk, i) };
-            row::blend(level, d_q, 1.0, sum, call.scale);
-            if let Some(distances) = &self.scratch.distances {
-                let more = distances.query(i - rows.start);
-                row::blend(level, d_q, 1.0, more, call.scale);
-                self.engine.add_biases(self.chunk, sum, more);
-            }
+        let width = padded(self.engine.call.sizes.q.dim);
+        let Scratch { d_q, distances, .. } = &mut self.scratch;
+        let d_q = &mut d_q[..rows.len() * width];
+        let by_distance = distances.as_mut().map(|distances| distances.queries(rows.len()));
+        self.engine.add_rows(self.chunk, rows, (self.image, d_q));
+        if let Some(by_distance) = by_distance {
+            self.engine.add_rows(self.chunk, rows, (self.image, by_distance));
+            self.engine.add_biases(self.chunk, d_q, by_distance);
         }
     }
 
