@@ -7,8 +7,8 @@
 //! one are given as the bandwidth of the state (read and written), next to that of an in-place update of the same memory.
 
 use foveal::linear::{
-    DecayForm, Delta, Gradients, Linear, Recurrence, Recurrent, Results, Retention, ScalarDecay,
-    State, Tokens, Upstream, VectorDecay,
+    DecayForm, Delta, Efficient, Favor, Gradients, Linear, Recurrence, Recurrent, Results,
+    Retention, ScalarDecay, State, Tokens, Upstream, VectorDecay,
 };
 use foveal::testing::{multiply_add, update};
 use foveal::{Cpu, DType, Level, Shape, Tensor, Threads, Workspace};
@@ -28,6 +28,8 @@ fn main() -> foveal::Result<()> {
         let shape = |dim| Shape { batch: 1, seq: tokens, heads: HEADS, dim };
         let mut cases: Vec<Box<dyn Measure>> = vec![
             case("linear", Linear::new(), shape(dim), cpu)?,
+            case("efficient", Efficient::new(), shape(dim), cpu)?,
+            case("performer", Favor::published(dim, 1)?, shape(dim), cpu)?,
             case("retention", Retention::new(HEADS), shape(dim), cpu)?,
             case("scalar_decay", ScalarDecay::new(), shape(dim), cpu)?,
             case("gla", VectorDecay::new(), shape(dim), cpu)?,
@@ -99,6 +101,9 @@ struct Case<R> {
     name: &'static str,
     recurrent: Recurrent<R>,
     dim: usize,
+    /// Rows of a state, and floating-point operations a token: of the state, and of features.
+    rows: usize,
+    operations: usize,
     /// q, k, v, the gradient of the output.
     tensors: [Tensor<f32>; 4],
     log_decay: Option<Tensor<f32>>,
@@ -146,7 +151,11 @@ fn case<R: Recurrence + 'static>(
         d_beta: beta.clone(),
         workspace: Workspace::new(),
     };
+    let rows = mechanism.mapped_dim(shape.dim)?;
+    let features = if mechanism.row_maps().is_some() { 4 * rows * shape.dim } else { 0 };
     Ok(Box::new(Case {
+        rows,
+        operations: 4 * rows * shape.dim + features,
         written: RefCell::new(written),
         name,
         recurrent: Recurrent::new(mechanism).cpu(cpu),
@@ -246,8 +255,8 @@ impl<R: Recurrence> Measure for Case<R> {
     }
 
     fn print(&self, peak: f64, in_place: f64) {
-        let share = self.forward * 1e6 * (4 * self.dim * self.dim) as f64 / peak;
-        let bandwidth = (8 * HEADS * self.dim * self.dim) as f64 / self.decode / 1e9;
+        let share = self.forward * 1e6 * self.operations as f64 / peak;
+        let bandwidth = (8 * HEADS * self.rows * self.dim) as f64 / self.decode / 1e9;
         println!(
             "| {} | {:.2} | {:.0} % | {:.2} | {:.2} | {:.0} | {:.0} % |",
             self.name,

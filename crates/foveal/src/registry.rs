@@ -157,6 +157,15 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: true,
     },
     Mechanism {
+        name: "performer",
+        group: Group::Linear,
+        summary: "softmax attention estimated by positive orthogonal random features (FAVOR+), or features max(ωx, 0); causal or not",
+        paper: "arXiv:2009.14794",
+        forward: true,
+        backward: true,
+        decode: true,
+    },
+    Mechanism {
         name: "efficient",
         group: Group::Linear,
         summary: "softmax over the channels of queries and, in each channel, over keys; causal or not",

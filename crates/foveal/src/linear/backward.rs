@@ -20,7 +20,7 @@
 
 use super::block::{BLOCK, BlockGradient, Matrix, Pass, Step, Written};
 use super::driver::{NEAR, Recurrent, scratches, together};
-use super::gather::{Engine, Gathered, Place, take};
+use super::gather::{Engine, Gathered, Place, Role, take};
 use super::tokens::{Sizes, expect};
 use super::{DecayForm, FeatureMap, Recurrence, State, Tokens};
 use crate::element::Element;
@@ -234,13 +234,17 @@ struct Scratch<'a> {
     d_decay: &'a mut [f32],
     d_beta: &'a mut [f32],
     spare: &'a mut [f32],
+    /// Gradients of rows that were mapped as a whole, and what belongs to each of them.
+    d_rows: &'a mut [f32],
+    row_sums: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
     fn floats(sizes: &Sizes<'_>) -> usize {
         let (keys, values) = sizes.strides();
         let decay = padded(sizes.decay_dim.unwrap_or(1));
-        Gathered::floats(sizes) + BLOCK * (2 * keys + 3 * values + decay + 1) + keys
+        let rows = padded(sizes.input_dim) + 1;
+        Gathered::floats(sizes) + BLOCK * (2 * keys + 3 * values + decay + 1 + rows) + keys
     }
 
     fn take(floats: &mut &'a mut [f32], sizes: &Sizes<'_>) -> Scratch<'a> {
@@ -256,6 +260,8 @@ impl<'a> Scratch<'a> {
             d_decay: take(floats, BLOCK * decay),
             d_beta: take(floats, BLOCK),
             spare: take(floats, keys),
+            d_rows: take(floats, BLOCK * padded(sizes.input_dim)),
+            row_sums: take(floats, BLOCK),
         }
     }
 }
@@ -423,7 +429,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
     /// The rows that a block reads, and those that it writes to if it writes what the one before it wrote.
     fn near(&self, unit: &mut Unit<'_>, next: Spot, kept: &[f32], written: Written) -> [Near; 2] {
         let Spot { own, place: Place { batch, first, len, head, step }, start, .. } = next;
-        let Sizes { heads, groups, key_dim, value_dim, decay_dim, .. } = self.engine.sizes;
+        let Sizes { heads, groups, input_dim, value_dim, decay_dim, .. } = self.engine.sizes;
         let (mut read, mut write) = (Near::of(len), Near::of(len));
         self.engine.near_inputs(&mut read, next.place);
         if step != Step::Write {
@@ -439,8 +445,8 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         }
         let group = own / (heads / groups);
         let patches = [
-            (written.q && step != Step::Write, Some(&mut unit.d_q), group, key_dim),
-            (written.k && step != Step::Read, Some(&mut unit.d_k), group, key_dim),
+            (written.q && step != Step::Write, Some(&mut unit.d_q), group, input_dim),
+            (written.k && step != Step::Read, Some(&mut unit.d_k), group, input_dim),
             (written.v && step != Step::Read, Some(&mut unit.d_v), own, value_dim),
             (written.decay, unit.d_log_decay.as_mut(), own, decay_dim.unwrap_or(1)),
         ];
@@ -516,7 +522,7 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
         let (engine, level) = (self.engine, self.level);
         let map = engine.mechanism.form().map;
         let (keys, values) = engine.sizes.strides();
-        let Scratch { rows, d_q, d_k, d_v, d_decay, d_beta, .. } = scratch;
+        let Scratch { rows, d_q, d_k, d_v, d_decay, d_beta, d_rows, row_sums, .. } = scratch;
         let Spot { own, place: Place { batch, first, len, step, .. }, start, before, .. } = spot;
         let (queries, keys_too) = (step != Step::Write, step != Step::Read);
         for t in
@@ -526,16 +532,31 @@ impl<R: Recurrence, E: Element> Backward<'_, '_, R, E> {
             d_v[t * values..(t + 1) * values].fill(0.0);
         }
         let per = engine.sizes.heads / engine.sizes.groups;
+        let (raw, inputs) = (&mut *rows.raw, padded(engine.sizes.input_dim));
         let features = [
-            (written.q && queries, before.q, &*rows.q, &mut *d_q, &mut unit.d_q),
-            (written.k && keys_too, before.k, &*rows.k, &mut *d_k, &mut unit.d_k),
+            (Role::Query, written.q && queries, before.q, &*rows.q, &mut *d_q, &mut unit.d_q),
+            (Role::Key, written.k && keys_too, before.k, &*rows.k, &mut *d_k, &mut unit.d_k),
         ];
-        for (written, before, mapped, gradient, patch) in features {
+        for (role, written, before, mapped, gradient, patch) in features {
             if !written {
                 continue;
             }
-            let gradient = &mut gradient[..len * keys];
-            derive(level, map, &mapped[..len * keys], gradient);
+            let (mapped, gradient) = (&mapped[..len * keys], &mut gradient[..len * keys]);
+            let (gradient, keys) = match engine.mechanism.row_maps() {
+                None => {
+                    derive(level, map, mapped, gradient);
+                    (&*gradient, keys)
+                }
+                Some(maps) => {
+                    let x = engine.raw_rows(level, role, spot.place, raw);
+                    let to = (&mut row_sums[..len], &mut d_rows[..len * inputs]);
+                    maps.derive(level, role, x, (mapped, gradient), to);
+                    if role == Role::Key {
+                        engine.leave_out_absent(d_rows, inputs, 0.0, spot.place);
+                    }
+                    (&d_rows[..len * inputs], inputs)
+                }
+            };
             let to = Target { patch, first: start, head: own / per };
             match before || own % per > 0 {
                 true => accumulate_rows(level, gradient, keys, len, to),

@@ -84,7 +84,8 @@ impl<R: Recurrence> Recurrent<R> {
     pub(super) fn check<'a, E: Element>(&self, tokens: &Tokens<'a, E>) -> Result<Sizes<'a>> {
         let sizes = tokens.check(self.mechanism.form(), self.mechanism.scale())?;
         self.mechanism.check(sizes.heads)?;
-        Ok(sizes)
+        let key_dim = self.mechanism.mapped_dim(sizes.input_dim)?;
+        Ok(Sizes { key_dim, ..sizes })
     }
 
     /// The outputs `[B, T, H, Dv]` of tokens that follow on `state`, which is carried on. Allocates the outputs.
@@ -328,9 +329,9 @@ impl<R: Recurrence, E: Element> Forward<'_, '_, '_, R, E> {
         let (keys, values) = engine.sizes.strides();
         let len = place.len;
         let Scratch { rows, out, reads, factors, made, sums, states } = scratch;
-        let Gathered { q, k, v, decay, beta } = rows;
+        let Gathered { q, k, v, decay, beta, raw } = rows;
         engine.gather_gates(self.level, (decay, beta), place);
-        let Mapped { q, k, v } = engine.mapped(self.level, (q, k, v), place);
+        let Mapped { q, k, v } = engine.mapped(self.level, (q, k, v), raw, place);
         factors[..len].fill(1.0);
         let data = match layout.row_stride {
             Some(_) => &mut unit.matrices[own * key_dim * value_dim..][..key_dim * value_dim],

@@ -68,6 +68,13 @@ impl<R, E: Element> Engine<'_, '_, R, E> {
     }
 }
 
+/// Whose rows a map takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Query,
+    Key,
+}
+
 /// The rows of a block of tokens.
 pub(super) struct Gathered<'a> {
     pub(super) q: &'a mut [f32],
@@ -75,6 +82,8 @@ pub(super) struct Gathered<'a> {
     pub(super) v: &'a mut [f32],
     pub(super) decay: &'a mut [f32],
     pub(super) beta: &'a mut [f32],
+    /// Rows that are not mapped yet.
+    pub(super) raw: &'a mut [f32],
 }
 
 /// Takes the first `n` numbers of what is left.
@@ -87,7 +96,8 @@ pub(crate) fn take<'a>(floats: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
 impl<'a> Gathered<'a> {
     pub(super) fn floats(sizes: &Sizes<'_>) -> usize {
         let (keys, values) = sizes.strides();
-        BLOCK * (2 * keys + values + padded(sizes.decay_dim.unwrap_or(1)) + 1)
+        let gates = padded(sizes.decay_dim.unwrap_or(1)) + 1;
+        BLOCK * (2 * keys + values + gates + padded(sizes.input_dim))
     }
 
     pub(super) fn take(floats: &mut &'a mut [f32], sizes: &Sizes<'_>) -> Gathered<'a> {
@@ -98,6 +108,7 @@ impl<'a> Gathered<'a> {
             v: take(floats, BLOCK * values),
             decay: take(floats, BLOCK * padded(sizes.decay_dim.unwrap_or(1))),
             beta: take(floats, BLOCK),
+            raw: take(floats, BLOCK * padded(sizes.input_dim)),
         }
     }
 }
@@ -114,6 +125,18 @@ fn in_place<E: Element>(rows: Rows<'_, E>, map: FeatureMap) -> Option<TokenRows<
     let ready = map == FeatureMap::Identity && rows.width() == padded(rows.width());
     let rows = rows.as_f32().filter(|_| ready)?;
     Some(TokenRows { data: rows.as_slice(), stride: rows.stride() })
+}
+
+/// Rows as numbers, where they lie or gathered.
+fn plain_rows<'a, E: Element>(
+    level: Level,
+    rows: Rows<'a, E>,
+    raw: &'a mut [f32],
+) -> TokenRows<'a> {
+    in_place(rows, FeatureMap::Identity).unwrap_or_else(|| {
+        gather(level, rows, FeatureMap::Identity, raw);
+        TokenRows { data: raw, stride: padded(rows.width()) }
+    })
 }
 
 impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
@@ -140,18 +163,21 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
     /// The mapped rows of a block of tokens; what they lack is absent or zero.
     pub(super) fn gather(&self, level: Level, rows: &mut Gathered<'_>, place: Place) {
         let Place { batch, first, len, head, step } = place;
-        let (map, range, group) = (self.mechanism.form().map, first..first + len, self.group(head));
+        let (range, group) = (first..first + len, self.group(head));
         match step {
             Step::Write => rows.q[..len * self.sizes.strides().0].fill(0.0),
-            _ => gather(level, self.tokens.q.head(batch, group).slice(range.clone()), map, rows.q),
+            _ => {
+                let queries = self.tokens.q.head(batch, group).slice(range.clone());
+                self.map_rows(level, Role::Query, queries, (rows.raw, rows.q));
+            }
         }
         if step == Step::Read {
             self.leave_out(rows.k, rows.v, len);
         } else {
             let keys = self.tokens.k.head(batch, group).slice(range.clone());
-            self.gather_present(level, (keys, map, self.mechanism.form().absent), place, rows.k);
+            self.gather_keys(level, keys, (rows.raw, rows.k), place);
             let values = self.tokens.v.head(batch, head).slice(range);
-            self.gather_present(level, (values, FeatureMap::Identity, 0.0), place, rows.v);
+            self.gather_values(level, values, rows.v, place);
         }
         self.gather_gates(level, (rows.decay, rows.beta), place);
     }
@@ -194,50 +220,101 @@ impl<R: Recurrence, E: Element> Engine<'_, '_, R, E> {
         &'r self,
         level: Level,
         (q, k, v): (&'r mut [f32], &'r mut [f32], &'r mut [f32]),
+        raw: &mut [f32],
         place: Place,
     ) -> Mapped<'r> {
         let Place { batch, first, len, head, step } = place;
         let (form, range, group) = (self.mechanism.form(), first..first + len, self.group(head));
         let (keys, values) = self.sizes.strides();
         let rows = |tensor: TensorRef<'r, E>, head| tensor.head(batch, head).slice(range.clone());
+        // What is mapped by rows does not lie anywhere.
+        let lie = |rows| in_place(rows, form.map).filter(|_| self.mechanism.row_maps().is_none());
         let queries = (step != Step::Write).then(|| rows(self.tokens.q, group));
-        let q = queries.and_then(|rows| in_place(rows, form.map)).unwrap_or_else(|| {
+        let q = queries.and_then(lie).unwrap_or_else(|| {
             if let Some(rows) = queries {
-                gather(level, rows, form.map, q);
+                self.map_rows(level, Role::Query, rows, (&mut *raw, q));
             }
             TokenRows { data: q, stride: keys }
         });
         if step == Step::Read {
             self.leave_out(k, v, len);
-            let (k, v) =
-                (TokenRows { data: k, stride: keys }, TokenRows { data: v, stride: values });
-            return Mapped { q, k, v };
+            let k = TokenRows { data: k, stride: keys };
+            return Mapped { q, k, v: TokenRows { data: v, stride: values } };
         }
-        let gathered = |rows, map, absent, to: &'r mut [f32], stride| {
-            let lie = in_place(rows, map).filter(|_| self.tokens.present.is_none());
-            lie.unwrap_or_else(|| {
-                self.gather_present(level, (rows, map, absent), place, to);
-                TokenRows { data: to, stride }
-            })
-        };
-        let k = gathered(rows(self.tokens.k, group), form.map, form.absent, k, keys);
-        let v = gathered(rows(self.tokens.v, head), FeatureMap::Identity, 0.0, v, values);
+        let all = |rows: TokenRows<'r>| self.tokens.present.is_none().then_some(rows);
+        let own = rows(self.tokens.k, group);
+        let k = lie(own).and_then(all).unwrap_or_else(|| {
+            self.gather_keys(level, own, (raw, k), place);
+            TokenRows { data: k, stride: keys }
+        });
+        let own = rows(self.tokens.v, head);
+        let v = in_place(own, FeatureMap::Identity).and_then(all).unwrap_or_else(|| {
+            self.gather_values(level, own, v, place);
+            TokenRows { data: v, stride: values }
+        });
         Mapped { q, k, v }
     }
 
-    /// Mapped rows, with those of absent tokens replaced.
-    fn gather_present(
+    /// Mapped rows of queries or keys, by way of `raw`.
+    fn map_rows(
         &self,
         level: Level,
-        (rows, map, absent): (Rows<'_, E>, FeatureMap, f32),
-        place: Place,
-        to: &mut [f32],
+        role: Role,
+        rows: Rows<'_, E>,
+        (raw, to): (&mut [f32], &mut [f32]),
     ) {
-        gather(level, rows, map, to);
-        let stride = padded(rows.width());
-        for t in (0..place.len).filter(|t| !self.is_present(place.batch, place.first + t)) {
-            to[t * stride..(t + 1) * stride].fill(absent);
+        match self.mechanism.row_maps() {
+            None => gather(level, rows, self.mechanism.form().map, to),
+            Some(maps) => {
+                let x = plain_rows(level, rows, raw);
+                maps.apply(level, role, (x, rows.count()), to);
+            }
         }
+    }
+
+    /// Mapped keys, with those of absent tokens replaced.
+    fn gather_keys(
+        &self,
+        level: Level,
+        rows: Rows<'_, E>,
+        (raw, to): (&mut [f32], &mut [f32]),
+        place: Place,
+    ) {
+        self.map_rows(level, Role::Key, rows, (raw, to));
+        let stride = self.sizes.strides().0;
+        self.leave_out_absent(to, stride, self.mechanism.form().absent, place);
+    }
+
+    /// Values, with zeros for those of absent tokens.
+    fn gather_values(&self, level: Level, rows: Rows<'_, E>, to: &mut [f32], place: Place) {
+        gather(level, rows, FeatureMap::Identity, to);
+        self.leave_out_absent(to, self.sizes.strides().1, 0.0, place);
+    }
+
+    /// Replaces the rows of absent tokens.
+    pub(super) fn leave_out_absent(
+        &self,
+        rows: &mut [f32],
+        stride: usize,
+        absent: f32,
+        place: Place,
+    ) {
+        for t in (0..place.len).filter(|t| !self.is_present(place.batch, place.first + t)) {
+            rows[t * stride..(t + 1) * stride].fill(absent);
+        }
+    }
+
+    /// The rows that were mapped, of queries or keys: as they lie, or gathered to `raw`.
+    pub(super) fn raw_rows<'r>(
+        &'r self,
+        level: Level,
+        role: Role,
+        place: Place,
+        raw: &'r mut [f32],
+    ) -> TokenRows<'r> {
+        let Place { batch, first, len, head, .. } = place;
+        let tensor = if role == Role::Query { self.tokens.q } else { self.tokens.k };
+        plain_rows(level, tensor.head(batch, self.group(head)).slice(first..first + len), raw)
     }
 
     /// The gradient of outputs times the scale.

@@ -41,6 +41,7 @@
 //! | [`VectorDecay`] | `gla` | Yang et al. 2023 |
 //! | [`Delta`] | `delta`, `gated_delta` | Yang et al. 2024 |
 //! | [`Efficient`] | `efficient` | Shen et al. 2021 |
+//! | [`Favor`] | `performer` | Choromanski et al. 2021 |
 //!
 //! [`Linformer`] is linear in another way: softmax attention to a fixed number of mixtures of all keys.
 
@@ -50,10 +51,12 @@ mod block;
 mod delta;
 mod driver;
 mod efficient;
+mod favor;
 mod feature;
 mod gather;
 mod kernel;
 mod linformer;
+mod random_features;
 pub mod reference;
 mod scalar_decay;
 mod state;
@@ -70,9 +73,11 @@ pub use block::{Block, BlockGradient, Pass, Written};
 pub use delta::Delta;
 pub use driver::{Recurrent, Results};
 pub use efficient::Efficient;
+pub use favor::{Favor, Stabiliser};
 pub use feature::FeatureMap;
 pub use kernel::Linear;
 pub use linformer::{Linformer, LinformerForward, MatrixGradients, SequenceMatrix, Sharing};
+pub use random_features::{Draw, RandomFeatures, RowMaps};
 pub use scalar_decay::{Retention, ScalarDecay};
 pub use state::{State, StateShape};
 pub use tokens::Tokens;
@@ -129,6 +134,19 @@ pub trait Recurrence: Sync + std::fmt::Debug {
     /// [`crate::Error::InvalidParameter`], [`crate::Error::LengthMismatch`].
     fn check(&self, _heads: usize) -> Result<()> {
         Ok(())
+    }
+
+    /// Numbers of a mapped key of `key_dim` numbers: the rows of the state.
+    ///
+    /// # Errors
+    /// If the mechanism was made for keys of another length.
+    fn mapped_dim(&self, key_dim: usize) -> Result<usize> {
+        Ok(key_dim)
+    }
+
+    /// Maps of whole rows of queries and keys, in place of [`Form::map`], to [`Recurrence::mapped_dim`] numbers each.
+    fn row_maps(&self) -> Option<RowMaps<'_>> {
+        None
     }
 
     /// The decay of a head whose tokens bring none, for mechanisms with a fixed one.

@@ -2,6 +2,7 @@
 //!
 //! What the kernels are measured against; gradients are held to differences of it.
 
+use super::gather::Role;
 use super::{Recurrence, StateShape};
 use crate::exact::reference::Input;
 use crate::problem::Scale;
@@ -134,7 +135,8 @@ fn run<R: Recurrence>(
         Some(cuts) => cuts.windows(2).map(|cut| (0, cut[0]..cut[1])).collect(),
         None => (0..v.batch).map(|batch| (batch, 0..v.seq)).collect(),
     };
-    let (size, sums) = (q.dim * v.dim, mechanism.form().sums * q.dim);
+    let rows = mechanism.mapped_dim(q.dim).expect("keys as the mechanism takes them");
+    let (size, sums) = (rows * v.dim, mechanism.form().sums * rows);
     for (n, (b, tokens)) in whole.into_iter().enumerate() {
         let steps: Vec<(Option<usize>, Option<usize>)> = match bidirectional {
             false => tokens.map(|t| (Some(t), Some(t))).collect(),
@@ -192,16 +194,20 @@ impl Sequences<'_> {
             input.data[at..at + input.shape.dim].to_vec()
         };
         let (form, group) = (mechanism.form(), h * self.q.shape.heads / self.v.shape.heads);
-        let mapped = |x: Vec<f64>| x.into_iter().map(|x| form.map.apply(x)).collect();
+        let mapped = |role, x: Vec<f64>| match mechanism.row_maps() {
+            Some(maps) => maps.define(role, &x),
+            None => x.into_iter().map(|x| form.map.apply(x)).collect(),
+        };
+        let rows = mechanism.mapped_dim(self.q.shape.dim).expect("checked before");
         let here = |t: &usize| self.present.is_none_or(|present| present[b * self.k.shape.seq + t]);
         let (key, decay) = (key.filter(here), key);
         let fixed = mechanism.fixed_decay(h).map(|a| vec![f64::from(a)]);
         let given = self.log_decay.zip(decay).map(|(input, t)| row(input, t, h));
         let given = given.map(|log| log.iter().map(|x| x.exp()).collect());
-        let absent = vec![f64::from(form.absent); self.k.shape.dim];
+        let absent = vec![f64::from(form.absent); rows];
         Numbers {
-            q: query.map_or(vec![0.0; self.q.shape.dim], |t| mapped(row(self.q, t, group))),
-            k: key.map_or(absent, |t| mapped(row(self.k, t, group))),
+            q: query.map_or(vec![0.0; rows], |t| mapped(Role::Query, row(self.q, t, group))),
+            k: key.map_or(absent, |t| mapped(Role::Key, row(self.k, t, group))),
             v: key.map_or(vec![0.0; self.v.shape.dim], |t| row(self.v, t, h)),
             decay: fixed.or(given).unwrap_or_default(),
             beta: self.beta.zip(decay).map_or(1.0, |(input, t)| row(input, t, h)[0]),

@@ -93,6 +93,7 @@ impl<'a, E: Element> Tokens<'a, E> {
             spans,
             groups: q.heads,
             heads: v.heads,
+            input_dim: q.dim,
             key_dim: q.dim,
             value_dim: v.dim,
             sums: form.sums,
@@ -110,6 +111,9 @@ pub(crate) struct Sizes<'a> {
     pub(crate) groups: usize,
     /// Heads of values and states.
     pub(crate) heads: usize,
+    /// Numbers of a query or key.
+    pub(crate) input_dim: usize,
+    /// Numbers of a mapped query or key.
     pub(crate) key_dim: usize,
     pub(crate) value_dim: usize,
     /// Sums of each key channel that a state holds.

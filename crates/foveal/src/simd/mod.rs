@@ -30,6 +30,7 @@ pub(crate) mod decode_pairs;
 pub(crate) mod delta;
 pub(crate) mod efficient;
 pub(crate) mod encode;
+pub(crate) mod favor;
 pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod near;

@@ -287,6 +287,37 @@ fn sweep_kernel<S: Simd>(s: S, args: Sweep<'_>) {
     }
 }
 
+dispatch! {
+    /// What tokens read of a state that stays as it is.
+    pub(crate) fn read(state: &[f32], layout: Layout, tokens: usize, args: Read<'_>) = read_kernel
+}
+
+#[inline(always)]
+fn read_kernel<S: Simd>(s: S, state: &[f32], layout: Layout, tokens: usize, args: Read<'_>) {
+    let Layout { rows, columns, .. } = layout;
+    assert!(columns.is_multiple_of(16) && layout.panel.is_multiple_of(16));
+    assert!(layout.row_stride.is_none_or(|stride| stride >= columns));
+    assert!(state.len() >= rows * layout.row_stride.unwrap_or(columns));
+    args.by.check(tokens, rows);
+    assert!(args.out.len() >= tokens * columns);
+    let io = Io {
+        state: state.as_ptr().cast_mut(),
+        rows,
+        tokens,
+        reverse: false,
+        decay: Source::NONE,
+        before: (Source::NONE, std::ptr::null_mut()),
+        write: (Source::NONE, Source::NONE),
+        read: (Source::of(args.by), args.out.as_mut_ptr()),
+        after: (Source::NONE, Source::NONE),
+        out_stride: columns,
+        near: None,
+    };
+    // SAFETY: the pointers were checked to hold `tokens` rows of their width and all elements of the layout; what only
+    // reads does not write to the state.
+    unsafe { panels::<S, READ>(s, &io, layout) }
+}
+
 /// Where everything lies, and which parts there are; checked.
 fn checked(args: Sweep<'_>) -> (Io<'_>, u32) {
     let Sweep { state, layout, tokens, reverse, decay, before, write, read, after, near } = args;

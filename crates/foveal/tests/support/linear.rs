@@ -58,7 +58,8 @@ impl<E: Element> Call<E> {
             DecayForm::Vector => Some(gate(Shape { dim: key_dim, ..values }, -1.5, 0.0)),
         };
         let beta = form.beta.then(|| gate(values.per_row(), 0.0, 2.0));
-        let shape = StateShape { sequences: batch, heads, key_dim, value_dim };
+        let rows = mechanism.mapped_dim(key_dim).unwrap();
+        let shape = StateShape { sequences: batch, heads, key_dim: rows, value_dim };
         let mut call = Call {
             q: random.tensor(keys, 1.0),
             k: random.tensor(keys, scale),
