@@ -60,6 +60,7 @@ impl<'a> PromptCache<'a> {
     /// # Errors
     ///
     /// [`Error::CacheOptions`] for options that choose keys by their weight: what they remember is not written.
+    /// [`Error::SectionPromptCache`].
     pub fn new(
         model: &'a Model,
         weights: &Weights,
@@ -71,6 +72,9 @@ impl<'a> PromptCache<'a> {
                 found: format!("{:?}", options.keep),
                 expected: "all, or the first and the newest".to_owned(),
             });
+        }
+        if !model.takes_pages() {
+            return Err(Error::SectionPromptCache);
         }
         let CacheOptions { storage, context, keep } = options;
         let context = context.unwrap_or(model.config().context);

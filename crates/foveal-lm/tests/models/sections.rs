@@ -5,8 +5,10 @@ use foveal::projection::Format;
 use foveal_lm::generate::{BatchOptions, Batcher};
 use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
 use foveal_lm::model::{Observer, Scratch, Step};
+use foveal_lm::prompt_cache::PromptCache;
 use foveal_lm::quantize::quantize;
 use foveal_lm::testing::{Tiny, TinySizes};
+use foveal_lm::weights::Weights;
 use foveal_lm::{Error, Model};
 use serde_json::{Value, json};
 
@@ -450,6 +452,9 @@ fn what_is_not_done_with_named_mixers_is_refused() {
     let looked = model.forward_observed(&[1, 2], &mut state, &mut scratch, &mut Nobody);
     let error = looked.unwrap_err();
     assert!(matches!(error, Error::ObservedSections), "{error}");
+    let weights = Weights::open(&folder.0).unwrap();
+    let cache = PromptCache::new(&model, &weights, CacheOptions::default());
+    assert!(matches!(cache, Err(Error::SectionPromptCache)));
     let other =
         load(&crate::latent::tiny("DeepseekV2ForCausalLM", None), "sections-other").unwrap();
     let mut state = other.state().unwrap();
