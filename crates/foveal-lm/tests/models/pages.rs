@@ -241,3 +241,40 @@ fn a_text_that_could_never_have_its_pages_is_refused_and_the_others_go_on() {
     }
     assert!(results.iter().filter(|result| result.is_ok()).count() > 3 && long.is_some());
 }
+
+/// Generated tokens of texts that share a prompt have the bits of texts that share nothing, though they read it once.
+#[test]
+fn a_batch_of_forks_has_the_bits_of_texts_alone() {
+    let model = small::model();
+    let options = stored(CacheStorage::F16);
+    let pages = model.pages(&options, 32 * CHUNK).unwrap();
+    let prompt = tokens(3 * CHUNK + 40, 1, 1020);
+    let mut root = model.state_in(&pages).unwrap();
+    let mut scratch = Scratch::new();
+    model.forward(&prompt, Step::PROMPT, &mut root, &mut scratch).unwrap();
+    let next = tokens(6, 2, 1020);
+    let alone = |token: u32| {
+        let mut state = model.state_with(&options).unwrap();
+        let mut scratch = Scratch::new();
+        model.forward(&prompt, Step::PROMPT, &mut state, &mut scratch).unwrap();
+        model.forward(&[token], Step::GENERATED, &mut state, &mut scratch).unwrap();
+        let first = bits(scratch.logits());
+        model.forward(&[token], Step::GENERATED, &mut state, &mut scratch).unwrap();
+        [first, bits(scratch.logits())]
+    };
+    let expected: Vec<_> = next.iter().map(|&token| alone(token)).collect();
+    let mut batch = Batch::new();
+    for _ in &next {
+        batch.join(root.fork(&model, prompt.len()).unwrap()).unwrap();
+    }
+    for step in 0..2 {
+        model.forward_batch(&next, &mut batch, &mut scratch).unwrap();
+        let rows = scratch.logits().chunks(model.config().vocab);
+        for (row, expected) in rows.zip(&expected) {
+            assert!(bits(row) == expected[step]);
+        }
+    }
+    // The whole pages of the prompt are held once, its broken end by each.
+    let layers = model.config().layers.len();
+    assert_eq!(pages.pages() - pages.free_pages(), layers * (3 + 1 + next.len()));
+}

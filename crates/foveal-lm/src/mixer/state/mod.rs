@@ -16,7 +16,7 @@ mod store;
 
 use std::ops::Range;
 
-use foveal::cache::{KvStore, KvTile, Rolling};
+use foveal::cache::{KvStore, KvTile, Rolling, SharedTile};
 use foveal::{Attention, DType, Mask, Phase, Plan, TensorRef};
 
 use crate::Error;
@@ -283,6 +283,10 @@ impl KvStore for LayerState {
 
     fn coded(&self) -> bool {
         self.store.coded()
+    }
+
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        self.store.shared_tile(position)
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use foveal::cache::codes::Bits;
-use foveal::cache::{ContiguousCache, KvStore, KvTile, PagedCache, QuantizedCache, TILE};
+use foveal::cache::{
+    ContiguousCache, KvStore, KvTile, PagedCache, QuantizedCache, SharedTile, TILE,
+};
 use foveal::memory::MemoryStore;
 use foveal::{DType, TensorRef};
 use half::{bf16, f16};
@@ -233,6 +235,10 @@ impl KvStore for Store {
 
     fn coded(&self) -> bool {
         with_store!(self, cache => cache.coded())
+    }
+
+    fn shared_tile(&self, position: usize) -> Option<SharedTile> {
+        with_store!(self, cache => cache.shared_tile(position))
     }
 
     fn tile(&self, head: usize, positions: Range<usize>) -> KvTile<'_> {
