@@ -82,7 +82,7 @@ impl Recurrence for Efficient {
         let changed = efficient::weigh(level, weigh);
         let [queries, weights, keep] =
             [&*queries, &*weights, &*keep].map(|data| TokenRows { data, stride });
-        block.write_and_read_rows(queries, weights, decay(changed, Decay::Rows(keep)));
+        block.write_and_read_rows(queries, weights, decay(changed, Decay::RowUnits(keep)));
     }
 
     fn backward(&self, pass: Pass, block: &mut BlockGradient<'_>) -> Written {
@@ -131,7 +131,7 @@ fn ahead(block: &mut BlockGradient<'_>) {
     let (k, sums) = (keys(block.k), &mut *block.sums.0);
     let changed =
         efficient::weigh(level, Weigh { k, width, sums, weights, keep, queries, inverses });
-    block.read_gradient_of_query_rows(weights, decay(changed, Decay::Columns(keys(keep))));
+    block.read_gradient_of_query_rows(weights, decay(changed, Decay::ColumnUnits(keys(keep))));
     if block.step == Step::Write {
         return inverses.fill(0.0);
     }
@@ -144,7 +144,7 @@ fn back(block: &mut BlockGradient<'_>) {
     let [weights, keep, queries, d_own] = rows(std::mem::take(&mut block.kept));
     let changed = keep.iter().any(|&a| a != 1.0);
     let keep_rows = TokenRows { data: keep, stride };
-    let decays = [Decay::Rows(keep_rows), Decay::Columns(keep_rows)];
+    let decays = [Decay::RowUnits(keep_rows), Decay::ColumnUnits(keep_rows)];
     let [by_row, by_column] = decays.map(|by| decay(changed, by));
     block.read_gradients_of_written_rows((queries, weights), by_row, by_column);
     let (d_z, d_e) = block.sums.1.split_at_mut(stride);

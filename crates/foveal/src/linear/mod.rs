@@ -30,6 +30,8 @@
 //! # }
 //! ```
 //!
+//! Where a state decays, 2⁻¹⁰⁰ is added to each of its numbers at each token, so that none of them becomes subnormal.
+//!
 //! Cost: 4·Dk·Dv floating-point operations a token and head forward, three times that backward; decays and delta rules cost
 //! more, see there. Exact in the sense that nothing is approximated but by rounding.
 //!

@@ -1,14 +1,26 @@
-//! The other parts of a transformer layer, on plain slices of f32: normalisation, gates, residual
+//! The other parts of a transformer layer, on plain slices of f32: normalisation, gates, short convolutions, residual
 //! sums, and the softmax of a row of logits.
 //!
 //! Every operator works in place or into a given slice and allocates nothing; a row's bits do not
 //! depend on the rows beside it. Embeddings are rows of a stored matrix: [`crate::projection::embed`].
 
 mod activation;
+mod conv;
+mod gate;
+mod heads;
 mod norm;
 mod softmax;
 
 pub use activation::{add, gelu_gate, silu_gate, softcap};
+pub use conv::{ConvBackward, ConvGradients, ShortConv, short_conv, short_conv_backward};
+pub use gate::{
+    DecayGate, DecayGateGradients, SiluGateBackward, decay_gate, decay_gate_backward, log_sigmoid,
+    log_sigmoid_backward, sigmoid, sigmoid_backward, silu_gate_backward,
+};
+pub use heads::{
+    GateOrder, GatedNorm, GatedNormBackward, GatedNormGradients, gated_norm, gated_norm_backward,
+    l2_norm, l2_norm_backward,
+};
 pub use norm::{
     LayerNorm, NormBackward, NormGradients, RmsNorm, layer_norm, layer_norm_backward, rms_norm,
     rms_norm_backward, rms_norm_in_place,
@@ -16,7 +28,17 @@ pub use norm::{
 pub use softmax::{log_softmax, softmax};
 
 use crate::error::{Error, Result};
+use crate::gradient::Gradient;
 
 fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got { Ok(()) } else { Err(Error::LengthMismatch { what, expected, got }) }
+}
+
+/// A place to add to.
+fn cleared(gradient: Gradient<&mut [f32]>) -> Option<&mut [f32]> {
+    let (place, add) = gradient.into_place()?;
+    if !add {
+        place.fill(0.0);
+    }
+    Some(place)
 }

@@ -11,7 +11,7 @@
 //! Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; Ba, Kiros and Hinton, "Layer Normalization",
 //! 2016. Gemma's weights are 1 + w: GGUF files hold the sum, and the gradient for it is the gradient for w.
 
-use super::same_length;
+use super::{cleared, same_length};
 use crate::error::{Error, Result};
 use crate::gradient::Gradient;
 use crate::simd::norm::{self, Moments, RowGradient};
@@ -198,15 +198,6 @@ impl Backward<'_> {
         }
         Ok(())
     }
-}
-
-/// A place to add to.
-fn cleared(gradient: Gradient<&mut [f32]>) -> Option<&mut [f32]> {
-    let (place, add) = gradient.into_place()?;
-    if !add {
-        place.fill(0.0);
-    }
-    Some(place)
 }
 
 fn check_gradients(

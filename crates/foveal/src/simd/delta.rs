@@ -10,7 +10,7 @@
 //! sequence is cut.
 
 use super::near::{Near, Turn};
-use super::sweep::{Layout, TokenRows};
+use super::sweep::{FLOOR, Layout, TokenRows};
 use super::{Simd, dispatch};
 
 /// Rows of tokens: queries, keys, and values or gradients of outputs.
@@ -277,6 +277,7 @@ unsafe fn pass<S: Simd, const DECAY: bool, const BEHIND: bool, const V: usize, c
 ) -> [S::F; V] {
     let Step { rows: [q, k, next], v, u, decay } = step;
     let (mut sums, mut out) = ([s.splat(0.0); V], [s.splat(0.0); V]);
+    let floor = s.splat(FLOOR);
     // SAFETY: the caller's promise.
     unsafe {
         for r in 0..io.layout.rows {
@@ -288,9 +289,9 @@ unsafe fn pass<S: Simd, const DECAY: bool, const BEHIND: bool, const V: usize, c
                 if BEHIND {
                     m = s.fma(q, v[n], m);
                     m = s.fma(k, u[n], m);
-                    m = if DECAY { s.mul(m, *decay) } else { m };
+                    m = if DECAY { s.fma(m, *decay, floor) } else { m };
                 } else {
-                    m = if DECAY { s.mul(m, *decay) } else { m };
+                    m = if DECAY { s.fma(m, *decay, floor) } else { m };
                     m = s.fma(k, u[n], m);
                     out[n] = s.fma(q, m, out[n]);
                 }

@@ -58,6 +58,30 @@ pub(crate) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
     s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
 }
 
+/// d/dx (x σ(x)) = σ(x) (1 + x σ(−x)): absolute error ≤ 1e-6 and, beyond 20, relative to |x|; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn silu_slope<S: Simd>(s: S, x: S::F) -> S::F {
+    let other = sigmoid(s, s.sub(s.splat(0.0), x));
+    s.mul(sigmoid(s, x), s.fma(x, other, s.splat(1.0)))
+}
+
+/// ln(1 + e^x): relative error ≤ 6e-7 for x ≥ −87, below 2^−126 for x < −88; NaN stays NaN.
+///
+/// max(x, 0) + ln(1 + u) with u = e^−|x| ≤ 1, and ln(1 + u) = 2 artanh z with z = u / (2 + u) ≤ ⅓ by its series, whose
+/// first term that is left out is below 2e-9 of it.
+#[inline(always)]
+pub(crate) fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
+    let zero = s.splat(0.0);
+    let u = exp(s, s.min(x, s.sub(zero, x)));
+    let z = s.div(u, s.add(s.splat(2.0), u));
+    let square = s.mul(z, z);
+    let mut p = s.splat(2.0 / 15.0);
+    for odd in [13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
+        p = s.fma(p, square, s.splat(2.0 / odd));
+    }
+    s.fma(p, z, s.max(zero, x))
+}
+
 /// tanh x: relative error ≤ 4e-7, saturated at ±1, ±0 at ±0; NaN stays NaN.
 ///
 /// With e = e^(2x) − 1, which keeps its accuracy near 0: tanh x = e / (e + 2). e = 2^k (2^f − 1) + (2^k − 1).
@@ -89,7 +113,7 @@ fn exp2_less_one<S: Simd>(s: S, f: S::F) -> S::F {
 
 #[cfg(test)]
 mod tests {
-    use super::{exp, exp2, sigmoid, tanh};
+    use super::{exp, exp2, sigmoid, silu_slope, softplus, tanh};
     use crate::simd::{Level, Simd, dispatch};
 
     dispatch! {
@@ -114,6 +138,22 @@ mod tests {
     #[inline(always)]
     fn sigmoid_kernel<S: Simd>(s: S, x: &mut [f32; 16]) {
         each(s, x, sigmoid);
+    }
+
+    dispatch! {
+        fn softplus_of(x: &mut [f32; 16]) = softplus_kernel
+    }
+    #[inline(always)]
+    fn softplus_kernel<S: Simd>(s: S, x: &mut [f32; 16]) {
+        each(s, x, softplus);
+    }
+
+    dispatch! {
+        fn silu_slope_of(x: &mut [f32; 16]) = silu_slope_kernel
+    }
+    #[inline(always)]
+    fn silu_slope_kernel<S: Simd>(s: S, x: &mut [f32; 16]) {
+        each(s, x, silu_slope);
     }
 
     dispatch! {
@@ -214,6 +254,39 @@ mod tests {
             assert_eq!((value(0.0), value(100.0), value(f32::INFINITY)), (0.5, 1.0, 1.0));
             assert!(value(-89.0) < f32::MIN_POSITIVE && value(f32::NEG_INFINITY) >= 0.0);
             assert!(value(f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn softplus_is_within_its_bound() {
+        for level in Level::available() {
+            let exact = |x: f32| {
+                let x = f64::from(x);
+                x.max(0.0) + (-x.abs()).exp().ln_1p()
+            };
+            let error = worst(level, 87.0, softplus_of, |x, y| relative(y, exact(x)));
+            assert!(error <= 6e-7, "{level}: {error:e}");
+            let value = |x| one(level, softplus_of, x);
+            assert_eq!((value(200.0), value(f32::NEG_INFINITY)), (200.0, 0.0));
+            assert!(value(-89.0) < f32::MIN_POSITIVE && value(f32::INFINITY) == f32::INFINITY);
+            assert!(value(f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn the_slope_of_silu_is_within_its_bound() {
+        for level in Level::available() {
+            let exact = |x: f32| {
+                let x = f64::from(x);
+                let sigmoid = 1.0 / (1.0 + (-x).exp());
+                sigmoid * (1.0 + x * (1.0 - sigmoid))
+            };
+            let error = worst(level, 80.0, silu_slope_of, |x, y| {
+                (f64::from(y) - exact(x)).abs() / f64::from(x.abs().max(20.0) / 20.0)
+            });
+            assert!(error <= 1e-6, "{level}: {error:e}");
+            assert_eq!(one(level, silu_slope_of, 0.0), 0.5);
+            assert!(one(level, silu_slope_of, f32::NAN).is_nan());
         }
     }
 

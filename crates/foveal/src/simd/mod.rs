@@ -25,12 +25,14 @@ mod avx512;
 mod avx512bf16;
 
 pub(crate) mod coded;
+pub(crate) mod conv;
 pub(crate) mod decode;
 pub(crate) mod decode_pairs;
 pub(crate) mod delta;
 pub(crate) mod efficient;
 pub(crate) mod encode;
 pub(crate) mod favor;
+pub(crate) mod gate;
 pub(crate) mod gradient;
 pub(crate) mod math;
 pub(crate) mod near;

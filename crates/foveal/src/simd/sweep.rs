@@ -1,7 +1,7 @@
 //! Sweeps of a matrix state over tokens: decay, add outer products, read with vectors.
 //!
 //! ```text
-//! for each token t:   M ← a_t M                            decay: one number, one a row, or one a column
+//! for each token t:   M ← a_t M + 2⁻¹⁰⁰                    decay: one number, one a row, or one a column
 //!                     b_t = Mᵀ p_t                         before
 //!                     M ← M + x_t y_tᵀ                     write
 //!                     o_t = Mᵀ w_t                         read
@@ -12,10 +12,13 @@
 //! a few of them through all its tokens, several tokens a pass over the rows: the state is read and written once a
 //! pass. An element of M is one chain of operations in the order of tokens, an element of a read one chain over rows:
 //! no bit depends on how many tokens share a pass or a call.
+//! A decay adds 2⁻¹⁰⁰ to what it leaves: what decays for long settles there, and not among subnormal numbers.
 
 use super::near::{Near, Turn};
 use super::{Simd, dispatch};
 
+/// What a decay adds: 2⁻¹⁰⁰.
+pub(super) const FLOOR: f32 = 7.888_609e-31;
 /// Columns of a packed panel: what stays in the first level of cache.
 pub(crate) const NARROW: usize = 32;
 /// Columns of a panel of a state that lies in place: long pieces of each row.
@@ -153,6 +156,10 @@ pub(crate) enum Decay<'a> {
     Rows(TokenRows<'a>),
     /// One number a column.
     Columns(TokenRows<'a>),
+    /// One power of two a row, exactly: nothing is added.
+    RowUnits(TokenRows<'a>),
+    /// One power of two a column, exactly.
+    ColumnUnits(TokenRows<'a>),
 }
 
 /// An outer product that is added at each token.
@@ -253,6 +260,8 @@ struct Io<'a> {
     read: (Source, *mut f32),
     after: (Source, Source),
     out_stride: usize,
+    /// What decays add; −0 changes nothing.
+    floor: f32,
     near: Option<&'a Near>,
 }
 
@@ -294,64 +303,59 @@ dispatch! {
 
 #[inline(always)]
 fn read_kernel<S: Simd>(s: S, state: &[f32], layout: Layout, tokens: usize, args: Read<'_>) {
-    let Layout { rows, columns, .. } = layout;
-    assert!(columns.is_multiple_of(16) && layout.panel.is_multiple_of(16));
-    assert!(layout.row_stride.is_none_or(|stride| stride >= columns));
-    assert!(state.len() >= rows * layout.row_stride.unwrap_or(columns));
-    args.by.check(tokens, rows);
-    assert!(args.out.len() >= tokens * columns);
-    let io = Io {
-        state: state.as_ptr().cast_mut(),
-        rows,
-        tokens,
-        reverse: false,
-        decay: Source::NONE,
-        before: (Source::NONE, std::ptr::null_mut()),
-        write: (Source::NONE, Source::NONE),
-        read: (Source::of(args.by), args.out.as_mut_ptr()),
-        after: (Source::NONE, Source::NONE),
-        out_stride: columns,
-        near: None,
-    };
+    args.by.check(tokens, layout.rows);
+    assert!(args.out.len() >= tokens * layout.columns);
+    let mut io = Io::of(state.as_ptr().cast_mut(), state.len(), layout, tokens);
+    io.read = (Source::of(args.by), args.out.as_mut_ptr());
     // SAFETY: the pointers were checked to hold `tokens` rows of their width and all elements of the layout; what only
     // reads does not write to the state.
     unsafe { panels::<S, READ>(s, &io, layout) }
+}
+
+impl Io<'_> {
+    /// A state with all elements of its layout, of which nothing is asked yet.
+    fn of(state: *mut f32, len: usize, layout: Layout, tokens: usize) -> Self {
+        let Layout { rows, columns, panel, row_stride } = layout;
+        let stride = row_stride.unwrap_or(columns);
+        assert!(columns.is_multiple_of(16) && panel.is_multiple_of(16));
+        assert!(stride >= columns && len >= rows * stride);
+        Io {
+            state,
+            rows,
+            tokens,
+            reverse: false,
+            decay: Source::NONE,
+            before: (Source::NONE, std::ptr::null_mut()),
+            write: (Source::NONE, Source::NONE),
+            read: (Source::NONE, std::ptr::null_mut()),
+            after: (Source::NONE, Source::NONE),
+            out_stride: columns,
+            floor: FLOOR,
+            near: None,
+        }
+    }
 }
 
 /// Where everything lies, and which parts there are; checked.
 fn checked(args: Sweep<'_>) -> (Io<'_>, u32) {
     let Sweep { state, layout, tokens, reverse, decay, before, write, read, after, near } = args;
     let Layout { rows, columns, .. } = layout;
-    assert!(columns.is_multiple_of(16) && layout.panel.is_multiple_of(16));
-    assert!(layout.row_stride.is_none_or(|stride| stride >= columns));
-    assert!(state.len() >= rows * layout.row_stride.unwrap_or(columns));
     let mut ops = 0;
-    let mut io = Io {
-        state: state.as_mut_ptr(),
-        rows,
-        tokens,
-        reverse,
-        decay: Source::NONE,
-        before: (Source::NONE, std::ptr::null_mut()),
-        write: (Source::NONE, Source::NONE),
-        read: (Source::NONE, std::ptr::null_mut()),
-        after: (Source::NONE, Source::NONE),
-        out_stride: columns,
-        near,
-    };
+    let mut io = Io { reverse, near, ..Io::of(state.as_mut_ptr(), state.len(), layout, tokens) };
+    let exact = matches!(decay, Decay::RowUnits(_) | Decay::ColumnUnits(_));
+    io.floor = if exact { -0.0 } else { FLOOR };
     let (decay_rows, kind, width) = match decay {
         Decay::None => (None, 0, 0),
         Decay::Scalar(data) => (Some(TokenRows { data, stride: 1 }), SCALAR, 1),
-        Decay::Rows(data) => (Some(data), ROWS, rows),
-        Decay::Columns(data) => (Some(data), COLUMNS, columns),
+        Decay::Rows(data) | Decay::RowUnits(data) => (Some(data), ROWS, rows),
+        Decay::Columns(data) | Decay::ColumnUnits(data) => (Some(data), COLUMNS, columns),
     };
     if let Some(data) = decay_rows {
         data.check(tokens, width);
         io.decay = Source::of(data);
         ops |= if reverse { kind | LATE } else { kind };
     }
-    let reads = [(before, &mut io.before, BEFORE), (read, &mut io.read, READ)];
-    for (read, place, bit) in reads {
+    for (read, place, bit) in [(before, &mut io.before, BEFORE), (read, &mut io.read, READ)] {
         if let Some(Read { by, out }) = read {
             by.check(tokens, rows);
             assert!(out.len() >= tokens * columns);
@@ -359,8 +363,7 @@ fn checked(args: Sweep<'_>) -> (Io<'_>, u32) {
             ops |= bit;
         }
     }
-    let writes = [(write, &mut io.write, WRITE), (after, &mut io.after, AFTER)];
-    for (write, place, bit) in writes {
+    for (write, place, bit) in [(write, &mut io.write, WRITE), (after, &mut io.after, AFTER)] {
         if let Some(Write { rows: x, columns: y }) = write {
             x.check(tokens, rows);
             y.check(tokens, columns);
@@ -451,7 +454,7 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
     t: usize,
 ) {
     let tokens = token_indices::<T>(io, t);
-    let zero = s.splat(0.0);
+    let (zero, floor) = (s.splat(0.0), s.splat(io.floor));
     // SAFETY: the caller's promise; a part that OPS does not name is not read.
     unsafe {
         let decay_rows = rows_of(io.decay, &tokens);
@@ -486,7 +489,8 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
                 }
                 for i in 0..T {
                     if OPS & LATE == 0 {
-                        multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
+                        let row = decay_rows[i].wrapping_add(r);
+                        multiply::<S, OPS, V>(s, &mut m, (&decay[i], row), floor);
                     }
                     if OPS & BEFORE != 0 {
                         accumulate(s, *before_by[i].add(r), &m, &mut before[i]);
@@ -501,7 +505,8 @@ unsafe fn pass<S: Simd, const OPS: u32, const T: usize, const V: usize>(
                         accumulate(s, *after_x[i].add(r), &after_y[i], &mut m);
                     }
                     if OPS & LATE != 0 {
-                        multiply::<S, OPS, V>(s, &mut m, &decay[i], decay_rows[i].wrapping_add(r));
+                        let row = decay_rows[i].wrapping_add(r);
+                        multiply::<S, OPS, V>(s, &mut m, (&decay[i], row), floor);
                     }
                 }
                 if OPS != READ {
@@ -573,7 +578,7 @@ fn accumulate<S: Simd, const V: usize>(s: S, factor: f32, x: &[S::F; V], sum: &m
     }
 }
 
-/// `m *= decay`, whichever axis it belongs to.
+/// `m = m * decay + floor`, whichever axis the decay belongs to.
 ///
 /// # Safety
 /// `row` is valid for reading if decays belong to rows.
@@ -581,15 +586,15 @@ fn accumulate<S: Simd, const V: usize>(s: S, factor: f32, x: &[S::F; V], sum: &m
 unsafe fn multiply<S: Simd, const OPS: u32, const V: usize>(
     s: S,
     m: &mut [S::F; V],
-    decay: &[S::F; V],
-    row: *const f32,
+    (decay, row): (&[S::F; V], *const f32),
+    floor: S::F,
 ) {
     for v in 0..V {
         if OPS & ROWS != 0 {
             // SAFETY: the caller's promise.
-            m[v] = s.mul(m[v], s.splat(unsafe { *row }));
+            m[v] = s.fma(m[v], s.splat(unsafe { *row }), floor);
         } else if OPS & (SCALAR | COLUMNS) != 0 {
-            m[v] = s.mul(m[v], decay[v]);
+            m[v] = s.fma(m[v], decay[v], floor);
         }
     }
 }
