@@ -150,14 +150,13 @@ fn infini(section: &Value, head: &Head, vector: Vector<'_>, _: Project<'_>, _: u
             let scale = if below == 0.0 { 0.0 } else { 1.0 / below };
             memory.read(x).into_iter().map(|x| scale * x).collect::<Vec<_>>()
         };
-        for i in start..end {
+        let row = |i: usize| -> Vec<f64> {
             let scores: Vec<f64> = (start..=i).map(|j| head.scale * dot(&q[i], &k[j])).collect();
             let local = softmax_of(&scores, &head.v[start..=i].iter().collect::<Vec<_>>(), dim);
             let held = read(&memory, &map(&head.q[i]));
-            out.push(
-                held.iter().zip(local).map(|(held, local)| g * held + (1.0 - g) * local).collect(),
-            );
-        }
+            held.iter().zip(local).map(|(held, local)| g * held + (1.0 - g) * local).collect()
+        };
+        out.extend((start..end).map(row));
         if end - start < segment {
             continue;
         }
