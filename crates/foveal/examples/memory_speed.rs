@@ -12,9 +12,7 @@ use foveal::memory::memorizing::{self, Memorizing};
 use foveal::memory::{MemoryStore, Update};
 use foveal::sparse::StateHeads;
 use foveal::testing::multiply_add;
-use foveal::{
-    Cpu, DType, Element, Level, Phase, Shape, Tensor, TensorRef, Threads, Workspace,
-};
+use foveal::{Cpu, DType, Element, Level, Phase, Shape, Tensor, TensorRef, Threads, Workspace};
 use std::time::Instant;
 
 const DIM: usize = 128;
@@ -221,7 +219,9 @@ fn memorizing<E: Element>(name: &str, cpu: Cpu) -> foveal::Result<()> {
     let [q1, k1, v1] = [one(&q)?, one(&k)?, one(&v)?];
     let token = memorizing::Tokens::new(q1.view(), k1.view(), v1.view(), &gate, &scale);
     println!("\nMemorizing Transformers, entries in {name}, segments of {SEGMENT}");
-    println!("| entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of keys |");
+    println!(
+        "| entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of keys |"
+    );
     println!("|---|---|---|---|---|---|");
     for entries in [8192, 65536] {
         for top in [1, 32, 128] {
