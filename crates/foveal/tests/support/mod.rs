@@ -7,6 +7,7 @@ pub mod golden;
 pub mod infini;
 pub mod layer;
 pub mod linear;
+pub mod memorizing;
 pub mod rope;
 pub mod sizes;
 pub mod sparse;

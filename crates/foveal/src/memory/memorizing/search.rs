@@ -6,17 +6,20 @@
 //!     of which the k best are kept whenever there are 2 k
 //! ```
 //!
+//! Generated queries read keys as they lie, once for all query heads of a group, and select likewise.
+//!
 //! Tiles come in the order of positions and later equals never replace earlier ones: what is selected depends on the scores
 //! alone. A score is one chain of products over the key's numbers, wherever the key lies.
 
-use crate::cache::{KvStore, TILE};
+use crate::cache::{KvStore, TILE, with_rows};
 use crate::cpu::Cpu;
 use crate::element::DType;
 use crate::parallel::for_each_item;
+use crate::simd::decode::{RowScores, row_scores};
 use crate::simd::product::Form;
 use crate::simd::select::above;
 use crate::simd::tile::{
-    GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Visible, group_size, scores,
+    GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Visible, group_size, padded, scores,
 };
 use crate::tensor::{Shape, TensorRef};
 use std::ops::Range;
@@ -98,6 +101,60 @@ struct Part<'a> {
     selected: &'a mut [u32],
 }
 
+/// Like [`search`], for generated queries.
+pub(super) fn search_rows(
+    (store, range): (&dyn KvStore, Range<usize>),
+    q: TensorRef<'_, f32>,
+    (top, cpu): (usize, Cpu),
+    selected: &mut [u32],
+) {
+    let Shape { seq, heads, dim, .. } = q.shape();
+    if selected.is_empty() {
+        return;
+    }
+    let (kv_heads, width) = (store.kv_heads(), padded(dim));
+    let rows = heads / kv_heads * seq;
+    let scratch = || Scratch {
+        keys: vec![0.0; rows * width],
+        scores: vec![0.0; rows * KEY_TILE],
+        best: (0..rows).map(|_| Best::default()).collect(),
+    };
+    let scratches: Vec<Scratch> =
+        (0..cpu.threads.count().min(kv_heads)).map(|_| scratch()).collect();
+    let items = selected.chunks_mut(rows * top).enumerate();
+    for_each_item(items, scratches.into_iter(), |(kv_head, selected), scratch| {
+        let Scratch { keys: queries, scores, best } = scratch;
+        queries.fill(0.0);
+        for (n, query) in queries.chunks_exact_mut(width).enumerate() {
+            let head = kv_head * (heads / kv_heads) + n / seq;
+            query[..dim].copy_from_slice(q.row(0, n % seq, head));
+        }
+        best.iter_mut().for_each(|best| best.reset(top));
+        let (mut words, mut max) = (vec![KeyWords::default(); rows], vec![0.0; rows]);
+        for tile in tiles(store, &range) {
+            words.fill(inside(&tile, &range));
+            let Some(keys) = store.tile(kv_head, tile.clone()).keys.rows() else {
+                unreachable!("a memory's store was checked to hold rows")
+            };
+            let (visible, out, max) = (&words[..], &mut scores[..], &mut max[..]);
+            with_rows!(keys, keys => {
+                row_scores(cpu.level, RowScores { queries, keys, visible, out, max });
+            });
+            let steps = Visible::Some(&words[..1]).all_steps();
+            let scores = scores.chunks_exact(KEY_TILE);
+            for ((best, scores), &max) in best.iter_mut().zip(scores).zip(&*max) {
+                if max > best.least {
+                    let words = above(cpu.level, scores, best.least, steps);
+                    best.take(scores, &words, tile.start, top);
+                }
+            }
+        }
+        for (best, selected) in best.iter_mut().zip(selected.chunks_exact_mut(top)) {
+            best.finish(selected);
+        }
+    });
+}
+
 /// The positions of the `top` best keys in a range of a store, for each query of `[1, n, H, Dk]`: `[H][n][top]`. `q` is dense.
 pub(super) fn search(
     (store, range): (&dyn KvStore, Range<usize>),
@@ -161,15 +218,21 @@ fn visible<'a>(
     range: &Range<usize>,
     words: &'a mut [KeyWords; GROUP],
 ) -> Visible<'a> {
-    let inside = range.start.max(tile.start) - tile.start..range.end.min(tile.end) - tile.start;
-    if inside == (0..tile.len()) && tile.len().is_multiple_of(STEP) {
+    let whole = range.start <= tile.start && tile.end <= range.end;
+    if whole && tile.len().is_multiple_of(STEP) {
         return Visible::All(tile.len());
     }
-    for j in inside {
-        words[0][j / PANEL] |= 1 << (j % PANEL);
-    }
-    *words = [words[0]; GROUP];
+    *words = [inside(tile, range); GROUP];
     Visible::Some(words)
+}
+
+/// A bit for each key of a tile that is in the range.
+fn inside(tile: &Range<usize>, range: &Range<usize>) -> KeyWords {
+    let mut words = KeyWords::default();
+    for j in range.start.max(tile.start) - tile.start..range.end.min(tile.end) - tile.start {
+        words[j / PANEL] |= 1 << (j % PANEL);
+    }
+    words
 }
 
 /// Scores of all queries of a part against one tile.

@@ -10,7 +10,7 @@
 
 use super::super::{Gate, MemoryStore};
 use super::retrieve::Entries;
-use super::search::{NONE, search};
+use super::search::{NONE, search, search_rows};
 use super::{Memorizing, MemorizingForward, Normal, Selected, Tokens};
 use crate::cache::{ContiguousCache, TILE};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
@@ -228,7 +228,7 @@ impl<M: MemoryStore> MemorizingState<M> {
         workspace.reserve(plan.workspace_bytes());
         let results = (span(local.view_mut()), Some(span(local_lse.view_mut())));
         plan.forward(Inputs { q, k, v }, results.0, results.1, &mut workspace)?;
-        let chosen = self.select(normal.q.view(), cpu);
+        let chosen = self.select(normal.q.view(), (phase, cpu));
         selected.extend(&chosen);
         let results = (span(memory.view_mut()), span(memory_lse.view_mut()));
         self.retrieve(&chosen, q, results, &mut workspace)?;
@@ -237,13 +237,16 @@ impl<M: MemoryStore> MemorizingState<M> {
     }
 
     /// The entries that queries select, `[head][token][top]`.
-    fn select(&self, q: TensorRef<'_, f32>, cpu: Cpu) -> Vec<u32> {
+    fn select(&self, q: TensorRef<'_, f32>, (phase, cpu): (Phase, Cpu)) -> Vec<u32> {
         let Shape { seq, heads, .. } = q.shape();
         let (top, range) = (self.memorizing.top, self.range());
         // More than there are would only be searched in vain.
         let most = top.min(range.len());
         let mut best = vec![NONE; heads * seq * most];
-        search((&self.store, range), q, (most, cpu), &mut best);
+        match phase {
+            Phase::Prompt => search((&self.store, range), q, (most, cpu), &mut best),
+            Phase::Generated => search_rows((&self.store, range), q, (most, cpu), &mut best),
+        }
         if most == top {
             return best;
         }
