@@ -412,7 +412,7 @@ fn configurations_that_make_no_sense_are_refused() {
         (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
         (json!({"name": "moba", "block": 0, "top": 1}), "block"),
         (json!({"name": "moba", "block": 4, "top": 0}), "blocks that a row sees"),
-        (json!({"name": "full", "heads": 3}), "sections with 4 heads"),
+        (json!({"name": "full", "heads": 3}), "key/value heads that divide"),
         (json!({"name": "full", "heads": 0}), "1 to 4096"),
         (json!([{"name": "full"}]), "one for each of 2 layers"),
         (json!([[{"name": "full", "heads": 2}], {"name": "full"}]), "sections with 4 heads"),
