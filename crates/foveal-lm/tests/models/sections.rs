@@ -1,7 +1,8 @@
 //! Mixers that a configuration names: against their definitions in f64, and against the laws of all models.
 
-use foveal::Phase;
 use foveal::projection::Format;
+use foveal::{Phase, registry};
+use foveal_lm::config::Mechanism;
 use foveal_lm::generate::{BatchOptions, Batcher};
 use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
 use foveal_lm::model::{Observer, Scratch, Step};
@@ -286,6 +287,15 @@ fn name(mixer: &Value) -> String {
 }
 
 #[test]
+fn names_are_those_of_the_registry() {
+    let known: Vec<_> = registry::MECHANISMS.iter().map(|mechanism| mechanism.name).collect();
+    assert!(Mechanism::NAMES.iter().all(|name| known.contains(name)));
+    let tested = |name: &str| mixers().iter().any(|mixer| mixer.to_string().contains(name));
+    // Random features have no definition without their draws: laws hold them.
+    assert!(Mechanism::NAMES.iter().all(|name| *name == "performer" || tested(name)));
+}
+
+#[test]
 fn every_logit_is_that_of_the_definition() {
     let mut all = vec![];
     for mixer in mixers() {
@@ -410,6 +420,10 @@ fn configurations_that_make_no_sense_are_refused() {
         (json!({"name": "longformer", "reach": 3, "gap": 0}), "gap"),
         (json!({"name": "bigbird", "block": 0, "random": 1}), "block"),
         (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
+        (json!({"name": "transformer_xl", "segment": 0, "memory": 3}), "at least 1 token"),
+        (json!({"name": "transformer_xl", "segment": 9, "memory": 9_999_999}), "at most 1048576"),
+        (json!({"name": "infini", "segment": 0}), "segment"),
+        (json!({"name": "delta"}), "proj"),
         (json!({"name": "moba", "block": 0, "top": 1}), "block"),
         (json!({"name": "moba", "block": 4, "top": 0}), "blocks that a row sees"),
         (json!({"name": "full", "heads": 3}), "key/value heads that divide"),

@@ -146,6 +146,9 @@ pub(super) struct Encoding {
     position: Vec<f32>,
 }
 
+/// The most tokens that a section of Transformer-XL may see: as many keys by distance are made when a model is loaded.
+const MAX_REACH: usize = 1 << 20;
+
 /// What a section of Transformer-XL sees.
 #[derive(Clone, Debug)]
 pub(super) struct Segments {
@@ -169,7 +172,11 @@ impl Segments {
             return Err(Error::config("segment of a mixer", segment, "at least 1 token"));
         }
         let width = parts.config().width;
-        let reach = segment.saturating_add(memory).min(parts.config().context);
+        let reach = segment.saturating_add(memory);
+        if reach > MAX_REACH {
+            let expected = format!("at most {MAX_REACH} tokens");
+            return Err(Error::config("segment and memory of a mixer", reach, expected));
+        }
         let mask = match same_length {
             true => Mask::window(memory.max(1)),
             false => Mask::pattern(SegmentMask { segment, memory }),
