@@ -10,10 +10,10 @@ use foveal::{Attention, Cpu, Error, Forward, Level, Mask, Scale, Shape, Tensor, 
 use std::num::NonZeroUsize;
 use support::attention::shape;
 use support::backward::Call;
-use support::cpus;
 use support::golden::cases;
 use support::sizes::Sizes;
-use support::sparse::{differences, inputs, wide, worst_error};
+use support::sparse::{inputs, wide, worst_error};
+use support::{cpus, differences};
 
 fn one() -> Cpu {
     Cpu { level: Level::detect().unwrap(), threads: Threads::ONE }

@@ -14,8 +14,8 @@ use support::attention::shape;
 use support::backward::Call;
 use support::golden::cases;
 use support::sizes::Sizes;
-use support::sparse::{differences, inputs, wide};
-use support::{Random, cpus};
+use support::sparse::{inputs, wide};
+use support::{Random, cpus, differences};
 
 const DIM: usize = 6;
 

@@ -25,12 +25,12 @@ impl Prefixes {
     /// A state of the most tokens of `prompt` that a kept one has read too, leaving one to read. It shares their pages.
     pub(super) fn longest(&mut self, model: &Model, prompt: &[u32]) -> Option<State> {
         let limit = prompt.len().saturating_sub(1);
-        let forks = self.kept.iter().enumerate().filter_map(|(n, (kept, state))| {
+        let common = self.kept.iter().enumerate().filter_map(|(n, (kept, state))| {
             let common = common(kept, prompt).min(limit);
-            let fork = (common > 0).then(|| state.fork(model, common))?;
-            Some((common, n, fork?))
+            (common > 0 && state.can_fork(model, common)).then_some((common, n))
         });
-        let (_, n, fork) = forks.max_by_key(|(common, ..)| *common)?;
+        let (common, n) = common.max()?;
+        let fork = self.kept[n].1.fork(model, common)?;
         let used = self.kept.remove(n);
         self.kept.extend(used);
         Some(fork)
@@ -39,7 +39,10 @@ impl Prefixes {
     /// Keeps the state after `prompt`, if it lies in pages.
     pub(super) fn keep(&mut self, model: &Model, prompt: Vec<u32>, state: &State) {
         let Some(fork) = state.fork(model, state.position()) else { return };
-        self.kept.retain(|(kept, _)| common(kept, &prompt) < kept.len());
+        // One that this one begins with is of no more use, unless a window has left its end behind.
+        self.kept.retain(|(kept, _)| {
+            common(kept, &prompt) < kept.len() || !fork.can_fork(model, kept.len())
+        });
         self.kept.push_back((prompt, fork));
         if self.kept.len() > self.most {
             self.kept.pop_front();

@@ -36,6 +36,7 @@ pub use parameters::AttentionParameters;
 pub use saved::{Saved, StateGradient};
 pub(crate) use stored::Activations;
 pub use stored::GroupedQueryAttention;
+pub(in crate::mixer) use stored::StoredParameters;
 
 /// What a layer of attention computes, without its parameters.
 ///

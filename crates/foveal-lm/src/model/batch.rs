@@ -103,9 +103,7 @@ impl Batch {
     pub fn kv_bytes(&self) -> usize {
         self.layers.iter().flatten().map(LayerState::bytes).sum()
     }
-}
 
-impl Batch {
     /// Pages that the next token of every text takes.
     pub(crate) fn needed(&self) -> Option<(&Pages, Demand)> {
         let pages = self.pages.as_ref()?;

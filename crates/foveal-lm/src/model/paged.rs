@@ -53,13 +53,14 @@ impl State {
     /// own. `None` if what is held does not allow it: a window has left the tokens behind that the next one would see, or
     /// nothing lies in pages.
     pub fn fork(&self, model: &Model, position: usize) -> Option<State> {
-        let pages = self.pages.clone()?;
-        let mut layers = model.blocks.iter().zip(&self.layers);
-        if !layers.all(|(block, layer)| layer.can_rewind(block.mixer.reach(), position)) {
-            return None;
-        }
+        let pages = self.pages.clone().filter(|_| self.can_fork(model, position))?;
         let mut layers = self.layers.clone();
         layers.iter_mut().for_each(|layer| layer.rewind(position));
         Some(State { layers, position, options: self.options, pages: Some(pages) })
+    }
+
+    /// Whether [`State::fork`] gives a state.
+    pub(crate) fn can_fork(&self, model: &Model, position: usize) -> bool {
+        self.pages.is_some() && model.can_rewind(self, position)
     }
 }

@@ -93,6 +93,12 @@ impl Model {
         Ok(())
     }
 
+    /// Whether every layer still holds what the token at `position` would see.
+    pub(super) fn can_rewind(&self, state: &State, position: usize) -> bool {
+        let mut layers = self.blocks.iter().zip(&state.layers);
+        layers.all(|(block, layer)| layer.can_rewind(block.mixer.reach(), position))
+    }
+
     /// Takes `state` back to where it had read its first `position` tokens, if what it holds allows that: codes of a few
     /// bits, and what a window has left behind, can't be brought back. `false` if it doesn't; nothing has changed then.
     pub fn rewind(&self, state: &mut State, position: usize) -> bool {
@@ -102,8 +108,7 @@ impl Model {
         if position >= state.position {
             return position == state.position;
         }
-        let mut layers = self.blocks.iter().zip(&state.layers);
-        if !layers.all(|(block, layer)| layer.can_rewind(block.mixer.reach(), position)) {
+        if !self.can_rewind(state, position) {
             return false;
         }
         state.layers.iter_mut().for_each(|layer| layer.rewind(position));

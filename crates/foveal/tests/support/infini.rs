@@ -1,6 +1,6 @@
 //! Random calls of Infini-attention, their definition in f64, and its gradients by differences.
 
-use super::Random;
+use super::{Random, differences};
 use foveal::linear::{State, StateShape};
 use foveal::memory::infini::{Gradients, Infini, InfiniBackward, Tokens, Upstream};
 use foveal::memory::reference::{Memories, Segments, infini};
@@ -221,8 +221,7 @@ impl Wide {
 
     /// The gradient of Σ out · d_out + Σ final · d_final by central differences.
     pub fn gradient(&self, part: Part, (d_out, d_final): (&[f64], &Memories)) -> Vec<f64> {
-        const STEP: f64 = 1e-5;
-        let mut call = self.clone();
+        let numbers = self.clone().part(part).to_vec();
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         let loss = |call: &Wide| {
             let (out, last) = call.forward();
@@ -230,17 +229,10 @@ impl Wide {
                 + dot(&last.matrices, &d_final.matrices)
                 + dot(&last.key_sums, &d_final.key_sums)
         };
-        (0..call.part(part).len())
-            .map(|n| {
-                let own = call.part(part)[n];
-                let mut at = |x: f64| {
-                    call.part(part)[n] = x;
-                    loss(&call)
-                };
-                let (above, below) = (at(own + STEP), at(own - STEP));
-                at(own);
-                (above - below) / (2.0 * STEP)
-            })
-            .collect()
+        differences(&numbers, |x| {
+            let mut call = self.clone();
+            call.part(part).copy_from_slice(x);
+            loss(&call)
+        })
     }
 }

@@ -1,6 +1,6 @@
 //! Random calls of recurrences, their definition in f64, and its gradients by differences.
 
-use super::Random;
+use super::{Random, differences};
 use foveal::linear::reference::{Sequences, States, forward, forward_bidirectional};
 use foveal::linear::{
     DecayForm, Gradients, Recurrence, Recurrent, RecurrentBackward, Results, State, StateShape,
@@ -276,8 +276,7 @@ impl Wide {
         part: Part,
         (d_out, d_final): (&[f64], &States),
     ) -> Vec<f64> {
-        const STEP: f64 = 1e-5;
-        let mut call = self.clone();
+        let numbers = self.clone().part(part).to_vec();
         let loss = |call: &Wide| {
             let (out, last) = call.forward(mechanism);
             let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
@@ -285,18 +284,10 @@ impl Wide {
                 + dot(&last.matrices, &d_final.matrices)
                 + dot(&last.key_sums, &d_final.key_sums)
         };
-        let len = call.part(part).len();
-        (0..len)
-            .map(|n| {
-                let own = call.part(part)[n];
-                let mut at = |x: f64| {
-                    call.part(part)[n] = x;
-                    loss(&call)
-                };
-                let (above, below) = (at(own + STEP), at(own - STEP));
-                at(own);
-                (above - below) / (2.0 * STEP)
-            })
-            .collect()
+        differences(&numbers, |x| {
+            let mut call = self.clone();
+            call.part(part).copy_from_slice(x);
+            loss(&call)
+        })
     }
 }

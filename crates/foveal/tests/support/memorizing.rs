@@ -1,6 +1,6 @@
 //! Random calls of Memorizing Transformers, their definition in f64, and its gradients by differences.
 
-use super::{Random, error};
+use super::{Random, differences, error};
 use foveal::cache::ContiguousCache;
 use foveal::memory::MemorizingState;
 use foveal::memory::memorizing::{Memorizing, MemorizingForward, Selected, Tokens};
@@ -170,22 +170,14 @@ impl Wide {
 
     /// By central differences; what is remembered and what is retrieved stay.
     pub fn gradient(&self, part: usize, d_out: &[f64]) -> Vec<f64> {
-        const STEP: f64 = 1e-5;
-        let mut call = self.clone();
+        let numbers = self.clone().part(part).to_vec();
         let loss =
             |call: &Wide| call.forward().out.iter().zip(d_out).map(|(a, b)| a * b).sum::<f64>();
-        (0..call.part(part).len())
-            .map(|n| {
-                let own = call.part(part)[n];
-                let mut at = |x: f64| {
-                    call.part(part)[n] = x;
-                    loss(&call)
-                };
-                let (above, below) = (at(own + STEP), at(own - STEP));
-                at(own);
-                (above - below) / (2.0 * STEP)
-            })
-            .collect()
+        differences(&numbers, |x| {
+            let mut call = self.clone();
+            call.part(part).copy_from_slice(x);
+            loss(&call)
+        })
     }
 }
 

@@ -105,17 +105,6 @@ pub fn assert_like(
     }
 }
 
-/// The gradient of a loss by central differences.
-pub fn differences(x: &[f64], loss: impl Fn(&[f64]) -> f64) -> Vec<f64> {
-    const STEP: f64 = 1e-5;
-    let at = |n: usize, by: f64| {
-        let mut x = x.to_vec();
-        x[n] += by;
-        loss(&x)
-    };
-    (0..x.len()).map(|n| (at(n, STEP) - at(n, -STEP)) / (2.0 * STEP)).collect()
-}
-
 pub fn wide<E: Element>(x: &Tensor<E>) -> Vec<f64> {
     x.as_slice().iter().map(|x| f64::from(x.to_f32())).collect()
 }

@@ -14,11 +14,14 @@ use crate::names::{Part, Parts};
 use crate::norm::Norm;
 use crate::weights::Weight;
 
+/// A layer's parameters as their file stores them.
+pub(in crate::mixer) type StoredParameters = AttentionParameters<Weight, Vec<f32>>;
+
 /// One layer's attention: what it computes, its weights as their file stores them, and its positions.
 #[derive(Clone, Debug)]
 pub struct GroupedQueryAttention {
     layer: MultiHeadAttention,
-    parameters: AttentionParameters<Weight, Vec<f32>>,
+    parameters: StoredParameters,
     /// Which of the model's rotary embeddings.
     rope: usize,
 }
@@ -86,22 +89,8 @@ impl GroupedQueryAttention {
     ) -> Result<GroupedQueryAttention, Error> {
         let model = parts.config();
         let config = model.attention;
-        let (width, q_dim, kv_dim) = (model.width, config.q_dim(), config.kv_dim());
-        let reach = model.reach(&model.layers[index]);
-        let norm = |part| {
-            let norm = config.qk_norm.then(|| parts.norm(index, part, config.head_dim));
-            norm.map(|norm| norm.map(Norm::into_weight)).transpose()
-        };
-        let linear = |part, shape, biased| parts.linear(index, part, shape, biased);
-        let parameters = AttentionParameters {
-            query: linear(Part::Query, [q_dim, width], config.qkv_bias)?,
-            key: linear(Part::Key, [kv_dim, width], config.qkv_bias)?,
-            value: linear(Part::Value, [kv_dim, width], config.qkv_bias)?,
-            output: linear(Part::AttentionOutput, [width, q_dim], config.output_bias)?,
-            query_norm: norm(Part::QueryNorm)?,
-            key_norm: norm(Part::KeyNorm)?,
-            sinks: config.sinks.then(|| parts.sinks(index)).transpose()?,
-        };
+        let (width, reach) = (model.width, model.reach(&model.layers[index]));
+        let parameters = StoredParameters::read(parts, index)?;
         let layer = MultiHeadAttention {
             width,
             key_width: width,
@@ -154,7 +143,7 @@ impl GroupedQueryAttention {
         let seen = states.first().and_then(|state| self.seen_by(state));
         let layer = seen.as_ref().unwrap_or(&self.layer);
         let capped = capped.get(self.rope);
-        let bound = Bound { layer, parameters: self.views()?, capped };
+        let bound = Bound { layer, parameters: self.parameters.views()?, capped };
         bound.forward(inputs, y, states, scratch, run)
     }
 
@@ -180,10 +169,35 @@ impl GroupedQueryAttention {
     pub(crate) fn reach(&self) -> Option<usize> {
         self.layer.reach
     }
+}
 
-    fn views(&self) -> Result<Views<'_>, Error> {
-        let AttentionParameters { query, key, value, output, query_norm, key_norm, sinks } =
-            &self.parameters;
+impl StoredParameters {
+    /// What the file has for a layer.
+    pub(in crate::mixer) fn read(
+        parts: &Parts<'_>,
+        layer: usize,
+    ) -> Result<StoredParameters, Error> {
+        let (config, width) = (parts.config().attention, parts.config().width);
+        let (q_dim, kv_dim) = (config.q_dim(), config.kv_dim());
+        let norm = |part| {
+            let norm = config.qk_norm.then(|| parts.norm(layer, part, config.head_dim));
+            norm.map(|norm| norm.map(Norm::into_weight)).transpose()
+        };
+        let linear = |part, shape, biased| parts.linear(layer, part, shape, biased);
+        Ok(StoredParameters {
+            query: linear(Part::Query, [q_dim, width], config.qkv_bias)?,
+            key: linear(Part::Key, [kv_dim, width], config.qkv_bias)?,
+            value: linear(Part::Value, [kv_dim, width], config.qkv_bias)?,
+            output: linear(Part::AttentionOutput, [width, q_dim], config.output_bias)?,
+            query_norm: norm(Part::QueryNorm)?,
+            key_norm: norm(Part::KeyNorm)?,
+            sinks: config.sinks.then(|| parts.sinks(layer)).transpose()?,
+        })
+    }
+
+    /// The parameters as kernels read them.
+    pub(in crate::mixer) fn views(&self) -> Result<Views<'_>, Error> {
+        let StoredParameters { query, key, value, output, query_norm, key_norm, sinks } = self;
         Ok(Views {
             query: query.view()?,
             key: key.view()?,

@@ -120,6 +120,11 @@ impl Core {
         }
     }
 
+    /// Whether it reads queries and keys with rotation and without.
+    pub(super) fn reads_both(&self) -> bool {
+        matches!(&self.kind, Kind::Remembering(remembering) if remembering.rotated())
+    }
+
     fn state_heads(&self) -> StateHeads {
         let Heads { heads, kv_heads, dims: (key_dim, value_dim) } = self.sizes;
         StateHeads { heads, kv_heads, key_dim, value_dim }
@@ -156,45 +161,50 @@ impl Core {
     ) -> Result<(), Error> {
         match &self.kind {
             Kind::Masked { mask, reach } => {
-                return self.masked((mask, *reach, None), (states, n), tokens, out, run);
+                self.masked((mask, *reach, None), (states, n), tokens, out, run)
             }
             Kind::Segments(segments) => {
                 let Segments { mask, reach, encoding } = &**segments;
                 let seen = (mask, Some(*reach), Some(encoding));
-                return self.masked(seen, (states, n), tokens, out, run);
+                self.masked(seen, (states, n), tokens, out, run)
             }
             Kind::Remembering(remembering) => {
-                return Core::remembering(remembering, (states, n), tokens, out, run);
+                Core::remembering(remembering, (states, n), tokens, out, run)
             }
-            _ => {}
+            Kind::Recurring(recurring) => {
+                let own = states.iter_mut().map(|state| match state.section_mut(n) {
+                    Some(SectionState::Recurrent(state)) => Some(&mut **state),
+                    _ => None,
+                });
+                let given = recurring.forward(own, tokens, run)?;
+                copy(TensorRef::new(&given, out.shape())?, &mut out, (0, 0));
+                Ok(())
+            }
+            Kind::Native(_, gates) => {
+                let gates = gates_of(gates, tokens.x, run)?;
+                self.steps((states, n), tokens, &gates, out)
+            }
+            Kind::Sparse(_) | Kind::Moba(_) => self.steps((states, n), tokens, &[], out),
         }
-        if let Kind::Recurring(recurring) = &self.kind {
-            let own = states.iter_mut().map(|state| match state.section_mut(n) {
-                Some(SectionState::Recurrent(state)) => Some(&mut **state),
-                _ => None,
-            });
-            let given = recurring.forward(own, tokens, run)?;
-            let given = TensorRef::new(&given, out.shape())?;
-            copy(given, &mut out);
-            return Ok(());
-        }
-        let gates = match &self.kind {
-            Kind::Native(_, gates) => gates_of(gates, tokens.x, run)?,
-            _ => vec![],
-        };
-        let Shape { seq, .. } = tokens.q.shape();
+    }
+
+    /// One token after the other, of one sequence after the other.
+    fn steps(
+        &self,
+        (states, n): (&mut [LayerState], usize),
+        tokens: SectionTokens<'_>,
+        gates: &[f32],
+        mut out: TensorMut<'_, f32>,
+    ) -> Result<(), Error> {
+        let (seq, width) = (tokens.q.shape().seq, 3 * self.sizes.heads);
         for (sequence, state) in states.iter_mut().enumerate() {
-            let Some(state) = state.section_mut(n) else { continue };
+            let state = state.section_mut(n).ok_or(Error::SectionState)?;
             for t in 0..seq {
                 let own = |x| sequence_of(x, sequence).tokens(t..t + 1);
                 let qkv = [tokens.q, tokens.k, tokens.v].map(own);
-                let width = 3 * self.sizes.heads;
                 let gates = gates.chunks(width).nth(sequence * seq + t).unwrap_or(&[]);
                 let given = self.step(state, qkv, gates)?;
-                for head in 0..self.sizes.heads {
-                    let row = given.view().row(0, 0, head);
-                    out.row_mut(sequence, t, head).copy_from_slice(row);
-                }
+                copy(given.view(), &mut out, (sequence, t));
             }
         }
         Ok(())
@@ -242,10 +252,7 @@ impl Core {
             let SectionTokens { x, q, k, v, plain } = tokens;
             let (q, k, v, plain) = (own(q), own(k), own(v), plain.map(own));
             let given = remembering.forward(state, SectionTokens { x, q, k, v, plain }, run)?;
-            let Shape { seq, heads, .. } = given.shape();
-            for (t, head) in (0..seq).flat_map(|t| (0..heads).map(move |head| (t, head))) {
-                out.row_mut(sequence, t, head).copy_from_slice(given.view().row(0, t, head));
-            }
+            copy(given.view(), &mut out, (sequence, 0));
         }
         Ok(())
     }
@@ -358,11 +365,13 @@ fn gates_of(gates: &Linear, x: &[f32], run: &mut Run<'_>) -> Result<Vec<f32>, Er
     Ok(gates)
 }
 
-/// Copies row by row.
-fn copy(from: TensorRef<'_, f32>, to: &mut TensorMut<'_, f32>) {
+/// Copies all rows of `from` to where a sequence and a token of `to` begin.
+fn copy(from: TensorRef<'_, f32>, to: &mut TensorMut<'_, f32>, (sequence, first): (usize, usize)) {
     let Shape { batch, seq, heads, .. } = from.shape();
     for (b, t) in (0..batch).flat_map(|b| (0..seq).map(move |t| (b, t))) {
-        (0..heads).for_each(|h| to.row_mut(b, t, h).copy_from_slice(from.row(b, t, h)));
+        for head in 0..heads {
+            to.row_mut(sequence + b, first + t, head).copy_from_slice(from.row(b, t, head));
+        }
     }
 }
 

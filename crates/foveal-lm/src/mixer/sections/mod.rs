@@ -18,14 +18,13 @@ use foveal::nn::{RmsNorm, rms_norm_in_place};
 use foveal::position::RopeTable;
 use foveal::{Scale, Shape, Strides, TensorMut, TensorRef};
 
-use super::attention;
+use super::attention::{self, StoredParameters};
 use super::state::Heads;
 use super::{CacheOptions, Keep, LayerState};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::linear::{Linear, Run, forward_together};
-use crate::names::{Part, Parts};
-use crate::norm::Norm;
+use crate::linear::{Run, forward_together};
+use crate::names::Parts;
 
 use self::core::Core;
 pub(crate) use state::SectionState;
@@ -33,12 +32,7 @@ pub(crate) use state::SectionState;
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
 #[derive(Clone, Debug)]
 pub(crate) struct SectionedAttention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    query_norm: Option<Vec<f32>>,
-    key_norm: Option<Vec<f32>>,
+    parameters: StoredParameters,
     norm_epsilon: f32,
     heads: usize,
     kv_heads: usize,
@@ -64,7 +58,7 @@ pub(crate) struct Activations {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    /// Queries and keys before rotation.
+    /// Queries and keys before rotation, where a section reads both.
     plain: [Vec<f32>; 2],
     mixed: Vec<f32>,
 }
@@ -78,12 +72,6 @@ impl SectionedAttention {
         let model = parts.config();
         let config = model.attention;
         refuse(model)?;
-        let (width, q_dim, kv_dim) = (model.width, config.q_dim(), config.kv_dim());
-        let linear = |part, shape, biased| parts.linear(layer, part, shape, biased);
-        let norm = |part| {
-            let norm = config.qk_norm.then(|| parts.norm(layer, part, config.head_dim));
-            norm.map(|norm| norm.map(Norm::into_weight)).transpose()
-        };
         let (mut head, mut kv_head, mut sections) = (0, 0, vec![]);
         for (n, section) in model.layers[layer].sections.iter().enumerate() {
             let sizes = Heads {
@@ -100,12 +88,7 @@ impl SectionedAttention {
             kv_head += section.kv_heads;
         }
         Ok(SectionedAttention {
-            query: linear(Part::Query, [q_dim, width], config.qkv_bias)?,
-            key: linear(Part::Key, [kv_dim, width], config.qkv_bias)?,
-            value: linear(Part::Value, [kv_dim, width], config.qkv_bias)?,
-            output: linear(Part::AttentionOutput, [width, q_dim], config.output_bias)?,
-            query_norm: norm(Part::QueryNorm)?,
-            key_norm: norm(Part::KeyNorm)?,
+            parameters: StoredParameters::read(parts, layer)?,
             norm_epsilon: model.norm_epsilon,
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -140,23 +123,28 @@ impl SectionedAttention {
     ) -> Result<(), Error> {
         let attention::Activations { rotations, sections: scratch, .. } = activations;
         let Activations { q, k, v, plain, mixed } = scratch;
-        let rows = x.len() / self.query.in_features();
+        let parameters = self.parameters.views()?;
+        let rows = x.len() / parameters.query.weight.shape().in_features;
         let call = [states.len(), rows / states.len().max(1)];
         q.resize(rows * self.heads * self.head_dim, 0.0);
         k.resize(rows * self.kv_heads * self.head_dim, 0.0);
         v.resize(k.len(), 0.0);
         mixed.resize(q.len(), 0.0);
-        let three =
-            [(self.query.view()?, &mut q[..]), (self.key.view()?, k), (self.value.view()?, v)];
+        let three = [(parameters.query, &mut q[..]), (parameters.key, k), (parameters.value, v)];
         forward_together(x, three, run)?;
-        for (weight, rows) in [(&self.query_norm, &mut *q), (&self.key_norm, &mut *k)] {
+        for (weight, rows) in [(parameters.query_norm, &mut *q), (parameters.key_norm, &mut *k)] {
             let Some(weight) = weight else { continue };
             let norm = RmsNorm { weight, epsilon: self.norm_epsilon };
             rms_norm_in_place(norm, rows, run.cpu.level)?;
         }
-        plain[0].clone_from(q);
-        plain[1].clone_from(k);
+        let both = self.sections.iter().any(|section| section.core.reads_both());
+        if both {
+            plain[0].clone_from(q);
+            plain[1].clone_from(k);
+        }
         self.rotate(&rotations[self.rope], call, [q, k], run)?;
+        // What is not rotated lies as it was.
+        let plain = if both { [&plain[0], &plain[1]] } else { [&*q, &*k] };
         for (n, section) in self.sections.iter().enumerate() {
             let tokens = core::SectionTokens {
                 x,
@@ -164,15 +152,15 @@ impl SectionedAttention {
                 k: self.view(k, call, self.kv_heads, section.kv_heads)?,
                 v: self.view(v, call, self.kv_heads, section.kv_heads)?,
                 plain: [
-                    self.view(&plain[0], call, self.heads, section.heads)?,
-                    self.view(&plain[1], call, self.kv_heads, section.kv_heads)?,
+                    self.view(plain[0], call, self.heads, section.heads)?,
+                    self.view(plain[1], call, self.kv_heads, section.kv_heads)?,
                 ],
             };
             let (shape, strides, first) = self.place(call, self.heads, section.heads);
             let out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
             section.core.forward((states, n), tokens, out, run)?;
         }
-        self.output.forward(mixed, y, run)
+        forward_together(mixed, [(parameters.output, y)], run)
     }
 
     fn rotate(
