@@ -121,13 +121,13 @@ pub const MECHANISMS: &[Mechanism] = &[
         decode: false,
     },
     Mechanism {
-        name: "reformer",
+        name: "lsh",
         group: Group::Sparse,
-        summary: "tokens that hash alike, sorted and cut into chunks; several rounds; queries are keys",
+        summary: "Reformer: tokens that hash alike, sorted and cut into chunks; several rounds; queries are keys",
         paper: "arXiv:2001.04451",
         forward: true,
         backward: true,
-        decode: false,
+        decode: true,
     },
     Mechanism {
         name: "moba",

@@ -6,11 +6,12 @@
 //! ```
 //!
 //! The projections are those of [`MultiHeadAttention`](super::MultiHeadAttention). What a mechanism keeps of a text is what
-//! later queries can see, and no more; those that choose keys read a prompt as they read what is generated, a token at a
-//! time, so that a token costs what its pattern has.
+//! later queries can see, and no more; those that choose keys read a prompt's chunk as a whole and what is generated a token at a
+//! time, and a token costs what its pattern has.
 
 mod across;
 mod core;
+mod global;
 mod recurrent;
 mod state;
 
@@ -134,8 +135,7 @@ impl SectionedAttention {
         forward_together(x, three, run)?;
         for (weight, rows) in [(parameters.query_norm, &mut *q), (parameters.key_norm, &mut *k)] {
             let Some(weight) = weight else { continue };
-            let norm = RmsNorm { weight, epsilon: self.norm_epsilon };
-            rms_norm_in_place(norm, rows, run.cpu.level)?;
+            rms_norm_in_place(self.norm(weight), rows, run.cpu.level)?;
         }
         let both = self.sections.iter().any(|section| section.core.reads_both());
         if both {
@@ -157,10 +157,22 @@ impl SectionedAttention {
                 ],
             };
             let (shape, strides, first) = self.place(call, self.heads, section.heads);
-            let out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
-            section.core.forward((states, n), tokens, out, run)?;
+            let mut out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
+            section.core.forward((states, n), tokens, out.reborrow(), run)?;
+            if let Some(globals) = section.core.globals() {
+                let norms = [parameters.query_norm, parameters.key_norm]
+                    .map(|weight| weight.map(|weight| self.norm(weight)));
+                let around = (norms, &rotations[self.rope]);
+                let projected = globals.project(x, call, around, run)?;
+                let to = (section.core.scale(), out);
+                globals.forward((states, n), &projected, to, run)?;
+            }
         }
         forward_together(mixed, [(parameters.output, y)], run)
+    }
+
+    fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
+        RmsNorm { weight, epsilon: self.norm_epsilon }
     }
 
     fn rotate(
