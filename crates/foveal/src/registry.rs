@@ -109,7 +109,7 @@ pub const MECHANISMS: &[Mechanism] = &[
         paper: "arXiv:2004.05150",
         forward: true,
         backward: true,
-        decode: false,
+        decode: true,
     },
     Mechanism {
         name: "bigbird",
@@ -118,7 +118,7 @@ pub const MECHANISMS: &[Mechanism] = &[
         paper: "arXiv:2007.14062",
         forward: true,
         backward: true,
-        decode: false,
+        decode: true,
     },
     Mechanism {
         name: "lsh",

@@ -3,18 +3,19 @@
 use foveal::cache::KvStore;
 use foveal::plan::Inputs;
 use foveal::sparse::{
-    AngularHash, BigBird, BlockPlan, Combine, Factors, Longformer, LshTokens, Moba, NativeSizes,
-    NativeSparse, Reformer, SparseTransformer, StateHeads, SubBlocks, Window,
+    AngularHash, BigBird, BlockPlan, Longformer, LshTokens, Moba, NativeSparse, Reformer,
+    SparseTransformer, StateHeads,
 };
 use foveal::{Attention, Mask, Phase, Scale, Shape, Tensor, TensorMut, TensorRef, nn};
 
 use super::across::{Encoding, Remembering, Segments};
+use super::chosen::{lsh, native_sparse, sparse_transformer};
 use super::global::Globals;
 use super::recurrent::{Recurring, projected};
 use super::scale;
 use super::state::{Compressing, SectionState};
 use crate::Error;
-use crate::config::{CombineHeads, Factorised, Mechanism, NearWindow};
+use crate::config::Mechanism;
 use crate::linear::{Linear, Run};
 use crate::mixer::state::Heads;
 use crate::mixer::{CacheStorage, LayerState, Store};
@@ -108,20 +109,14 @@ impl Core {
                 Kind::Sparse(sparse_transformer(mechanism, layer)?.scale(scale))
             }
             &Mechanism::Moba { block, top } => Kind::Moba(Moba::new(block, top)?.scale(scale)),
-            &Mechanism::NativeSparse { length, stride, block, top, window } => {
-                let sizes_of = NativeSizes { length, stride, block, top, window };
+            Mechanism::NativeSparse { .. } => {
                 let shape = [3 * sizes.heads, parts.config().width];
                 let gates = parts.section(layer, section, "gate_proj", shape)?;
-                Kind::Native(NativeSparse::new(sizes_of)?.scale(scale), gates)
+                Kind::Native(native_sparse(mechanism)?.scale(scale), gates)
             }
-            &Mechanism::Lsh { chunk, buckets, rounds, seed } => {
-                if sizes.heads != sizes.kv_heads {
-                    let (what, found) = ("key/value heads of lsh", sizes.kv_heads);
-                    let expected = format!("as many as query heads, {}", sizes.heads);
-                    return Err(Error::config(what, found, expected));
-                }
-                let hash = AngularHash::new(sizes.dims.0, buckets, rounds, seed)?;
-                Kind::Lsh(Reformer::new(chunk)?.bucket_chunks(), Box::new(hash))
+            Mechanism::Lsh { .. } => {
+                let (layer, hash) = lsh(mechanism, [sizes.heads, sizes.kv_heads, sizes.dims.0])?;
+                Kind::Lsh(layer, Box::new(hash))
             }
             // Made above.
             _ => return Err(Error::SectionState),
@@ -364,33 +359,6 @@ impl Core {
 
 fn positive(what: &str, found: usize) -> Result<(), Error> {
     if found == 0 { Err(Error::config(what, found, "at least 1 token")) } else { Ok(()) }
-}
-
-fn sparse_transformer(mechanism: &Mechanism, layer: usize) -> Result<SparseTransformer, Error> {
-    let &Mechanism::SparseTransformer { pattern, stride, width, num_verts, window, combine } =
-        mechanism
-    else {
-        return Err(Error::SectionState);
-    };
-    let factors = match pattern {
-        Factorised::Strided => Factors::Strided {
-            stride,
-            window: match window {
-                NearWindow::Paper => Window::Paper,
-                NearWindow::Code => Window::Code,
-            },
-        },
-        Factorised::Fixed => Factors::Fixed {
-            stride,
-            summary: width,
-            sub_blocks: num_verts.map_or(SubBlocks::Same(0), SubBlocks::Cycle),
-        },
-    };
-    Ok(SparseTransformer::new(factors)?.combine(match combine {
-        CombineHeads::Merged => Combine::Merged,
-        CombineHeads::PerHead => Combine::PerHead,
-        CombineHeads::Interleaved => Combine::Interleaved { layer },
-    }))
 }
 
 /// The gates of all tokens, `[rows, heads, 3]`.

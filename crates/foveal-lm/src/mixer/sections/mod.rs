@@ -10,6 +10,7 @@
 //! time, and a token costs what its pattern has.
 
 mod across;
+mod chosen;
 mod core;
 mod global;
 mod recurrent;
