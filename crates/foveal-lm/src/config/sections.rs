@@ -304,6 +304,7 @@ impl Mechanism {
             Mechanism::Bigbird { .. } => "bigbird",
             Mechanism::Moba { .. } => "moba",
             Mechanism::NativeSparse { .. } => "native_sparse",
+            Mechanism::Lsh { .. } => "lsh",
             Mechanism::Linear { .. } => "linear",
             Mechanism::Performer { .. } => "performer",
             Mechanism::Efficient {} => "efficient",

@@ -28,6 +28,7 @@ pub use attention::{
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
 pub(crate) use sections::refuse as refuse_more;
+pub(crate) use sections::{lsh, native_sparse, sparse_transformer};
 pub(crate) use state::{Array, Demand, Span, Store};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
 pub(crate) use stored::StoredMixer;

@@ -29,6 +29,7 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
+pub(crate) use chosen::{lsh, native_sparse, sparse_transformer};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.

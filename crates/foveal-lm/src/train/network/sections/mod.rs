@@ -1,5 +1,6 @@
 //! The mechanisms by name, as training computes them.
 
+mod chosen;
 mod exact;
 mod linear;
 
@@ -53,6 +54,9 @@ pub(super) fn named(
     section: &SectionConfig,
     place: SectionPlace<'_>,
 ) -> Result<Box<dyn TrainedSection>, Error> {
+    if let Some(chosen) = chosen::Chosen::new(&section.mechanism, place)? {
+        return Ok(Box::new(chosen));
+    }
     Ok(match &section.mechanism {
         Mechanism::Full {}
         | Mechanism::Window { .. }
