@@ -70,9 +70,9 @@ pub enum Error {
         "mixers that are named in the configuration keep no pages; make states with Model::state_with"
     )]
     SectionPages,
-    /// A prompt cache for a model with mixers that are named in the configuration.
+    /// A prompt cache for a model with mixers that remember what is no longer seen.
     #[error(
-        "what mixers keep that are named in the configuration can't be written to a prompt cache; read the prompt each time"
+        "what infini and memorizing mixers remember can't be written to a prompt cache; read the prompt each time"
     )]
     SectionPromptCache,
     /// Nothing to continue.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! safetensors:  tokens [n]      spans [stores, 3]: where codes begin, where they end, where the store ends
-//!               layer.L.keys … as each layer's store has them
+//!               layer.L.keys … as each layer's store has them; layer.L.section.N.… as each section's state has it
 //! metadata:     what made it; the model's fingerprint; SHA-256 of all arrays
 //! ```
 //!
@@ -23,7 +23,7 @@ use safetensors::tensor::{Metadata, View};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use sha2::{Digest, Sha256};
 
-use crate::mixer::{Array, CacheOptions, Keep, Span, Store};
+use crate::mixer::{Array, CacheOptions, Contents, Keep, Span, Store, Taken};
 use crate::model::{Logits, Model, Scratch, State, Step};
 use crate::weights::{Mapping, Weights};
 use crate::{Error, atomic_file, generate, weights};
@@ -60,7 +60,7 @@ impl<'a> PromptCache<'a> {
     /// # Errors
     ///
     /// [`Error::CacheOptions`] for options that choose keys by their weight: what they remember is not written.
-    /// [`Error::SectionPromptCache`].
+    /// [`Error::SectionPromptCache`] for mixers whose memory is not written.
     pub fn new(
         model: &'a Model,
         weights: &Weights,
@@ -73,9 +73,7 @@ impl<'a> PromptCache<'a> {
                 expected: "all, or the first and the newest".to_owned(),
             });
         }
-        if !model.takes_pages() {
-            return Err(Error::SectionPromptCache);
-        }
+        contents(&model.state_with(&options)?).ok_or(Error::SectionPromptCache)?;
         let CacheOptions { storage, context, keep } = options;
         let context = context.unwrap_or(model.config().context);
         let made_by = format!(
@@ -100,15 +98,19 @@ impl<'a> PromptCache<'a> {
             let reason = format!("the state has read {position} tokens, not {}", tokens.len());
             return Err(refuse(reason));
         }
-        let stores = stores(state)
+        let contents = contents(state)
             .filter(|_| *state.options() == self.options)
             .ok_or_else(|| refuse("the state was made with other options".to_owned()))?;
+        let (stores, numbers) = contents.all();
         let mut arrays = vec![("tokens".to_owned(), Numbers::tokens(tokens))];
-        arrays.push(("spans".to_owned(), Numbers::spans(&stores)));
-        for (name, store) in &stores {
-            let named = |&array: &Array| (array_name(name, array), Numbers::of(store, array));
+        arrays.push(("spans".to_owned(), Numbers::spans(stores)));
+        for (name, store) in stores {
+            let named =
+                |&array: &Array| (format!("{name}{}", array.name()), Numbers::of(store, array));
             arrays.extend(store.arrays().iter().map(named));
         }
+        arrays
+            .extend(numbers.iter().map(|(name, numbers)| (name.clone(), Numbers::plain(numbers))));
         let mut digest = Sha256::new();
         arrays.sort_by(|a, b| a.0.cmp(&b.0));
         arrays.iter().for_each(|(name, numbers)| add(&mut digest, name, &numbers.data()));
@@ -191,20 +193,12 @@ impl<'a> PromptCache<'a> {
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(format!("it has the token {token} of a vocabulary of {vocab}"));
         }
-        let mut spans = spans(&file)?.into_iter();
+        let mut taken = Taken::new(&file, spans(&file)?);
         let state = self.model.resumed(&self.options, tokens.len(), |n, layer| {
-            for (name, store) in layer.stores_mut().into_iter().flatten() {
-                let span = spans.next().unwrap_or(Span { coded: 0..0, end: 0 });
-                let name = store_name(n, name);
-                // One that is missing has no length, which is refused where it should have one.
-                let array =
-                    |array| file.tensor(&array_name(&name, array)).map(|array| array.data());
-                store.restore(&span, |name| array(name).unwrap_or_default())?;
-            }
-            Ok(())
+            layer.restore(n, tokens.len(), &mut taken)
         });
         let state = state.map_err(|error| format!("it is damaged: {error}"))?;
-        let state = state.filter(|_| spans.next().is_none());
+        let state = state.filter(|_| taken.is_empty());
         let other = || "it does not hold what this model holds of so many tokens".to_owned();
         Ok((tokens, state.ok_or_else(other)?))
     }
@@ -237,21 +231,12 @@ impl<'a> PromptCache<'a> {
     }
 }
 
-/// Every store of a state with its name; `None` if there is more to the state.
-fn stores(state: &State) -> Option<Vec<(String, &Store)>> {
-    let mut all = vec![];
-    for (n, layer) in state.layers().iter().enumerate() {
-        all.extend(layer.stores()?.into_iter().map(|(name, store)| (store_name(n, name), store)));
-    }
-    Some(all)
-}
-
-fn store_name(layer: usize, store: &str) -> String {
-    format!("layer.{layer}.{store}")
-}
-
-fn array_name(store: &str, array: Array) -> String {
-    format!("{store}{}", array.name())
+/// Every part of a state; `None` if there is more to the state.
+fn contents(state: &State) -> Option<Contents<'_>> {
+    let mut contents = Contents::default();
+    let mut layers = state.layers().iter().enumerate();
+    layers.try_for_each(|(n, layer)| layer.save(n, &mut contents))?;
+    Some(contents)
 }
 
 fn numbers<T, const BYTES: usize>(
@@ -309,7 +294,7 @@ fn hex(digest: Sha256) -> String {
     })
 }
 
-/// An array of the file; a store's is made when it is written.
+/// An array of the file; a state's is made when it is written.
 struct Numbers<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -318,6 +303,7 @@ struct Numbers<'a> {
 
 enum Data<'a> {
     Bytes(Vec<u8>),
+    Plain(&'a [f32]),
     Of(&'a Store, Array),
 }
 
@@ -334,6 +320,10 @@ impl<'a> Numbers<'a> {
         });
         let data = Data::Bytes(spans.flat_map(u64::to_le_bytes).collect());
         Numbers { dtype: Dtype::U64, shape: vec![stores.len(), 3], data }
+    }
+
+    fn plain(numbers: &'a [f32]) -> Numbers<'a> {
+        Numbers { dtype: Dtype::F32, shape: vec![numbers.len()], data: Data::Plain(numbers) }
     }
 
     fn of(store: &'a Store, array: Array) -> Numbers<'a> {
@@ -354,6 +344,9 @@ impl View for Numbers<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match &self.data {
             Data::Bytes(bytes) => Cow::Borrowed(bytes),
+            Data::Plain(numbers) => {
+                Cow::Owned(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+            }
             Data::Of(store, array) => Cow::Owned(store.array_bytes(*array)),
         }
     }

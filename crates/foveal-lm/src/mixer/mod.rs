@@ -29,6 +29,6 @@ pub use attention::{
 };
 pub(crate) use sections::refuse as refuse_more;
 pub(crate) use sections::{lsh, native_sparse, sparse_transformer};
-pub(crate) use state::{Array, Demand, Span, Store};
+pub(crate) use state::{Array, Contents, Demand, Span, Store, Taken};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
 pub(crate) use stored::StoredMixer;

@@ -22,7 +22,7 @@ impl Model {
         let mut state = self.state_with(options)?;
         for (n, (block, layer)) in self.blocks.iter().zip(&mut state.layers).enumerate() {
             fill(n, layer)?;
-            if !layer.is_at(block.mixer.reach(), position) {
+            if !block.mixer.is_at(layer, position) {
                 return Ok(None);
             }
         }

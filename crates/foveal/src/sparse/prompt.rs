@@ -124,12 +124,12 @@ impl<E: Element> SparseState<E> {
             }
             Keep::All { stride, width } => {
                 self.append(k, v)?;
-                let heads = self.heads(|sees| strided_parts(&rows, (stride, width), sees));
+                let heads = self.each_head(|sees| strided_parts(&rows, (stride, width), sees));
                 runner.forward(self.held.all(q)?, &heads)
             }
             Keep::Summaries { columns, block } => {
                 let layout = self.lay_out(&rows, [k, v], (columns, block));
-                let heads = self.heads(|sees| layout.parts(&rows, sees));
+                let heads = self.each_head(|sees| layout.parts(&rows, sees));
                 let result = runner.forward(self.held.all(q)?, &heads)?;
                 self.summarise_blocks(&layout, rows.end);
                 Ok(result)
@@ -138,7 +138,7 @@ impl<E: Element> SparseState<E> {
     }
 
     /// The parts of all heads, or of each.
-    fn heads(&self, parts: impl Fn(Sees) -> Vec<Part>) -> Vec<Heads> {
+    fn each_head(&self, parts: impl Fn(Sees) -> Vec<Part>) -> Vec<Heads> {
         let all = self.held.shape.heads;
         let step = if self.sees.len() == 1 { all } else { 1 };
         let own = |(n, &sees): (usize, &Sees)| Heads {

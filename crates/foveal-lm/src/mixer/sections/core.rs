@@ -156,6 +156,15 @@ impl Core {
         self.scale
     }
 
+    /// How many of the newest tokens a query sees at most, of those in a store.
+    pub(super) fn reach(&self) -> Option<usize> {
+        match &self.kind {
+            Kind::Masked { reach, .. } => *reach,
+            Kind::Segments(segments) => Some(segments.reach),
+            _ => None,
+        }
+    }
+
     fn state_heads(&self) -> StateHeads {
         let Heads { heads, kv_heads, dims: (key_dim, value_dim) } = self.sizes;
         StateHeads { heads, kv_heads, key_dim, value_dim }
@@ -285,9 +294,9 @@ impl Core {
                 state.append(k, v)?;
                 Ok(state.attend(q)?.out)
             }
-            (Kind::Native(layer, _), SectionState::Native(native)) => {
+            (Kind::Native(..), SectionState::Native(native)) => {
                 native.state.set_cpu(run.cpu);
-                native.forward(layer, (Inputs { q, k, v }, gates), run.phase)
+                native.forward((Inputs { q, k, v }, gates), run.phase)
             }
             (Kind::Lsh(..), SectionState::Lsh(state)) => {
                 state.set_cpu(run.cpu);

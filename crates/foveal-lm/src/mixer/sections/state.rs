@@ -2,13 +2,13 @@
 
 use foveal::cache::KvStore;
 use foveal::plan::Inputs;
-use foveal::sparse::{Branches, LshState, MobaState, NativeSparse, NativeState, SparseState};
+use foveal::sparse::{Branches, LshState, MobaState, NativeState, SparseState, StateHeads};
 use foveal::{Phase, Shape, Tensor, TensorRef};
 
 use super::across::MemoryState;
 use super::recurrent::RecurrentState;
 use crate::Error;
-use crate::mixer::Store;
+use crate::mixer::{Contents, Store, Taken};
 
 /// The state of one section of a layer.
 #[derive(Clone, Debug)]
@@ -34,45 +34,73 @@ pub(crate) struct Compressing {
 }
 
 impl Compressing {
-    /// Takes tokens in, with the last one of each length its mean as well, and attends with all of their queries.
+    fn clear(&mut self) {
+        self.state.clear();
+        self.open.iter_mut().for_each(Vec::clear);
+    }
+
+    /// Takes tokens in, and attends with all of their queries.
     pub(super) fn forward(
         &mut self,
-        layer: &NativeSparse,
         (tokens, gates): (Inputs<'_, f32, f32>, TensorRef<'_, f32>),
         phase: Phase,
     ) -> Result<Tensor<f32>, Error> {
         let Inputs { q, k, v } = tokens;
-        let Shape { seq, heads, dim, .. } = k.shape();
-        for (open, x) in self.open.iter_mut().zip([k, v]) {
+        if phase == Phase::Generated {
+            self.append(k, v)?;
+            let q = Branches { compressed: q, selected: q, window: q };
+            return Ok(self.state.attend(q, gates)?.out);
+        }
+        let [keys, values] = self.compress([k, v])?;
+        let compressed = Inputs { q, k: keys.view(), v: values.view() };
+        let all = Branches { compressed, selected: tokens, window: tokens };
+        Ok(self.state.prompt(all, gates)?.out)
+    }
+
+    /// Takes tokens in, with the last one of each length its mean as well.
+    fn append(&mut self, k: TensorRef<'_, f32>, v: TensorRef<'_, f32>) -> Result<(), Error> {
+        let [keys, values] = self.compress([k, v])?;
+        let of = |compressed, x| Branches { compressed, selected: x, window: x };
+        Ok(self.state.append(of(keys.view(), k), of(values.view(), v))?)
+    }
+
+    /// The means that tokens complete.
+    fn compress(&mut self, tokens: [TensorRef<'_, f32>; 2]) -> Result<[Tensor<f32>; 2], Error> {
+        let Shape { seq, heads, dim, .. } = tokens[0].shape();
+        for (open, x) in self.open.iter_mut().zip(tokens) {
             for (t, head) in (0..seq).flat_map(|t| (0..heads).map(move |head| (t, head))) {
                 open.extend_from_slice(x.row(0, t, head));
             }
         }
-        let count = self.state.compressed_by(seq);
-        let all = Shape { seq: self.open[0].len() / (heads * dim).max(1), ..k.shape() };
+        let (layer, count) = (*self.state.layer(), self.state.compressed_by(seq));
+        let all = Shape { seq: self.open[0].len() / (heads * dim).max(1), ..tokens[0].shape() };
         let means = |open: &[f32]| -> Result<Tensor<f32>, Error> {
             match count {
                 0 => Ok(Tensor::zeros(Shape { seq: 0, ..all })?),
                 _ => Ok(layer.pool(TensorRef::new(open, all)?)?),
             }
         };
-        let (keys, values) = (means(&self.open[0])?, means(&self.open[1])?);
-        let out = match phase {
-            Phase::Prompt => {
-                let compressed = Inputs { q, k: keys.view(), v: values.view() };
-                let all = Branches { compressed, selected: tokens, window: tokens };
-                self.state.prompt(all, gates)?.out
-            }
-            Phase::Generated => {
-                let of = |compressed, x| Branches { compressed, selected: x, window: x };
-                self.state.append(of(keys.view(), k), of(values.view(), v))?;
-                self.state.attend(of(q, q), gates)?.out
-            }
-        };
+        let both = [means(&self.open[0])?, means(&self.open[1])?];
         let gone = count * layer.sizes().stride * heads * dim;
         self.open.iter_mut().for_each(|open| drop(open.drain(..gone.min(open.len()))));
-        Ok(out)
+        Ok(both)
     }
+}
+
+/// Keys and values of a file, so many rows for each key/value head.
+fn rows(taken: &Taken<'_>, entries: usize, heads: StateHeads) -> Result<[Vec<f32>; 2], Error> {
+    let len = |dim: usize| entries.saturating_mul(heads.kv_heads * dim);
+    Ok([taken.vector("keys", len(heads.key_dim))?, taken.vector("values", len(heads.value_dim))?])
+}
+
+fn views(
+    [keys, values]: &[Vec<f32>; 2],
+    seq: usize,
+    heads: StateHeads,
+) -> Result<[TensorRef<'_, f32>; 2], Error> {
+    let StateHeads { kv_heads, key_dim, value_dim, .. } = heads;
+    let shape = |dim| Shape { batch: 1, seq, heads: kv_heads, dim };
+    Ok([TensorRef::new(keys, shape(key_dim))?, TensorRef::new(values, shape(value_dim))?])
 }
 
 impl SectionState {
@@ -102,12 +130,57 @@ impl SectionState {
             SectionState::Sparse(state) => state.clear(),
             SectionState::Moba(state) => state.clear(),
             SectionState::Lsh(state) => state.clear(),
-            SectionState::Native(native) => {
-                native.state.clear();
-                native.open.iter_mut().for_each(Vec::clear);
-            }
+            SectionState::Native(native) => native.clear(),
             SectionState::Recurrent(state) => state.clear(),
             SectionState::Memory(state) => state.clear(),
+        }
+    }
+
+    /// Names its parts; `None` if they are not all that it is.
+    pub(crate) fn save<'a>(&'a self, contents: &mut Contents<'a>) -> Option<()> {
+        let mut rows = |[keys, values]: [&'a [f32]; 2]| {
+            contents.numbers("keys", keys);
+            contents.numbers("values", values);
+        };
+        match self {
+            SectionState::Keys(store) => contents.store("", store),
+            SectionState::Sparse(state) => rows(state.rows()),
+            SectionState::Moba(state) => rows(state.rows()),
+            SectionState::Native(native) => rows(native.state.rows()),
+            SectionState::Recurrent(state) => state.save(contents),
+            SectionState::Global(_) | SectionState::Lsh(_) | SectionState::Memory(_) => {
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// Takes over what a file has of a state of so many tokens.
+    ///
+    /// # Errors
+    /// For parts of other lengths.
+    pub(crate) fn restore(&mut self, tokens: usize, taken: &mut Taken<'_>) -> Result<(), Error> {
+        match self {
+            SectionState::Keys(store) => taken.store("", store),
+            SectionState::Sparse(state) => {
+                let rows = rows(taken, state.entries_of(tokens), state.heads())?;
+                Ok(state.restore(tokens, rows)?)
+            }
+            SectionState::Moba(state) => {
+                state.clear();
+                let rows = rows(taken, tokens, state.heads())?;
+                let [k, v] = views(&rows, tokens, state.heads())?;
+                Ok(state.append(k, v)?)
+            }
+            SectionState::Native(native) => {
+                native.clear();
+                let heads = native.state.heads();
+                let rows = rows(taken, tokens, heads)?;
+                let [k, v] = views(&rows, tokens, heads)?;
+                native.append(k, v)
+            }
+            SectionState::Recurrent(state) => state.restore(tokens, taken),
+            SectionState::Global(_) | SectionState::Lsh(_) | SectionState::Memory(_) => Ok(()),
         }
     }
 
