@@ -120,6 +120,12 @@ pub enum Error {
     /// A file that is no prompt cache, or not this model's.
     #[error("the prompt cache {}: {reason}", path.display())]
     PromptCache { path: PathBuf, reason: String },
+    /// A file that is no memory, or not that of this model and layer.
+    #[error("the memory {}: {reason}", path.display())]
+    MemoryFile { path: PathBuf, reason: String },
+    /// A text that comes piece by piece and can't be read.
+    #[error("the text can't be read: {reason}")]
+    TextStream { reason: String },
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

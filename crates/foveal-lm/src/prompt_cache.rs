@@ -280,7 +280,7 @@ fn spans(file: &SafeTensors<'_>) -> Result<Vec<Span>, String> {
 
 /// What tells a model apart from others: its configuration, and of each tensor name, shape, format and some bytes from its
 /// middle.
-fn fingerprint(model: &Model, weights: &Weights) -> String {
+pub(crate) fn fingerprint(model: &Model, weights: &Weights) -> String {
     let mut digest = Sha256::new();
     digest.update(format!("{:?}", model.config()));
     for tensor in weights.tensors() {

@@ -19,6 +19,8 @@
 //! in their storage type, Dk + Dv numbers each and key/value head, and two segments in f32.
 
 mod backward;
+mod best;
+mod bounded;
 mod retrieve;
 mod search;
 mod state;

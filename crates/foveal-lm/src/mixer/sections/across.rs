@@ -12,7 +12,9 @@
 //! at all: what a memory adds up or looks for has no place.
 
 use std::ops::Range;
+use std::path::Path;
 
+use foveal::cache::KvStore;
 use foveal::mask::{Coverage, Pattern, Site};
 use foveal::memory::infini::{self, Infini, InfiniState};
 use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
@@ -21,9 +23,11 @@ use foveal::sparse::StateHeads;
 use foveal::{Mask, Scale, Shape, Tensor, TensorRef};
 
 use super::core::SectionTokens;
+use super::entries::{Entries, Rows, layout};
 use crate::Error;
 use crate::config::{Mechanism, MemoryUpdate};
 use crate::linear::Run;
+use crate::memory_file::MemoryFile;
 use crate::mixer::{CacheStorage, Store};
 use crate::names::Parts;
 
@@ -38,7 +42,7 @@ pub(super) enum Remembering {
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryState {
     Infini(InfiniState<f32>),
-    Memorizing(MemorizingState<Store>),
+    Memorizing(Box<MemorizingState<Entries>>),
 }
 
 impl MemoryState {
@@ -60,6 +64,32 @@ impl MemoryState {
         match self {
             MemoryState::Infini(state) => state.clear(),
             MemoryState::Memorizing(state) => state.clear(),
+        }
+    }
+}
+
+impl MemoryState {
+    /// Keeps the entries of a memory in a file from here on, and begins with those that it holds; `None` for a state of constant
+    /// size.
+    pub(crate) fn keep_in(
+        &mut self,
+        path: &Path,
+        (storage, identity): (CacheStorage, [u8; 32]),
+    ) -> Result<Option<usize>, Error> {
+        let MemoryState::Memorizing(state) = self else { return Ok(None) };
+        let (memorizing, heads) = (state.memorizing().clone(), state.heads());
+        // Whatever was held goes; so that a file may be opened anew.
+        let file = MemoryFile::open(path, &layout(&memorizing, heads, (storage, identity)))?;
+        let found = file.end() - file.start();
+        **state = memorizing.resume(heads, Entries::in_file(file, storage)?)?;
+        Ok(Some(found))
+    }
+
+    /// The entries of a memory that grows.
+    pub(crate) fn entries(&self) -> Option<&Entries> {
+        match self {
+            MemoryState::Infini(_) => None,
+            MemoryState::Memorizing(state) => Some(state.store()),
         }
     }
 }
@@ -109,7 +139,8 @@ impl Remembering {
                 let storage = if storage.coded() { CacheStorage::Bf16 } else { storage };
                 let dims = (heads.key_dim, heads.value_dim);
                 let store = Store::new(storage, heads.kv_heads, dims)?;
-                MemoryState::Memorizing(layer.state(heads, store)?)
+                let entries = Entries::Rows(Rows::Ram(Box::new(store)));
+                MemoryState::Memorizing(Box::new(layer.state(heads, entries)?))
             }
         })
     }
