@@ -43,6 +43,15 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "chunk")]
     stream: bool,
 
+    /// With --stream, keep what was read of the text in this file now and then, and go on from it: a run that was ended in the
+    /// middle is taken up, to the bit.
+    #[arg(long, value_name = "FILE", requires = "stream")]
+    state: Option<PathBuf>,
+
+    /// With --state, after about so many tokens.
+    #[arg(long, value_name = "N", default_value_t = 65_536, requires = "state", value_parser = numbers::tokens)]
+    save_every: usize,
+
     #[command(flatten)]
     memory: MemoryArguments,
 
@@ -61,12 +70,16 @@ pub(crate) struct Arguments {
 #[derive(Debug)]
 struct Figures {
     tokens: usize,
+    /// Those of them that this run read.
+    new: usize,
     bytes: usize,
     buckets: Vec<Bucket>,
     seconds: f64,
     kv_bytes: usize,
     /// Of entries in files.
     file_bytes: usize,
+    /// Of all that was predicted of a stream, to the bit.
+    digest: Option<u64>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -146,8 +159,9 @@ fn measure(
     let bytes = predicted.iter().filter_map(|&token| session.tokenizer.token_bytes(token));
     let bytes = bytes.map(<[u8]>::len).sum();
     let seconds = start.elapsed().as_secs_f64();
-    let file_bytes = state.memory_file_bytes();
-    Ok(Figures { tokens: tokens.len(), bytes, buckets, seconds, kv_bytes, file_bytes })
+    let (tokens, file_bytes) = (tokens.len(), state.memory_file_bytes());
+    let new = tokens;
+    Ok(Figures { tokens, new, bytes, buckets, seconds, kv_bytes, file_bytes, digest: None })
 }
 
 impl Figures {
@@ -178,7 +192,7 @@ impl Figures {
             total.mean(),
             total.mean().exp(),
             self.bits_per_byte(),
-            self.tokens as f64 / self.seconds,
+            self.new as f64 / self.seconds,
             numbers::bytes(self.kv_bytes),
             match self.file_bytes {
                 0 => String::new(),
@@ -220,7 +234,8 @@ impl Figures {
             "bits_per_byte": self.bits_per_byte(),
             "by_position": buckets.collect::<Vec<_>>(),
             "seconds": self.seconds,
-            "tokens_per_second": self.tokens as f64 / self.seconds,
+            "tokens_per_second": self.new as f64 / self.seconds,
+            "digest": self.digest.map(|digest| format!("{digest:016x}")),
             "kv_bytes": self.kv_bytes,
             "memory_file_bytes": self.file_bytes,
             "resident_bytes": numbers::resident_bytes(),

@@ -18,10 +18,15 @@ pub(crate) struct MemoryArguments {
 }
 
 impl MemoryArguments {
-    /// Keeps the memories of a state in the folder, if one was named.
+    /// The folder, if one was named.
+    pub(crate) fn folder(&self, session: &Session) -> Option<MemoryFolder> {
+        let path = self.memory.as_ref()?;
+        Some(MemoryFolder::new(path, &session.model, &session.weights))
+    }
+
+    /// Keeps the memories of a state in it.
     pub(crate) fn keep(&self, state: &mut State, session: &Session) -> anyhow::Result<()> {
-        let Some(path) = &self.memory else { return Ok(()) };
-        let folder = MemoryFolder::new(path, &session.model, &session.weights);
+        let Some(folder) = self.folder(session) else { return Ok(()) };
         let found = state.keep_memories_in(&folder)?;
         if found > 0 {
             output::note(&format!("foveal: {found} tokens of earlier texts are remembered"));

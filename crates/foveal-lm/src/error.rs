@@ -70,11 +70,6 @@ pub enum Error {
         "mixers that are named in the configuration keep no pages; make states with Model::state_with"
     )]
     SectionPages,
-    /// A prompt cache for a model with mixers that are named in the configuration.
-    #[error(
-        "what mixers keep that are named in the configuration can't be written to a prompt cache; read the prompt each time"
-    )]
-    SectionPromptCache,
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,

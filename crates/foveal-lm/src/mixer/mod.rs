@@ -27,7 +27,7 @@ pub use attention::{
     Attended, AttentionParameters, GroupedQueryAttention, InputGradients, Inputs,
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
-pub(crate) use sections::{Entries, MemoryState, SectionState};
-pub(crate) use state::{Array, Demand, Span, Store};
+pub(crate) use sections::{MemoryState, SectionState};
+pub(crate) use state::{Array, Contents, Demand, Span, Store, Taken};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
 pub(crate) use stored::StoredMixer;

@@ -74,6 +74,19 @@ impl State {
         }
     }
 
+    /// Brings entries in files to the disk: what is written of this state then can be taken up after the machine has failed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MemoryFile`].
+    pub fn flush_memories(&mut self) -> Result<(), Error> {
+        let sections = self.layers.iter_mut().flat_map(|layer| layer.sections_mut());
+        sections.into_iter().try_for_each(|section| match section {
+            SectionState::Memory(memory) => memory.flush(),
+            _ => Ok(()),
+        })
+    }
+
     fn memories(&self) -> impl Iterator<Item = &MemoryState> {
         self.layers.iter().flat_map(|layer| layer.sections()).filter_map(|section| match section {
             SectionState::Memory(memory) => Some(&**memory),

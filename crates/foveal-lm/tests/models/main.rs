@@ -20,5 +20,6 @@ mod quantize;
 mod real;
 mod recurrent;
 mod reference;
+mod section_caches;
 mod sections;
 mod small;

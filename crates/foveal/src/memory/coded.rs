@@ -61,6 +61,11 @@ impl<X: MemoryStore> CodedMemory<X> {
         &self.exact
     }
 
+    /// The store of rows alone.
+    pub fn into_keys(self) -> X {
+        self.exact
+    }
+
     /// Keys and values of a piece that the store of rows holds.
     fn rows(&self, piece: Range<usize>) -> Result<[Tensor<f32>; 2]> {
         let (dims, heads) = (self.codes.dims(), self.codes.kv_heads());

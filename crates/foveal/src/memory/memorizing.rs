@@ -213,6 +213,11 @@ impl Memorizing {
         self.capacity
     }
 
+    /// Whether local attention sees the segment before.
+    pub fn sees_previous(&self) -> bool {
+        self.previous
+    }
+
     fn attention(&self) -> Result<Attention<'static>> {
         Ok(Attention::new().scale(Scale::Value(1.0)).cpu(self.machine()?))
     }

@@ -14,7 +14,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use foveal::cache::KvStore;
+use foveal::cache::{KvStore, TILE};
 use foveal::mask::{Coverage, Pattern, Site};
 use foveal::memory::infini::{self, Infini, InfiniState};
 use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
@@ -28,7 +28,7 @@ use crate::Error;
 use crate::config::{Mechanism, MemoryUpdate};
 use crate::linear::Run;
 use crate::memory_file::MemoryFile;
-use crate::mixer::{CacheStorage, Store};
+use crate::mixer::{CacheStorage, Contents, Store, Taken};
 use crate::names::Parts;
 
 /// A memory of what is no longer seen.
@@ -85,6 +85,50 @@ impl MemoryState {
         Ok(Some(found))
     }
 
+    /// Names its parts; `None` if they are not all that it is.
+    pub(super) fn save<'a>(&'a self, contents: &mut Contents<'a>) -> Option<()> {
+        match self {
+            MemoryState::Infini(state) => {
+                contents.numbers("matrices", state.memory().matrices());
+                contents.numbers("key_sums", state.memory().key_sums());
+                let parts = SEGMENT.iter().zip(state.segment());
+                parts.for_each(|(name, numbers)| contents.numbers(name, numbers));
+                Some(())
+            }
+            MemoryState::Memorizing(state) => {
+                let parts = WINDOW.iter().zip(state.window());
+                parts.for_each(|(name, numbers)| contents.numbers(name, numbers));
+                state.store().save(contents)
+            }
+        }
+    }
+
+    /// Takes over what a file has of a state of so many tokens.
+    pub(super) fn restore(&mut self, tokens: usize, taken: &mut Taken<'_>) -> Result<(), Error> {
+        match self {
+            MemoryState::Infini(state) => {
+                let lengths = [state.memory().matrices().len(), state.memory().key_sums().len()];
+                let memory =
+                    [taken.vector("matrices", lengths[0])?, taken.vector("key_sums", lengths[1])?];
+                let mut parts = [vec![], vec![], vec![]];
+                for ((name, part), own) in SEGMENT.iter().zip(&mut parts).zip(state.segment()) {
+                    *part = taken.vector(name, own.len())?;
+                }
+                let memory = memory.each_ref().map(Vec::as_slice);
+                Ok(state.restore(tokens, memory, parts.each_ref().map(Vec::as_slice))?)
+            }
+            MemoryState::Memorizing(state) => restore(state, tokens, taken),
+        }
+    }
+
+    /// Brings entries that are in files to the disk.
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+        match self {
+            MemoryState::Infini(_) => Ok(()),
+            MemoryState::Memorizing(state) => state.store_mut().flush(),
+        }
+    }
+
     /// The entries of a memory that grows.
     pub(crate) fn entries(&self) -> Option<&Entries> {
         match self {
@@ -92,6 +136,31 @@ impl MemoryState {
             MemoryState::Memorizing(state) => Some(state.store()),
         }
     }
+}
+
+/// What is held of Infini's open segment, and of the tokens that a memorizing section sees, in a file.
+const SEGMENT: [&str; 3] = ["segment_keys", "segment_values", "segment_plain_keys"];
+const WINDOW: [&str; 2] = ["window_keys", "window_values"];
+
+/// [`MemoryState::restore`] of a memory that grows.
+fn restore(
+    state: &mut MemorizingState<Entries>,
+    tokens: usize,
+    taken: &mut Taken<'_>,
+) -> Result<(), Error> {
+    let (memorizing, heads) = (state.memorizing().clone(), state.heads());
+    let [keys, values] = state.window().map(<[f32]>::len);
+    let window = [taken.vector(WINDOW[0], keys)?, taken.vector(WINDOW[1], values)?];
+    let (segment, capacity) = (memorizing.segment(), memorizing.capacity());
+    let end = tokens / segment * segment;
+    let gone = end.saturating_sub(capacity.max(segment));
+    let none = Store::new(CacheStorage::F32, heads.kv_heads, (heads.key_dim, heads.value_dim))?;
+    let none = memorizing.state(heads, Entries::Rows(Rows::Ram(Box::new(none))))?;
+    let entries = std::mem::replace(state, none).into_store();
+    let entries = entries.restored(gone / TILE * TILE..end, taken)?;
+    *state = memorizing.resume(heads, entries)?;
+    let before = if memorizing.sees_previous() && end > 0 { segment } else { 0 };
+    Ok(state.restore(tokens, before, window.each_ref().map(Vec::as_slice))?)
 }
 
 impl Remembering {

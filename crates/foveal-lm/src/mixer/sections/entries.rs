@@ -9,7 +9,7 @@ use foveal::{DType, TensorRef};
 use crate::Error;
 use crate::memory_file::{MemoryFile, MemoryLayout};
 use crate::mixer::state::{Array, Span};
-use crate::mixer::{CacheStorage, Store};
+use crate::mixer::{CacheStorage, Contents, Store, Taken};
 
 /// Rows of keys and values.
 #[derive(Debug)]
@@ -71,11 +71,49 @@ impl Entries {
         }
     }
 
-    /// The store in RAM that holds them, if one does.
-    pub(crate) fn ram(&self) -> Option<&Store> {
-        match self.rows() {
-            Rows::Ram(store) => Some(store),
-            Rows::File(_) => None,
+    /// Brings what files hold to the disk.
+    pub(super) fn flush(&mut self) -> Result<(), Error> {
+        match self {
+            Entries::Rows(Rows::File(file)) => file.flush(),
+            // What codes stand for is not to be changed, and has been written when it was appended.
+            Entries::Coded(_) | Entries::Rows(Rows::Ram(_)) => Ok(()),
+        }
+    }
+
+    /// Names the entries for a file; those that lie in a file of their own are not. `None` for codes in RAM.
+    pub(super) fn save<'a>(&'a self, contents: &mut Contents<'a>) -> Option<()> {
+        match self {
+            Entries::Rows(Rows::Ram(store)) => contents.store("", store),
+            Entries::Coded(memory) if matches!(memory.keys(), Rows::Ram(_)) => return None,
+            _ => {}
+        }
+        Some(())
+    }
+
+    /// What was saved of entries that were held at positions.
+    pub(super) fn restored(
+        self,
+        held: Range<usize>,
+        taken: &mut Taken<'_>,
+    ) -> Result<Entries, Error> {
+        let back = |rows: Rows| match rows {
+            Rows::File(mut file) => {
+                file.rewind(held.clone())?;
+                Ok::<Rows, Error>(Rows::File(file))
+            }
+            ram => Ok(ram),
+        };
+        match self {
+            Entries::Rows(Rows::Ram(mut store)) => {
+                taken.store("", &mut store)?;
+                Ok(Entries::Rows(Rows::Ram(store)))
+            }
+            Entries::Rows(rows) => Ok(Entries::Rows(back(rows)?)),
+            Entries::Coded(memory) => {
+                let value_dim = memory.dims().1;
+                let rows = back(memory.into_keys())?;
+                Ok(Entries::Coded(Box::new(CodedMemory::new(rows, value_dim)?)))
+            }
         }
     }
 }
