@@ -247,7 +247,7 @@ pub(super) struct Encoding {
 }
 
 /// The most tokens that a section of Transformer-XL may see: as many keys by distance are made when a model is loaded.
-const MAX_REACH: usize = 1 << 20;
+pub(crate) const MAX_REACH: usize = 1 << 20;
 
 /// What a section of Transformer-XL sees.
 #[derive(Clone, Debug)]
@@ -279,7 +279,7 @@ impl Segments {
         }
         let mask = match same_length {
             true => Mask::window(memory.max(1)),
-            false => Mask::pattern(SegmentMask { segment, memory }),
+            false => segments_mask((segment, memory), 0),
         };
         // A distance beyond the last row takes the last row.
         let distances = clamp.map_or(reach, |clamp| reach.min(clamp.saturating_add(1)));
@@ -301,17 +301,24 @@ impl Encoding {
     }
 }
 
-/// The tokens of the query's segment up to itself, and so many before the segment.
+/// The tokens of the query's segment up to itself, and so many before the segment; keys are those of a text from `origin` on.
+pub(crate) fn segments_mask((segment, memory): (usize, usize), origin: usize) -> Mask {
+    Mask::pattern(SegmentMask { segment, memory, origin })
+}
+
 #[derive(Debug)]
 struct SegmentMask {
     segment: usize,
     memory: usize,
+    /// The position of the first key in its text.
+    origin: usize,
 }
 
 impl SegmentMask {
     /// The first position that the query at `i` sees.
     fn first(&self, i: usize) -> usize {
-        (i / self.segment * self.segment).saturating_sub(self.memory)
+        let begins = (i + self.origin) / self.segment * self.segment;
+        begins.saturating_sub(self.memory).saturating_sub(self.origin)
     }
 }
 

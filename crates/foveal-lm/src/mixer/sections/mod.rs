@@ -28,7 +28,7 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
-pub(crate) use across::MemoryState;
+pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
@@ -219,7 +219,7 @@ impl SectionedAttention {
 }
 
 /// Refuses families whose attention has more than the mechanisms compute.
-fn refuse(model: &ModelConfig) -> Result<(), Error> {
+pub(crate) fn refuse(model: &ModelConfig) -> Result<(), Error> {
     let config = model.attention;
     let more = [
         ("a softcap of scores", config.softcap.is_some()),
