@@ -15,6 +15,7 @@ mod interrupt;
 mod kv;
 mod list;
 mod look;
+mod memory;
 mod numbers;
 mod output;
 mod pattern;

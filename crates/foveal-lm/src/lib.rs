@@ -16,6 +16,7 @@ pub mod evaluate;
 pub mod generate;
 mod linear;
 pub mod look;
+pub mod memory_file;
 pub mod mixer;
 pub mod model;
 mod names;
@@ -26,6 +27,7 @@ mod ropes;
 pub mod sample;
 #[doc(hidden)]
 pub mod testing;
+pub mod text_stream;
 pub mod tokenizer;
 pub mod train;
 pub mod weights;

@@ -11,6 +11,7 @@
 
 mod across;
 mod core;
+mod entries;
 mod recurrent;
 mod state;
 
@@ -27,6 +28,7 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
+pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.

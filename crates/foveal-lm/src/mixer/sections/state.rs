@@ -77,7 +77,7 @@ impl SectionState {
             SectionState::Moba(state) => rows(state.rows()),
             SectionState::Native(native) => rows(native.state.rows()),
             SectionState::Recurrent(state) => state.save(contents),
-            SectionState::Memory(_) => return None,
+            SectionState::Memory(state) => state.save(contents)?,
         }
         Some(())
     }
@@ -107,7 +107,7 @@ impl SectionState {
                 (0..tokens).try_for_each(|t| native.append(k.tokens(t..t + 1), v.tokens(t..t + 1)))
             }
             SectionState::Recurrent(state) => state.restore(tokens, taken),
-            SectionState::Memory(_) => Ok(()),
+            SectionState::Memory(state) => state.restore(tokens, taken),
         }
     }
 

@@ -82,6 +82,16 @@ impl LayerState {
         self.sections.get_mut(n)
     }
 
+    /// The sections, in order.
+    pub(crate) fn sections(&self) -> &[SectionState] {
+        &self.sections
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn sections_mut(&mut self) -> &mut [SectionState] {
+        &mut self.sections
+    }
+
     /// A state that holds no tokens, of which queries see no more than the `reach` newest ones.
     pub(crate) fn within(
         storage: CacheStorage,
