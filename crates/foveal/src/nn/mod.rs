@@ -1,5 +1,5 @@
 //! The other parts of a transformer layer, on plain slices of f32: normalisation, gates, short convolutions, residual
-//! sums, and the softmax of a row of logits.
+//! sums, and the softmax of a row of logits; and the step of an optimizer.
 //!
 //! Every operator works in place or into a given slice and allocates nothing; a row's bits do not
 //! depend on the rows beside it. Embeddings are rows of a stored matrix: [`crate::projection::embed`].
@@ -9,6 +9,7 @@ mod conv;
 mod gate;
 mod heads;
 mod norm;
+mod optimizer;
 mod softmax;
 
 pub use activation::{add, gelu_gate, silu_gate, softcap};
@@ -25,6 +26,7 @@ pub use norm::{
     LayerNorm, NormBackward, NormGradients, RmsNorm, layer_norm, layer_norm_backward, rms_norm,
     rms_norm_backward, rms_norm_in_place,
 };
+pub use optimizer::{AdamW, adamw, sum_of_squares};
 pub use softmax::{log_softmax, softmax};
 
 use crate::error::{Error, Result};
