@@ -120,6 +120,22 @@ pub enum Error {
     /// A file that is no prompt cache, or not this model's.
     #[error("the prompt cache {}: {reason}", path.display())]
     PromptCache { path: PathBuf, reason: String },
+    /// A tensor in a file that the model to be trained does not have.
+    #[error("the file has a tensor {name:?} that the model does not have; is it another model's?")]
+    ForeignTensor { name: String },
+    /// A mechanism that has no gradients yet.
+    #[error("the mixer {name:?} can't be trained")]
+    UntrainedMechanism { name: &'static str },
+    /// A loss that is no number.
+    #[error(
+        "the loss is not finite; it arose in {place}; a lower learning rate or a smaller clip helps where it is not the data"
+    )]
+    NotFinite { place: String },
+    /// Bytes that are not what texts carry.
+    #[error(
+        "the bytes are not what texts of this network carry from segment to segment; take those of the same network and batch"
+    )]
+    CarriedBytes,
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

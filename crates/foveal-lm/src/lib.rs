@@ -3,7 +3,7 @@
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
 //! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
 //! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats,
-//! [`prompt_cache`] keeps what was read of a text on disk.
+//! [`prompt_cache`] keeps what was read of a text on disk. [`train`] learns models.
 
 #![deny(unsafe_code)]
 
@@ -27,6 +27,7 @@ pub mod sample;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;
+pub mod train;
 pub mod weights;
 
 pub use error::Error;

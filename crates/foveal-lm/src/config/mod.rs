@@ -311,6 +311,17 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Reads and checks a Hugging Face `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ModelConfig::read`] that are about the description.
+    pub fn from_json(json: &serde_json::Value) -> Result<ModelConfig, Error> {
+        let config = hugging_face::read(json)?;
+        config.check()?;
+        Ok(config)
+    }
+
     /// How many tokens a layer's attention reaches, its own included: its window, or the whole context.
     pub fn reach(&self, layer: &LayerConfig) -> usize {
         self.reach_within(layer, None)

@@ -271,6 +271,30 @@ impl Mechanism {
         "infini",
         "memorizing",
     ];
+
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Mechanism::Full {} => "full",
+            Mechanism::Window { .. } => "window",
+            Mechanism::SparseTransformer { .. } => "sparse_transformer",
+            Mechanism::Longformer { .. } => "longformer",
+            Mechanism::Bigbird { .. } => "bigbird",
+            Mechanism::Moba { .. } => "moba",
+            Mechanism::NativeSparse { .. } => "native_sparse",
+            Mechanism::Linear { .. } => "linear",
+            Mechanism::Performer { .. } => "performer",
+            Mechanism::Efficient {} => "efficient",
+            Mechanism::Retention {} => "retention",
+            Mechanism::ScalarDecay { .. } => "scalar_decay",
+            Mechanism::Gla { .. } => "gla",
+            Mechanism::Delta { .. } => "delta",
+            Mechanism::GatedDelta { .. } => "gated_delta",
+            Mechanism::TransformerXl { .. } => "transformer_xl",
+            Mechanism::Infini { .. } => "infini",
+            Mechanism::Memorizing { .. } => "memorizing",
+        }
+    }
 }
 
 /// Neighbouring heads of a layer, and what mixes tokens in them.

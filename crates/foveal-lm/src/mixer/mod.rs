@@ -27,6 +27,7 @@ pub use attention::{
     Attended, AttentionParameters, GroupedQueryAttention, InputGradients, Inputs,
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
+pub(crate) use sections::refuse as refuse_more;
 pub(crate) use state::{Array, Demand, Span, Store};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
 pub(crate) use stored::StoredMixer;

@@ -34,6 +34,7 @@ pub(crate) mod encode;
 pub(crate) mod favor;
 pub(crate) mod gate;
 pub(crate) mod gradient;
+pub(crate) mod loss;
 pub(crate) mod math;
 pub(crate) mod near;
 pub(crate) mod nn;

@@ -207,7 +207,7 @@ impl SectionedAttention {
 }
 
 /// Refuses families whose attention has more than the mechanisms compute.
-fn refuse(model: &ModelConfig) -> Result<(), Error> {
+pub(crate) fn refuse(model: &ModelConfig) -> Result<(), Error> {
     let config = model.attention;
     let more = [
         ("a softcap of scores", config.softcap.is_some()),

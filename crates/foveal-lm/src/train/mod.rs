@@ -1,0 +1,11 @@
+//! Training: models whose gradients are computed by hand-written backward passes on plain slices.
+//!
+//! [`parameters`] holds what is learned, [`network`] computes losses and gradients of it.
+
+pub mod network;
+pub mod parameters;
+
+pub use network::{
+    Batch, Carried, IGNORED, Loss, Network, Objective, Precision, Scratch, StepOptions,
+};
+pub use parameters::{Entry, Group, Parameters};

@@ -1,0 +1,5 @@
+//! Training: every mechanism's gradients against differences, against models that are run, and against their own laws.
+
+mod laws;
+mod mechanisms;
+mod setup;
