@@ -15,7 +15,7 @@ const DEVIATION: f32 = 0.02;
 pub(crate) struct Declared {
     pub(crate) name: String,
     /// Where it has a name in GGUF too.
-    place: Option<Place>,
+    pub(super) place: Option<Place>,
     pub(crate) shape: Vec<usize>,
     pub(crate) group: Group,
     pub(crate) initial: Initial,
