@@ -17,7 +17,7 @@ pub(super) fn measure(arguments: &Arguments, session: &Session) -> anyhow::Resul
     let file = File::new(arguments, session)?;
     let (mut read, mut state) = file.begin(arguments, session)?;
     let (from, offset) = (input::open(&arguments.text)?, read.offset);
-    let mut stream = TextStream::after(tokenizer, from, offset)?;
+    let mut stream = TextStream::after(tokenizer, from, offset)?.pieces_of(arguments.piece);
     let limit = arguments.tokens.unwrap_or(usize::MAX);
     let mut progress = Progress::new("read", limit);
     let (mut scratch, mut saved) = (Scratch::new(), read.tokens);
