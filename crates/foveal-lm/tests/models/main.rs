@@ -20,6 +20,7 @@ mod quantize;
 mod real;
 mod recurrent;
 mod reference;
+mod retrieve;
 mod section_caches;
 mod sections;
 mod small;

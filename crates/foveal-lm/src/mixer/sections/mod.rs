@@ -29,6 +29,7 @@ use crate::names::Parts;
 
 use self::core::Core;
 pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
+pub(crate) use entries::Rows;
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
