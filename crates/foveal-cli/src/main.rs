@@ -1,4 +1,4 @@
-//! The `foveal` command: runs and inspects language models.
+//! The `foveal` command: runs, inspects and trains language models.
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod completions;
 mod compute;
+mod convert;
 mod evaluate;
 mod generate;
 mod input;
@@ -23,6 +24,7 @@ mod quantize;
 mod sampling;
 mod session;
 mod source;
+mod train;
 
 use std::process::ExitCode;
 
@@ -42,6 +44,7 @@ enum Command {
     Bench(bench::Arguments),
     Chat(chat::Arguments),
     Completions(completions::Arguments),
+    Convert(convert::Arguments),
     Eval(evaluate::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
@@ -49,6 +52,7 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Train(train::Arguments),
 }
 
 impl Command {
@@ -58,6 +62,7 @@ impl Command {
             Command::Bench(arguments) => bench::run(arguments),
             Command::Chat(arguments) => chat::run(arguments),
             Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
+            Command::Convert(arguments) => convert::run(arguments),
             Command::Eval(arguments) => evaluate::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
@@ -65,6 +70,7 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Train(arguments) => train::run(arguments),
         }
     }
 }

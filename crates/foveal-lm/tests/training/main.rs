@@ -2,4 +2,5 @@
 
 mod laws;
 mod mechanisms;
+mod runs;
 mod setup;
