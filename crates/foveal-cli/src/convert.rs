@@ -118,11 +118,12 @@ fn list(text: &str) -> anyhow::Result<Vec<usize>> {
     let mut layers = vec![];
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let number = |text: &str| {
-            text.trim().parse::<usize>().ok().filter(|&layer| layer < 4096).with_context(|| {
-                format!("--layers {text:?} is no list of layers such as 0,2,4-7")
-            })
-        };
+        let number =
+            |text: &str| {
+                text.trim().parse::<usize>().ok().filter(|&layer| layer < 4096).with_context(|| {
+                    format!("--layers {text:?} is no list of layers such as 0,2,4-7")
+                })
+            };
         layers.extend(number(first)?..=number(last)?);
     }
     layers.sort_unstable();

@@ -115,7 +115,10 @@ fn every_mixer_is_trained_and_runs_at_once() {
         assert!(losses.iter().filter(|record| record["loss"].is_f64()).count() == 4, "{name}");
         assert!(losses.iter().any(|record| record["sample"].is_string()), "{name}");
         let page = String::from_utf8(read(&out, "report.html")).unwrap();
-        assert!(page.contains("<svg") && !page.contains("NaN") && !page.contains("<script"), "{name}");
+        assert!(
+            page.contains("<svg") && !page.contains("NaN") && !page.contains("<script"),
+            "{name}"
+        );
         let text = run(&["generate", "--model", &out, "-n", "5", "It is"]);
         assert!(text.status.success() && !stdout(&text).is_empty(), "{name}: {}", stderr(&text));
     }
@@ -135,9 +138,20 @@ fn runs_that_are_killed_lose_nothing() {
     let (folder, config) = small("train-killed");
     let (whole, killed) = (path(&folder, "whole"), path(&folder, "killed"));
     let sets = [
-        "--set", "schedule.steps=40", "--set", "train.checkpoint_every=3", "--set", "train.dropout=0.1",
-        "--set", "data.order=streams", "--set", "model.mixer=[[{name='full', heads=1}, {name='linear', heads=1}]]",
-        "--set", "train.accumulate=2", "--set", "train.sample_every=0",
+        "--set",
+        "schedule.steps=40",
+        "--set",
+        "train.checkpoint_every=3",
+        "--set",
+        "train.dropout=0.1",
+        "--set",
+        "data.order=streams",
+        "--set",
+        "model.mixer=[[{name='full', heads=1}, {name='linear', heads=1}]]",
+        "--set",
+        "train.accumulate=2",
+        "--set",
+        "train.sample_every=0",
     ];
     let start = |out| [&["train", &config, "--out", out][..], &sets].concat();
     succeeds(&start(&whole));
@@ -208,7 +222,8 @@ fn a_model_is_converted_and_trained_on() {
         let text = run(&["generate", "--model", &second, "-n", "5", "It is"]);
         assert!(text.status.success(), "{name}: {}", stderr(&text));
         let from = format!("model.from={second}");
-        let arguments = ["train", &config, "--set", &from, "--out", &third, "--set", "data.tokenizer=bytes"];
+        let arguments =
+            ["train", &config, "--set", &from, "--out", &third, "--set", "data.tokenizer=bytes"];
         let output = run(&arguments);
         assert!(
             output.status.success() || stderr(&output).contains("can't be trained"),
@@ -219,13 +234,25 @@ fn a_model_is_converted_and_trained_on() {
     let gguf = path(&folder, "mqa.gguf");
     succeeds(&["convert", &first, &gguf, "--attention", "mqa", "--type", "f32"]);
     let generate = |model: &str| {
-        let text = run(&["generate", "--model", model, "-n", "8", "-t", "0", "--activations", "f32", "It is"]);
+        let text = run(&[
+            "generate",
+            "--model",
+            model,
+            "-n",
+            "8",
+            "-t",
+            "0",
+            "--activations",
+            "f32",
+            "It is",
+        ]);
         stdout(&text).to_owned()
     };
     assert_eq!(generate(&gguf), generate(&path(&folder, "mqa")));
     let refused = run(&["convert", &first, &gguf, "--attention", "infini"]);
     assert_fails(&refused, 1, &["GGUF has no key"]);
-    let refused = run(&["convert", &first, &path(&folder, "x"), "--attention", "gqa", "--kv-heads", "3"]);
+    let refused =
+        run(&["convert", &first, &path(&folder, "x"), "--attention", "gqa", "--kv-heads", "3"]);
     assert_fails(&refused, 1, &["key/value heads is 3", "divisor"]);
 }
 
@@ -240,10 +267,26 @@ fn what_is_wrong_is_said_in_one_line() {
     fails(&["--set", "model.mixer={name='flash'}"], &["flash", "linear"]);
     fails(&["--set", "data.sequence=5000"], &["tokens, expected 10000"]);
     fails(&["--set", "data.train=['none.txt']"], &["none.txt"]);
-    fails(&["--set", "data.train=[]", "--set", "optimizer.learning_rate=1e3", "--set", "optimizer.clip=0",
-            "--set", "schedule.steps=40", "--set", "schedule.warmup=0"],
-          &["step", "optimizer.learning_rate"]);
+    fails(
+        &[
+            "--set",
+            "data.train=[]",
+            "--set",
+            "optimizer.learning_rate=1e3",
+            "--set",
+            "optimizer.clip=0",
+            "--set",
+            "schedule.steps=40",
+            "--set",
+            "schedule.warmup=0",
+        ],
+        &["step", "optimizer.learning_rate"],
+    );
     fails(&[], &["holds a training run"]);
     assert_fails(&run(&["train", "--resume", &path(&folder, "none")]), 1, &["train.toml"]);
-    assert_fails(&run(&["train", "--resume", &out, "--set", "model.layers=3"]), 1, &["model.layers"]);
+    assert_fails(
+        &run(&["train", "--resume", &out, "--set", "model.layers=3"]),
+        1,
+        &["model.layers"],
+    );
 }

@@ -18,12 +18,12 @@ use std::path::{Path, PathBuf};
 use foveal::projection::Format;
 use serde_json::{Value, json};
 
+use crate::Error;
 use crate::config::{Architecture, ModelConfig, Reach};
 use crate::folder::{self, Content, Folder, Numbers, Tensor};
 use crate::quantize::quantize;
 use crate::train::{Parameters, Vocabulary, start};
 use crate::weights::{self, Weights};
-use crate::Error;
 
 /// What a model's attention becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,14 +157,18 @@ fn change(
 /// The tensors of a model's keys and values, biases too.
 fn keys_and_values(folder: &mut Folder) -> impl Iterator<Item = &mut Tensor> {
     let names = ["k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"];
-    folder
-        .tensors
-        .iter_mut()
-        .filter(move |tensor| names.iter().any(|name| tensor.name.ends_with(&format!("self_attn.{name}"))))
+    folder.tensors.iter_mut().filter(move |tensor| {
+        names.iter().any(|name| tensor.name.ends_with(&format!("self_attn.{name}")))
+    })
 }
 
 /// Puts other heads into a tensor: `heads` of them, each made from some of the old ones.
-fn reheaded(tensor: &mut Tensor, dim: usize, heads: usize, make: impl Fn(&[f32], usize) -> Vec<f32>) {
+fn reheaded(
+    tensor: &mut Tensor,
+    dim: usize,
+    heads: usize,
+    make: impl Fn(&[f32], usize) -> Vec<f32>,
+) {
     let values = tensor.content.values();
     let size = dim * values.len() / tensor.shape[0].max(1);
     let made = (0..heads).flat_map(|head| make(&values, head * size));
@@ -239,7 +243,8 @@ fn window(
     chosen: &[usize],
     tokens: usize,
 ) -> Result<Vec<&'static str>, Error> {
-    let plain = model.layers.iter().all(|layer| layer.reach == Reach::Full && layer.sections.is_empty());
+    let plain =
+        model.layers.iter().all(|layer| layer.reach == Reach::Full && layer.sections.is_empty());
     let all = chosen.len() == model.layers.len();
     let config = &mut folder.config;
     match model.architecture {
@@ -327,7 +332,12 @@ fn save(
     };
     std::fs::create_dir_all(output).map_err(|source| failed(output, source))?;
     if input.is_dir() {
-        for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"] {
+        for name in [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+        ] {
             if let Ok(bytes) = std::fs::read(input.join(name)) {
                 folder::save_bytes(&output.join(name), &bytes)?;
             }

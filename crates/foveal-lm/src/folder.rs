@@ -130,7 +130,10 @@ impl Folder {
                     let weight = weights.tensor(&info.name)?;
                     Ok(Tensor::stored(info.name.to_string(), weight, Change::None))
                 });
-                Ok(Folder { config: config.clone(), tensors: tensors.collect::<Result<_, Error>>()? })
+                Ok(Folder {
+                    config: config.clone(),
+                    tensors: tensors.collect::<Result<_, Error>>()?,
+                })
             }
             Description::Gguf(_) => Folder::of_gguf(weights),
         }
@@ -140,7 +143,8 @@ impl Folder {
         let config = ModelConfig::read(weights)?;
         let mut tensors = vec![];
         for place in names::all(&config) {
-            let [gguf, name] = [Form::Gguf, Form::HuggingFace].map(|form| place.name(&config, form));
+            let [gguf, name] =
+                [Form::Gguf, Form::HuggingFace].map(|form| place.name(&config, form));
             if weights.contains(&gguf) {
                 let weight = weights.tensor(&gguf)?;
                 tensors.push(Tensor::stored(name, weight, change(&gguf, &config)));

@@ -25,8 +25,7 @@ pub(super) fn draw(label: &str, lines: &[Line]) -> String {
     }
     let (left, right) = span(all().map(|point| point.0));
     let (low, high) = span(all().map(|point| point.1));
-    let (width, height) =
-        (SIZE.0 - MARGIN.0 - MARGIN.2, SIZE.1 - MARGIN.1 - MARGIN.3);
+    let (width, height) = (SIZE.0 - MARGIN.0 - MARGIN.2, SIZE.1 - MARGIN.1 - MARGIN.3);
     let x = |value: f64| MARGIN.0 + width * (value - left) / (right - left);
     let y = |value: f64| MARGIN.1 + height * (high - value) / (high - low);
     let mut text = String::new();

@@ -69,8 +69,8 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
     let Some(path) = &arguments.config else {
         return Ok(Config::parse(USUAL, &arguments.set, &here)?);
     };
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     // Paths in a file begin where the file is.
     let folder = here.join(path.parent().unwrap_or(Path::new("")));
     Config::parse(&text, &arguments.set, &folder)

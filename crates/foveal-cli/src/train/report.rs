@@ -23,9 +23,11 @@ fn field(record: &Value, name: &str) -> Option<(f64, f64)> {
 
 /// Writes `report.html` into the folder of a run.
 pub(super) fn write(folder: &Path, trainer: &Trainer) -> anyhow::Result<()> {
-    let metrics = std::fs::read_to_string(folder.join(METRICS)).context("cannot read the measurements")?;
+    let metrics =
+        std::fs::read_to_string(folder.join(METRICS)).context("cannot read the measurements")?;
     let records = metrics.lines().map(serde_json::from_str::<Value>);
-    let records: Vec<Value> = records.collect::<Result<_, _>>().context("a measurement is no JSON")?;
+    let records: Vec<Value> =
+        records.collect::<Result<_, _>>().context("a measurement is no JSON")?;
     let page = PAGE.replacen(PLACE, &content(folder, trainer, &records), 1);
     let path = folder.join("report.html");
     atomic_file::write(&path, |out| std::io::Write::write_all(out, page.as_bytes()))
@@ -45,7 +47,8 @@ fn content(folder: &Path, trainer: &Trainer, records: &[Value]) -> String {
     });
     let state = trainer.state();
     let mut text = String::new();
-    let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let name =
+        folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let _ = writeln!(text, "<h1>{}</h1>", escaped(&name));
     let _ = writeln!(
         text,

@@ -12,8 +12,8 @@ use crate::{numbers, output};
 const EVERY: Duration = Duration::from_millis(100);
 /// Lines of a log, about.
 const LINES: u64 = 50;
-/// Cells of the bar, and of the small curve.
-const CELLS: usize = 20;
+/// Cells of the bar, and of the small curve: the line has to fit into 80 columns.
+const CELLS: usize = 9;
 const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
 /// What is shown.
@@ -86,7 +86,7 @@ impl Show {
         self.pace.1 = 0.9 * self.pace.1 + step.seconds;
         let rate = self.pace.0 / self.pace.1.max(1e-9);
         let left = (self.steps.saturating_sub(step.step)) as f64 * step.seconds;
-        let memory = numbers::resident_bytes().map(|bytes| format!("  {}", numbers::bytes(bytes)));
+        let memory = numbers::resident_bytes().map(|bytes| format!(" {}", numbers::bytes(bytes)));
         let memory = memory.unwrap_or_default();
         if self.terminal {
             if self.shown.is_some_and(|shown| shown.elapsed() < EVERY) {
@@ -94,7 +94,7 @@ impl Show {
             }
             self.shown = Some(Instant::now());
             let line = format!(
-                "{}/{} {} loss {smooth:.4} {}  {}  {} left{memory}",
+                "{}/{} {} {smooth:.4} {} {} {} left{memory}",
                 step.step,
                 self.steps,
                 bar(step.step, self.steps),
@@ -106,9 +106,10 @@ impl Show {
             return;
         }
         let every = self.steps.div_ceil(LINES);
-        if step.step.is_multiple_of(every) || step.step == self.first + 1 || step.step == self.steps {
+        if step.step.is_multiple_of(every) || step.step == self.first + 1 || step.step == self.steps
+        {
             output::note(&format!(
-                "step {}/{}  loss {:.4}  gradient {:.3}  rate {:.2e}  {}  {} left{memory}",
+                "step {}/{}  loss {:.4}  gradient {:.3}  rate {:.2e}  {}  {} left {memory}",
                 step.step,
                 self.steps,
                 step.loss,
@@ -146,10 +147,14 @@ impl Show {
                 state.step,
                 state.best_step().unwrap_or(0)
             ),
-            _ => format!("{} steps, {} tokens in {}", state.step, state.tokens, time(state.seconds)),
+            _ => {
+                format!("{} steps, {} tokens in {}", state.step, state.tokens, time(state.seconds))
+            }
         });
         if end != End::Interrupted {
-            output::note(&format!("the model is in {folder}, the curves are in {folder}/report.html"));
+            output::note(&format!(
+                "the model is in {folder}, the curves are in {folder}/report.html"
+            ));
         }
     }
 }
@@ -172,7 +177,11 @@ fn curve(course: &[f64]) -> String {
 }
 
 fn pace(rate: f64) -> String {
-    if rate < 10_000.0 { format!("{rate:.0} tok/s") } else { format!("{:.1}k tok/s", rate / 1000.0) }
+    if rate < 10_000.0 {
+        format!("{rate:.0} tok/s")
+    } else {
+        format!("{:.1}k tok/s", rate / 1000.0)
+    }
 }
 
 fn time(seconds: f64) -> String {
@@ -196,6 +205,9 @@ mod tests {
         assert_eq!(curve(&vec![0.0; 1000]).chars().count(), CELLS);
         assert_eq!(bar(1, 2).chars().filter(|&c| c == '█').count(), CELLS / 2);
         assert_eq!(bar(9, 2).chars().count(), CELLS + 2);
-        assert_eq!((time(59.4), time(61.0), time(3700.0)), ("59 s".into(), "1:01 min".into(), "1:01 h".into()));
+        assert_eq!(
+            (time(59.4), time(61.0), time(3700.0)),
+            ("59 s".into(), "1:01 min".into(), "1:01 h".into())
+        );
     }
 }

@@ -16,7 +16,9 @@ pub(crate) fn gguf_to_json(metadata: &Metadata) -> Result<(Vec<u8>, Vec<u8>), Er
     let source = GgufVocabulary::from_metadata(metadata)?;
     if source.model != "gpt2" {
         let found = source.model;
-        return Err(wrong(format!("only GGUF tokenizers of the kind gpt2 can be written to a folder, not {found}")));
+        return Err(wrong(format!(
+            "only GGUF tokenizers of the kind gpt2 can be written to a folder, not {found}"
+        )));
     }
     let own = Tokenizer::from_vocabulary(&source)?;
     let config = config(&own, &source, metadata.get("tokenizer.chat_template")?);
@@ -40,7 +42,8 @@ fn json(own: &Tokenizer, source: &GgufVocabulary<'_>) -> Result<Value, Error> {
     let name = source.pre.unwrap_or("default");
     let family = FAMILIES.iter().find(|family| family.names.contains(&name));
     let family = family.ok_or_else(|| wrong(format!("there is no cut {name:?}")))?;
-    let mut steps = family.cuts.iter().map(|cut| split(cut, name)).collect::<Result<Vec<_>, _>>()?;
+    let mut steps =
+        family.cuts.iter().map(|cut| split(cut, name)).collect::<Result<Vec<_>, _>>()?;
     let level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     steps.push(level(false));
     let vocab = source.tokens.iter().enumerate().map(|(id, text)| ((*text).to_owned(), id.into()));
@@ -75,7 +78,9 @@ fn split(cut: &Cut, name: &str) -> Result<Value, Error> {
         Cut::DigitsByThree => None,
     };
     let pattern = pattern.ok_or_else(|| wrong(format!("the cut {name:?} has no form in it")))?;
-    Ok(json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}))
+    Ok(
+        json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}),
+    )
 }
 
 /// Marks, and tokens that are found as they are.
@@ -100,8 +105,7 @@ fn post_processor(own: &Tokenizer, source: &GgufVocabulary<'_>) -> Value {
     let token = |id: Option<u32>, wanted: bool| {
         id.filter(|_| wanted).and_then(|id| Some((id, *source.tokens.get(id as usize)?)))
     };
-    let [before, after] =
-        [token(own.bos(), own.add_bos), token(own.eos(), own.add_eos)];
+    let [before, after] = [token(own.bos(), own.add_bos), token(own.eos(), own.add_eos)];
     if before.is_none() && after.is_none() {
         return Value::Null;
     }
@@ -110,10 +114,12 @@ fn post_processor(own: &Tokenizer, source: &GgufVocabulary<'_>) -> Value {
     let mut single: Vec<Value> = before.iter().map(special).collect();
     single.push(sequence);
     single.extend(after.iter().map(special));
-    let tokens = before.iter().chain(&after).map(|(id, text)| {
-        ((*text).to_owned(), json!({"id": text, "ids": [id], "tokens": [text]}))
-    });
-    let pair = json!([{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]);
+    let tokens = before
+        .iter()
+        .chain(&after)
+        .map(|(id, text)| ((*text).to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})));
+    let pair =
+        json!([{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]);
     json!({
         "type": "TemplateProcessing", "single": single, "pair": pair,
         "special_tokens": tokens.collect::<Map<String, Value>>(),

@@ -112,11 +112,8 @@ pub(super) fn save(folder: &Path, state: &State, numbers: &Numbers<'_>) -> Resul
         shape: vec![len],
         written,
     };
-    let arenas = [
-        ("parameters", numbers.parameters),
-        ("first", numbers.first),
-        ("second", numbers.second),
-    ];
+    let arenas =
+        [("parameters", numbers.parameters), ("first", numbers.first), ("second", numbers.second)];
     let mut layouts = vec![layout("state", text.len(), Written::Bytes)];
     layouts.extend(arenas.map(|(name, values)| layout(name, values.len(), Written::F32)));
     for (n, carried) in numbers.carried.iter().enumerate() {
@@ -250,7 +247,13 @@ mod tests {
         assert_eq!(values.map(f32::to_bits), parameters.map(f32::to_bits));
         assert_eq!(checkpoint.bytes_of("carried.0").unwrap(), [1, 2, 3]);
         assert!(checkpoint.bytes_of("carried.1").unwrap().is_empty());
-        assert!(checkpoint.read("first", &mut values[..3]).unwrap_err().to_string().contains("4 numbers"));
+        assert!(
+            checkpoint
+                .read("first", &mut values[..3])
+                .unwrap_err()
+                .to_string()
+                .contains("4 numbers")
+        );
         assert!(checkpoint.bytes_of("third").is_err());
 
         let path = folder.join(FILE);

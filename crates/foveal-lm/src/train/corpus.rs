@@ -29,7 +29,10 @@ pub(super) fn read(paths: &[PathBuf], data: &DataSection) -> Result<Vec<String>,
             list(path, DEPTH, &mut files)?;
             if files.is_empty() {
                 let expected = ENDINGS.map(|ending| format!(".{ending}")).join(", ");
-                return Err(wrong(path, format!("the folder has no file that ends with {expected}")));
+                return Err(wrong(
+                    path,
+                    format!("the folder has no file that ends with {expected}"),
+                ));
             }
         } else {
             files.push(path.clone());
@@ -60,7 +63,11 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), Err
     for path in paths {
         if path.is_dir() {
             let depth = depth.checked_sub(1);
-            list(&path, depth.ok_or_else(|| wrong(&path, "too many folders in one another"))?, files)?;
+            list(
+                &path,
+                depth.ok_or_else(|| wrong(&path, "too many folders in one another"))?,
+                files,
+            )?;
         } else if has_ending(&path, &ENDINGS) {
             files.push(path);
         }
@@ -75,9 +82,10 @@ fn read_file(path: &Path, data: &DataSection, documents: &mut Vec<String>) -> Re
     })?;
     if has_ending(path, &["jsonl"]) {
         for (n, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            documents.push(member(line, &data.text_key).map_err(|reason| {
-                wrong(path, format!("line {}: {reason}", n + 1))
-            })?);
+            documents.push(
+                member(line, &data.text_key)
+                    .map_err(|reason| wrong(path, format!("line {}: {reason}", n + 1)))?,
+            );
         }
         return Ok(());
     }

@@ -86,7 +86,8 @@ impl Tokens {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let share = all.len().div_ceil(threads).max(1);
         let encode = |part: &[(usize, &str)]| {
-            let ids = part.iter().map(|(n, piece)| Ok((*n, tokenizer.encode(piece, Encode::TEXT)?)));
+            let ids =
+                part.iter().map(|(n, piece)| Ok((*n, tokenizer.encode(piece, Encode::TEXT)?)));
             ids.collect::<Result<Vec<_>, Error>>()
         };
         let parts: Vec<Result<Vec<_>, Error>> = std::thread::scope(|scope| {
@@ -232,9 +233,11 @@ impl Batches {
     pub fn progress(&self) -> f64 {
         let read = match self.order {
             Order::Shuffled => self.position.sequence * self.sequence,
-            Order::Streams => self.position.streams.first().map_or(0, |stream| {
-                stream.at * self.position.streams.len()
-            }),
+            Order::Streams => self
+                .position
+                .streams
+                .first()
+                .map_or(0, |stream| stream.at * self.position.streams.len()),
         };
         (read as f64 / self.text.len().max(1) as f64).min(1.0)
     }

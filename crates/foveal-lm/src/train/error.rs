@@ -20,7 +20,9 @@ pub enum Error {
     #[error("{key} can't be changed in a run that has begun; start a new one")]
     Fixed { key: String },
     /// Texts that are too short.
-    #[error("the {what} has {found} tokens, expected {expected} at least; give more text or shorter sequences")]
+    #[error(
+        "the {what} has {found} tokens, expected {expected} at least; give more text or shorter sequences"
+    )]
     TooShort { what: &'static str, found: usize, expected: usize },
     /// A text that can't be read.
     #[error("cannot read the text {}: {reason}", path.display())]
@@ -29,7 +31,9 @@ pub enum Error {
     #[error("data.train names no text; give it files or folders")]
     NoText,
     /// Texts that are not those with which a run began.
-    #[error("the texts or the tokenizer have changed since the run began; resume with the same ones, or start a new run")]
+    #[error(
+        "the texts or the tokenizer have changed since the run began; resume with the same ones, or start a new run"
+    )]
     OtherText,
     /// A tokenizer that can't be trained.
     #[error("the tokenizer can't be trained: {reason}")]

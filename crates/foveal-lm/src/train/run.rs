@@ -54,8 +54,7 @@ impl Metrics {
     fn open(folder: &Path, len: u64) -> Result<Metrics, Error> {
         let path = folder.join(METRICS);
         let open = || {
-            let mut file =
-                File::options().write(true).create(true).truncate(false).open(&path)?;
+            let mut file = File::options().write(true).create(true).truncate(false).open(&path)?;
             file.set_len(len)?;
             file.seek(SeekFrom::End(0))?;
             Ok(file)
@@ -94,7 +93,7 @@ pub fn begin(trainer: &Trainer, folder: &Path) -> Result<(), Error> {
     std::fs::create_dir_all(folder)
         .map_err(|source| Error::Write { path: folder.to_owned(), source })?;
     // Should the process be killed right after it, all that follows is made again.
-    trainer.write_tokenizer(folder)?;
+    trainer.write_description(folder)?;
     save_config(trainer, folder)
 }
 

@@ -4,11 +4,11 @@ use foveal::projection::Activations;
 
 use super::trainer::Trainer;
 use super::{Error, config};
+use crate::Model;
 use crate::generate::{Generator, Options, prompt_tokens};
 use crate::sample::Sampling;
 use crate::weights::safetensors::writer::{self, Layout, Written};
 use crate::weights::{Safetensors, Weights};
-use crate::Model;
 
 /// The prompt and what the model makes of it. Takes memory for another copy of the parameters.
 pub(super) fn text(

@@ -17,14 +17,23 @@ pub(super) fn vocabulary(config: &Config, documents: &[String]) -> Result<Vocabu
         (None, None) => Vocabulary::new("bytes", (config.data.vocab, mask), documents)?,
     };
     if mask && vocabulary.mask().is_none() {
-        let expected = "one with a token <|mask|>, [MASK] or <mask>, for train.objective = \"masked\"";
+        let expected =
+            "one with a token <|mask|>, [MASK] or <mask>, for train.objective = \"masked\"";
         return Err(Error::config("data.tokenizer", "without such a token", expected));
     }
     Ok(vocabulary)
 }
 
-/// The model of a run and its `config.json`, at the beginning.
-pub(super) fn model(config: &Config, vocabulary: &Vocabulary) -> Result<(Value, Parameters), Error> {
+/// The model of a run and its `config.json`, at the beginning. `known` is the latter where a checkpoint has the numbers.
+pub(super) fn model(
+    config: &Config,
+    vocabulary: &Vocabulary,
+    known: Option<Value>,
+) -> Result<(Value, Parameters), Error> {
+    if let Some(json) = known {
+        let parameters = Parameters::initial(&ModelConfig::from_json(&json)?, config.train.seed)?;
+        return Ok((json, parameters));
+    }
     let tokens = vocabulary.tokenizer.vocab_size();
     let Some(path) = &config.model.from else {
         let json = config.model.to_json(tokens, config.data.sequence)?;

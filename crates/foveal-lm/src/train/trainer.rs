@@ -82,7 +82,7 @@ impl Trainer {
     ///
     /// Those of the texts, the tokenizer and the model that `config` asks for.
     pub fn new(config: Config, builtin: Option<&str>) -> Result<Trainer, Error> {
-        Trainer::assemble(config, builtin, None)
+        Trainer::assemble(config, builtin, (None, None))
     }
 
     /// The run in `folder`, from its last checkpoint; from its beginning if it has none yet.
@@ -122,8 +122,10 @@ impl Trainer {
             true => Some(Vocabulary::open(folder)?),
             false => None,
         };
-        let mut trainer = Trainer::assemble(config, builtin, vocabulary)?;
-        if let Some(checkpoint) = checkpoint::open(folder)? {
+        let checkpoint = checkpoint::open(folder)?;
+        let json = checkpoint.as_ref().map(|_| config_json(folder)).transpose()?;
+        let mut trainer = Trainer::assemble(config, builtin, (vocabulary, json))?;
+        if let Some(checkpoint) = checkpoint {
             trainer.restore(&checkpoint)?;
         }
         Ok(trainer)
@@ -132,7 +134,7 @@ impl Trainer {
     fn assemble(
         config: Config,
         builtin: Option<&str>,
-        vocabulary: Option<Vocabulary>,
+        (vocabulary, json): (Option<Vocabulary>, Option<Value>),
     ) -> Result<Trainer, Error> {
         let mut documents = corpus::read(&config.data.train, &config.data)?;
         match builtin {
@@ -149,7 +151,7 @@ impl Trainer {
         let tokens = Tokens::encode(&documents, &vocabulary.tokenizer)?;
         drop(documents);
         let (train, validation, digest) = texts(&config, tokens, &vocabulary)?;
-        let (json, parameters) = start::model(&config, &vocabulary)?;
+        let (json, parameters) = start::model(&config, &vocabulary, json)?;
         let model = ModelConfig::from_json(&json)?;
         let objective = match config.train.objective {
             Wanted::Causal => Objective::Causal,
@@ -352,7 +354,9 @@ impl Trainer {
 
     fn diagnosis(&self, step: u64, loss: f64, gradient: f64) -> Error {
         let place = match self.parameters.not_finite(&self.gradients) {
-            Some(entry) => format!("the gradient of {} is the first that is not finite", entry.name),
+            Some(entry) => {
+                format!("the gradient of {} is the first that is not finite", entry.name)
+            }
             None => "its numbers are finite, but their squares are not".to_owned(),
         };
         let what = if loss.is_finite() { ("the gradient", gradient) } else { ("the loss", loss) };
@@ -444,13 +448,16 @@ impl Trainer {
     ///
     /// [`Error::Write`].
     pub fn export(&self, folder: &Path) -> Result<(), Error> {
-        self.write_tokenizer(folder)?;
+        self.write_description(folder)?;
         let values = |n: usize| Cow::Borrowed(self.entry_values(n));
         folder::write(folder, &self.json, folder::Numbers::F32, (&self.shapes(), &values))
             .map_err(write_error)
     }
 
-    pub(super) fn write_tokenizer(&self, folder: &Path) -> Result<(), Error> {
+    /// Writes what of the model does not change.
+    pub(super) fn write_description(&self, folder: &Path) -> Result<(), Error> {
+        let text = format!("{:#}\n", self.json);
+        folder::save_bytes(&folder.join("config.json"), text.as_bytes()).map_err(write_error)?;
         let named = [
             ("tokenizer.json", Some(&self.vocabulary.json)),
             ("tokenizer_config.json", self.vocabulary.config.as_ref()),
@@ -476,6 +483,14 @@ impl Trainer {
     }
 }
 
+/// The `config.json` of a run.
+fn config_json(folder: &Path) -> Result<Value, Error> {
+    let path = folder.join("config.json");
+    let wrong = |reason: String| Error::Checkpoint { path: path.clone(), reason };
+    let text = std::fs::read(&path).map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
 /// A file that can't be written says so in the words of training.
 pub(super) fn write_error(error: crate::Error) -> Error {
     match error {
@@ -487,7 +502,8 @@ pub(super) fn write_error(error: crate::Error) -> Error {
 }
 
 fn not_finite(step: u64, (what, found): (&'static str, f64), place: String) -> Error {
-    let advice = "Lower optimizer.learning_rate, or set optimizer.clip, and resume from the last checkpoint";
+    let advice =
+        "Lower optimizer.learning_rate, or set optimizer.clip, and resume from the last checkpoint";
     Error::NotFinite { step, what, found, place, advice }
 }
 

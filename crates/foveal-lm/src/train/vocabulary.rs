@@ -61,9 +61,7 @@ impl Vocabulary {
                 let json = bytes(marks).to_string().into_bytes();
                 Ok(Vocabulary::from_json(json, Some(end_config()))?)
             }
-            "bpe" => {
-                Ok(Vocabulary::from_json(train(vocab, marks, texts)?, Some(end_config()))?)
-            }
+            "bpe" => Ok(Vocabulary::from_json(train(vocab, marks, texts)?, Some(end_config()))?),
             path => Ok(Vocabulary::open(path.as_ref())?),
         }
     }
@@ -83,9 +81,7 @@ impl Vocabulary {
         }
         let read = |path: &Path| match std::fs::read(path) {
             Ok(bytes) => Ok(bytes),
-            Err(source) => {
-                Err(crate::tokenizer::Error::Io { path: path.to_owned(), source })
-            }
+            Err(source) => Err(crate::tokenizer::Error::Io { path: path.to_owned(), source }),
         };
         let (file, folder) = match path.is_dir() {
             true => (path.join("tokenizer.json"), path),
@@ -138,12 +134,13 @@ fn bytes(marks: &[&str]) -> Value {
 fn train(vocab: usize, marks: &[&str], texts: &[String]) -> Result<Vec<u8>, Error> {
     let failed = |error: tokenizers::Error| Error::Vocabulary { reason: error.to_string() };
     let cut = ByteLevel::new(false, true, true);
-    let mut tokenizer = TokenizerBuilder::<_, tokenizers::NormalizerWrapper, _, ByteLevel, _>::new()
-        .with_model(BPE::default())
-        .with_pre_tokenizer(Some(cut))
-        .with_decoder(Some(cut))
-        .build()
-        .map_err(failed)?;
+    let mut tokenizer =
+        TokenizerBuilder::<_, tokenizers::NormalizerWrapper, _, ByteLevel, _>::new()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(cut))
+            .with_decoder(Some(cut))
+            .build()
+            .map_err(failed)?;
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab)
         .show_progress(false)
@@ -182,7 +179,8 @@ mod tests {
     #[test]
     fn what_is_hidden_has_a_token_of_its_own() {
         for name in ["bytes", "bpe"] {
-            let mask = |mask| Vocabulary::new(name, (270, mask), &[TEXT.to_owned()]).unwrap().mask();
+            let mask =
+                |mask| Vocabulary::new(name, (270, mask), &[TEXT.to_owned()]).unwrap().mask();
             assert!(mask(true).is_some() && mask(false).is_none(), "{name}");
         }
     }

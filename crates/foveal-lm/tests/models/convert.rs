@@ -57,12 +57,49 @@ fn assert_same(a: &[f32], b: &[f32], bound: f32) {
 #[test]
 fn heads_are_pooled_as_published() {
     let golden = [
-        ("4to1", "llama", TinySizes { width: 8, heads: 4, kv_heads: 4, head_dim: 6, layers: 1, ..TinySizes::default() }, 1),
-        ("4to2", "llama", TinySizes { width: 12, heads: 4, kv_heads: 4, head_dim: 6, layers: 1, ..TinySizes::default() }, 2),
-        ("6to3_bias", "qwen2", TinySizes { width: 10, heads: 6, kv_heads: 6, head_dim: 4, layers: 1, ..TinySizes::default() }, 3),
+        (
+            "4to1",
+            "llama",
+            TinySizes {
+                width: 8,
+                heads: 4,
+                kv_heads: 4,
+                head_dim: 6,
+                layers: 1,
+                ..TinySizes::default()
+            },
+            1,
+        ),
+        (
+            "4to2",
+            "llama",
+            TinySizes {
+                width: 12,
+                heads: 4,
+                kv_heads: 4,
+                head_dim: 6,
+                layers: 1,
+                ..TinySizes::default()
+            },
+            2,
+        ),
+        (
+            "6to3_bias",
+            "qwen2",
+            TinySizes {
+                width: 10,
+                heads: 6,
+                kv_heads: 6,
+                head_dim: 4,
+                layers: 1,
+                ..TinySizes::default()
+            },
+            3,
+        ),
     ];
     for (name, family, sizes, kv_heads) in golden {
-        let file = format!("{}/tests/golden/gqa_meanpool_{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        let file =
+            format!("{}/tests/golden/gqa_meanpool_{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
         let bytes = std::fs::read(file).unwrap();
         let golden = SafeTensors::deserialize(&bytes).unwrap();
         let floats = |name: &str| -> Vec<f32> {
@@ -84,13 +121,20 @@ fn heads_are_pooled_as_published() {
         let input = folder.save("in", &model);
         let output = folder.0.join("out");
         let pool = Pool::Mean;
-        convert(&input, &output, &conversion(Attention::Grouped { kv_heads, pool }), Format::F32).unwrap();
+        convert(&input, &output, &conversion(Attention::Grouped { kv_heads, pool }), Format::F32)
+            .unwrap();
         let weights = Weights::open(&output).unwrap();
-        for (part, pooled) in [("k_proj.weight", "pooled_w_k"), ("v_proj.weight", "pooled_w_v"), ("k_proj.bias", "pooled_b_k"), ("v_proj.bias", "pooled_b_v")] {
+        for (part, pooled) in [
+            ("k_proj.weight", "pooled_w_k"),
+            ("v_proj.weight", "pooled_w_v"),
+            ("k_proj.bias", "pooled_b_k"),
+            ("v_proj.bias", "pooled_b_v"),
+        ] {
             if golden.tensor(pooled).is_err() {
                 continue;
             }
-            let found = weights.tensor(&format!("model.layers.0.self_attn.{part}")).unwrap().to_f32();
+            let found =
+                weights.tensor(&format!("model.layers.0.self_attn.{part}")).unwrap().to_f32();
             assert_same(&found, &floats(pooled), 1e-6);
         }
         assert!(logits(&output).iter().all(|x| x.is_finite()));
@@ -113,7 +157,8 @@ fn what_changes_nothing_gives_the_same_logits() {
         assert_same(&logits(&output(name)), &expected, bound);
     }
     // A segment that holds all of the text has nothing to remember, and its gate is nearly shut.
-    let infini = Conversion { layers: Some(vec![1]), ..conversion(Attention::Infini { segment: 32 }) };
+    let infini =
+        Conversion { layers: Some(vec![1]), ..conversion(Attention::Infini { segment: 32 }) };
     convert(&input, &output("infini"), &infini, Format::F32).unwrap();
     assert_same(&logits(&output("infini")), &expected, 0.1);
     // Keys and values of a group are repeated where a layer of the model needs one for each query head.
@@ -146,7 +191,8 @@ fn only_one_file_appears_and_refusals_name_the_cause() {
     let file = folder.0.join("mqa.gguf");
     // Without a tokenizer there is none in the file either.
     convert(&input, &file, &conversion(grouped(1)), Format::F32).unwrap();
-    let names: Vec<_> = std::fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
     assert_eq!(Model::load(&file).unwrap().config().attention.kv_heads, 1);
     let folder_of = folder.0.join("mqa");

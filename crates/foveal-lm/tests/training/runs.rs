@@ -119,8 +119,12 @@ fn a_run_ends_when_evaluations_get_no_better() {
     let folder = Folder::new("stale");
     // Steps so large that it can only get worse.
     let settings = [
-        "optimizer.learning_rate=2", "schedule.kind=constant", "schedule.warmup=0", "schedule.steps=200",
-        "train.patience=3", "train.evaluate_every=1",
+        "optimizer.learning_rate=2",
+        "schedule.kind=constant",
+        "schedule.warmup=0",
+        "schedule.steps=200",
+        "train.patience=3",
+        "train.evaluate_every=1",
     ];
     let mut trainer = Trainer::new(config(&settings), Some(&text)).unwrap();
     begin(&trainer, &folder.0).unwrap();
@@ -142,7 +146,10 @@ fn a_run_ends_when_evaluations_get_no_better() {
 fn hidden_tokens_are_learned_from_both_sides() {
     let text = text();
     let settings = [
-        "train.objective=masked", "model.mixer={name='full'}", "schedule.steps=30", "data.batch=8",
+        "train.objective=masked",
+        "model.mixer={name='full'}",
+        "schedule.steps=30",
+        "data.batch=8",
         "train.evaluate_every=0",
     ];
     let mut trainer = Trainer::new(config(&settings), Some(&text)).unwrap();

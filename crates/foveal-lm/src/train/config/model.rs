@@ -90,7 +90,8 @@ impl ModelSection {
         // Written by itself in `train.toml`, from which a mixer beside a model would come back.
         match &self.mixer {
             Some(mixer) if self.from.is_some() => {
-                let expected = "none beside model.from; foveal convert changes the mixers of a model";
+                let expected =
+                    "none beside model.from; foveal convert changes the mixers of a model";
                 Err(Error::config("model.mixer", mixer, expected))
             }
             _ => Ok(()),

@@ -64,6 +64,18 @@ fn errors_name_the_key() {
     ] {
         let settings: Vec<&str> = setting.into_iter().collect();
         let message = parse(text, &settings).unwrap_err().to_string();
-        assert!(message.contains(words) && !message.contains('\n'), "{text:?} {setting:?}: {message}");
+        assert!(
+            message.contains(words) && !message.contains('\n'),
+            "{text:?} {setting:?}: {message}"
+        );
     }
+}
+
+#[test]
+fn the_example_is_a_model() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/train-hybrid.toml");
+    let config = parse(&std::fs::read_to_string(path).unwrap(), &[]).unwrap();
+    let json = config.model.to_json(config.data.vocab, config.data.sequence).unwrap();
+    let model = crate::config::ModelConfig::from_json(&json).unwrap();
+    assert_eq!((model.layers.len(), model.layers[4].sections.len()), (6, 2));
 }

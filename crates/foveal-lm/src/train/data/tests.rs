@@ -52,7 +52,8 @@ fn a_position_is_all_that_there_is_to_know() {
     }
     let mut batches =
         Batches::new(text(101, &[101]), &section(Order::Streams, 5), 3, 4, "text").unwrap();
-    let foreign = Position { streams: vec![Stream { at: 500, fresh: true }; 4], ..Position::default() };
+    let foreign =
+        Position { streams: vec![Stream { at: 500, fresh: true }; 4], ..Position::default() };
     assert!(matches!(batches.set_position(foreign), Err(Error::OtherText)));
     assert!(matches!(batches.set_position(Position::default()), Err(Error::OtherText)));
 }
