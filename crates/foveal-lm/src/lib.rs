@@ -18,6 +18,7 @@ pub mod folder;
 pub mod generate;
 mod linear;
 pub mod look;
+pub mod memory_file;
 pub mod mixer;
 pub mod model;
 mod names;
@@ -28,6 +29,7 @@ mod ropes;
 pub mod sample;
 #[doc(hidden)]
 pub mod testing;
+pub mod text_stream;
 pub mod tokenizer;
 pub mod train;
 pub mod weights;

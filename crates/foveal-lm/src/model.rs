@@ -12,6 +12,7 @@
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 mod batch;
+mod memories;
 mod paged;
 mod resumed;
 mod watched;
@@ -33,6 +34,7 @@ use crate::ropes::Ropes;
 use crate::weights::Weights;
 
 pub use batch::{Batch, MAX_TEXTS};
+pub use memories::MemoryFolder;
 pub use watched::Observer;
 
 /// Prompt tokens that go through the layers together, at most.

@@ -202,6 +202,9 @@ impl<E: Element> MemoryStore for Full<E> {
     fn clear(&mut self) {
         self.0.clear();
     }
+    fn exact(&self) -> &dyn KvStore {
+        self
+    }
 }
 
 /// A segment, and a token, against memories of several sizes.

@@ -285,7 +285,7 @@ impl Tokenizer {
     }
 
     /// Whether a text gets a space before it that is not part of it.
-    fn adds_space_prefix(&self) -> bool {
+    pub(crate) fn adds_space_prefix(&self) -> bool {
         match &self.model {
             Model::Bpe(..) => false,
             Model::SentencePiece(model, _) => model.space_prefix,

@@ -18,7 +18,7 @@
 
 mod error;
 pub mod gguf;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod safetensors;
 mod tensor;
 

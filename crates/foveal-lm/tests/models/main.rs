@@ -21,5 +21,6 @@ mod quantize;
 mod real;
 mod recurrent;
 mod reference;
+mod section_caches;
 mod sections;
 mod small;
