@@ -5,6 +5,7 @@ mod activations;
 mod batch;
 mod caches;
 mod chat;
+mod convert;
 mod evaluate;
 mod formats;
 mod generation;
