@@ -12,18 +12,8 @@ use serde_json::{Value, json};
 use crate::setup::{Case, SEQUENCES, TOKENS, family, llama, noise};
 
 /// Mechanisms that training refuses.
-const UNTRAINED: &[&str] = &[
-    "performer",
-    "efficient",
-    "retention",
-    "scalar_decay",
-    "gla",
-    "delta",
-    "gated_delta",
-    "transformer_xl",
-    "infini",
-    "memorizing",
-];
+const UNTRAINED: &[&str] =
+    &["performer", "efficient", "retention", "scalar_decay", "gla", "delta", "gated_delta"];
 
 /// Mixers of all names, some in several forms.
 fn mixers() -> Vec<Value> {
@@ -50,7 +40,7 @@ fn mixers() -> Vec<Value> {
         json!({"name": "transformer_xl", "segment": 6, "memory": 9}),
         json!({"name": "infini", "segment": 6}),
         json!({"name": "infini", "segment": 7, "update": "delta", "rotated": false}),
-        json!({"name": "memorizing", "segment": 6, "top": 4, "capacity": 20}),
+        json!({"name": "memorizing", "segment": 24, "top": 4, "capacity": 20}),
         json!([{"name": "full"}, {"name": "linear"}]),
         json!([
             [{"name": "linear", "heads": 1}, {"name": "full", "heads": 3}],

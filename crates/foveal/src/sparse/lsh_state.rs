@@ -55,34 +55,34 @@ pub struct LshTokens<'a, E> {
 /// ```
 #[derive(Debug, Clone)]
 pub struct LshState<E> {
-    layer: Reformer,
+    pub(super) layer: Reformer,
     runner: Runner,
-    hash: AngularHash,
-    shape: StateHeads,
-    heads: Vec<Head<E>>,
-    tokens: usize,
+    pub(super) hash: AngularHash,
+    pub(super) shape: StateHeads,
+    pub(super) heads: Vec<Head<E>>,
+    pub(super) tokens: usize,
     workspace: Workspace,
 }
 
 /// Tokens of a head that some bucket still shows.
 #[derive(Debug, Clone, Default)]
-struct Head<E> {
+pub(super) struct Head<E> {
     /// Normalised keys and values, a slot each.
-    keys: Vec<E>,
-    values: Vec<E>,
+    pub(super) keys: Vec<E>,
+    pub(super) values: Vec<E>,
     /// How many buckets show what is in a slot.
-    shown: Vec<u32>,
+    pub(super) shown: Vec<u32>,
     free: Vec<u32>,
-    buckets: BTreeMap<u64, Bucket>,
+    pub(super) buckets: BTreeMap<u64, Bucket>,
 }
 
 /// A bucket of one round.
 #[derive(Debug, Clone, Default)]
-struct Bucket {
+pub(super) struct Bucket {
     /// Its tokens so far.
-    count: usize,
+    pub(super) count: usize,
     /// Slots of the newest of them: those that the next one sees.
-    held: Vec<u32>,
+    pub(super) held: Vec<u32>,
 }
 
 impl Reformer {
@@ -263,7 +263,7 @@ impl<E: Element> LshState<E> {
 }
 
 impl<E: Element> Head<E> {
-    fn new() -> Head<E> {
+    pub(super) fn new() -> Head<E> {
         let (keys, values, shown, free) = (vec![], vec![], vec![], vec![]);
         Head { keys, values, shown, free, buckets: BTreeMap::new() }
     }

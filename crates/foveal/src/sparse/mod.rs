@@ -28,6 +28,7 @@ mod held;
 mod longformer;
 mod lsh;
 mod lsh_pattern;
+mod lsh_saved;
 mod lsh_state;
 mod moba;
 mod native_pattern;

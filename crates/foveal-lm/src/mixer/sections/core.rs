@@ -178,7 +178,9 @@ impl Core {
                 let Heads { kv_heads, dims, .. } = self.sizes;
                 let store = || Store::new(storage, kv_heads, dims);
                 match self.globals() {
-                    Some(_) => SectionState::Global(Box::new([store()?, store()?])),
+                    Some(globals) => {
+                        SectionState::Global(Box::new([store()?, store()?]), globals.last())
+                    }
                     None => SectionState::Keys(Box::new(store()?)),
                 }
             }
@@ -190,7 +192,7 @@ impl Core {
             }
             Kind::Lsh(layer, hash) => {
                 let hash = AngularHash::clone(hash);
-                SectionState::Lsh(Box::new(layer.state(hash, self.state_heads())?))
+                SectionState::Lsh(Box::new(layer.state(hash, self.state_heads())?.into()))
             }
             Kind::Recurring(recurring) => SectionState::Recurrent(Box::new(recurring.state()?)),
             Kind::Remembering(remembering) => {
@@ -298,7 +300,8 @@ impl Core {
                 native.state.set_cpu(run.cpu);
                 native.forward((Inputs { q, k, v }, gates), run.phase)
             }
-            (Kind::Lsh(..), SectionState::Lsh(state)) => {
+            (Kind::Lsh(..), SectionState::Lsh(hashed)) => {
+                let state = hashed.change();
                 state.set_cpu(run.cpu);
                 let hashed = tokens.plain[0];
                 Ok(state.forward(LshTokens { hashed, qk: q, v }, run.phase)?.out)

@@ -64,6 +64,11 @@ impl Globals {
         })
     }
 
+    /// The last position of a global token.
+    pub(super) fn last(&self) -> usize {
+        self.positions.last().copied().unwrap_or(0)
+    }
+
     /// The projections of rows, with norms (of queries and keys, if there are any) and rotation.
     pub(super) fn project(
         &self,
@@ -111,7 +116,7 @@ impl Globals {
         let of = |x, heads| TensorRef::new(x, self.shape(call, heads));
         let (q, k, v) = (of(q, heads)?, of(k, kv_heads)?, of(v, kv_heads)?);
         for (sequence, state) in states.iter_mut().enumerate() {
-            let Some(SectionState::Global(both)) = state.section_mut(n) else {
+            let Some(SectionState::Global(both, _)) = state.section_mut(n) else {
                 return Err(Error::SectionState);
             };
             let [local, store] = &mut **both;
@@ -127,7 +132,7 @@ impl Globals {
                     self.attend(store, sequence_of(q, sequence).tokens(t..t + 1), scale, run)?;
                 copy(row.view(), &mut out, (sequence, t));
             }
-            if self.positions.last().is_some_and(|&last| last >= local.end()) {
+            if self.last() >= local.end() {
                 let rest = [k, v].map(|x| sequence_of(x, sequence).tokens(taken..call[1]));
                 self.append(store, rest)?;
             } else {

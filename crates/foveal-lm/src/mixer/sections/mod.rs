@@ -12,6 +12,7 @@
 mod across;
 mod chosen;
 mod core;
+mod entries;
 mod global;
 mod recurrent;
 mod state;
@@ -29,7 +30,9 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
+pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
 pub(crate) use chosen::{lsh, native_sparse, sparse_transformer};
+pub(crate) use entries::Rows;
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.

@@ -1,5 +1,7 @@
 //! What a section carries of a text.
 
+use std::sync::OnceLock;
+
 use foveal::cache::KvStore;
 use foveal::plan::Inputs;
 use foveal::sparse::{Branches, LshState, MobaState, NativeState, SparseState, StateHeads};
@@ -15,12 +17,12 @@ use crate::mixer::{Contents, Store, Taken};
 pub(crate) enum SectionState {
     /// Keys and values.
     Keys(Box<Store>),
-    /// Keys and values, and those of the global tokens' projections.
-    Global(Box<[Store; 2]>),
+    /// Keys and values, and those of the global tokens' projections up to the last global position, which comes behind.
+    Global(Box<[Store; 2]>, usize),
     Sparse(Box<SparseState<f32>>),
     Moba(Box<MobaState<f32>>),
     Native(Box<Compressing>),
-    Lsh(Box<LshState<f32>>),
+    Lsh(Box<Hashed>),
     Recurrent(Box<RecurrentState>),
     Memory(Box<MemoryState>),
 }
@@ -31,6 +33,31 @@ pub(crate) struct Compressing {
     pub(super) state: NativeState<f32>,
     /// Keys and values `[tokens, kv_heads, head_dim]` from the beginning of the next compressed token on.
     pub(super) open: [Vec<f32>; 2],
+}
+
+/// The state of LSH attention, and its image once somebody has asked for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Hashed {
+    pub(super) state: LshState<f32>,
+    image: OnceLock<[Vec<f32>; 5]>,
+}
+
+impl From<LshState<f32>> for Hashed {
+    fn from(state: LshState<f32>) -> Hashed {
+        Hashed { state, image: OnceLock::new() }
+    }
+}
+
+impl Hashed {
+    /// The state, which is about to change.
+    pub(super) fn change(&mut self) -> &mut LshState<f32> {
+        self.image = OnceLock::new();
+        &mut self.state
+    }
+
+    fn image(&self) -> &[Vec<f32>; 5] {
+        self.image.get_or_init(|| self.state.image())
+    }
 }
 
 impl Compressing {
@@ -108,7 +135,7 @@ impl SectionState {
     pub(super) fn keys(&self) -> Option<&Store> {
         match self {
             SectionState::Keys(store) => Some(store),
-            SectionState::Global(both) => Some(&both[0]),
+            SectionState::Global(both, _) => Some(&both[0]),
             _ => None,
         }
     }
@@ -117,7 +144,7 @@ impl SectionState {
     pub(super) fn keys_mut(&mut self) -> Option<&mut Store> {
         match self {
             SectionState::Keys(store) => Some(store),
-            SectionState::Global(both) => Some(&mut both[0]),
+            SectionState::Global(both, _) => Some(&mut both[0]),
             _ => None,
         }
     }
@@ -126,10 +153,10 @@ impl SectionState {
     pub(crate) fn clear(&mut self) {
         match self {
             SectionState::Keys(store) => store.clear(),
-            SectionState::Global(both) => both.iter_mut().for_each(Store::clear),
+            SectionState::Global(both, _) => both.iter_mut().for_each(Store::clear),
             SectionState::Sparse(state) => state.clear(),
             SectionState::Moba(state) => state.clear(),
-            SectionState::Lsh(state) => state.clear(),
+            SectionState::Lsh(hashed) => hashed.change().clear(),
             SectionState::Native(native) => native.clear(),
             SectionState::Recurrent(state) => state.clear(),
             SectionState::Memory(state) => state.clear(),
@@ -148,8 +175,17 @@ impl SectionState {
             SectionState::Moba(state) => rows(state.rows()),
             SectionState::Native(native) => rows(native.state.rows()),
             SectionState::Recurrent(state) => state.save(contents),
-            SectionState::Global(_) | SectionState::Lsh(_) | SectionState::Memory(_) => {
-                return None;
+            SectionState::Memory(state) => state.save(contents)?,
+            SectionState::Global(both, _) => {
+                contents.store("", &both[0]);
+                contents.store("global_", &both[1]);
+            }
+            SectionState::Lsh(hashed) => {
+                let names = ["counts", "slots", "lists", "keys", "values"];
+                names
+                    .into_iter()
+                    .zip(hashed.image())
+                    .for_each(|(name, x)| contents.numbers(name, x));
             }
         }
         Some(())
@@ -180,7 +216,27 @@ impl SectionState {
                 native.append(k, v)
             }
             SectionState::Recurrent(state) => state.restore(tokens, taken),
-            SectionState::Global(_) | SectionState::Lsh(_) | SectionState::Memory(_) => Ok(()),
+            SectionState::Memory(state) => state.restore(tokens, taken),
+            SectionState::Global(both, last) => {
+                taken.store("", &mut both[0])?;
+                taken.store("global_", &mut both[1])?;
+                let expected = if tokens <= *last { tokens } else { 0 };
+                let (what, got) = ("tokens of global projections", both[1].end());
+                match got == expected {
+                    true => Ok(()),
+                    false => Err(foveal::Error::LengthMismatch { what, expected, got }.into()),
+                }
+            }
+            SectionState::Lsh(hashed) => {
+                let state = hashed.change();
+                let [counts, slots] = state.tables();
+                let (counts, slots) =
+                    (taken.vector("counts", counts)?, taken.vector("slots", slots)?);
+                let [lists, keys, values] = state.lengths(tokens, [&counts, &slots])?;
+                let lists = taken.vector("lists", lists)?;
+                let rows = [taken.vector("keys", keys)?, taken.vector("values", values)?];
+                Ok(state.restore(tokens, [counts, slots, lists], rows)?)
+            }
         }
     }
 
@@ -188,10 +244,10 @@ impl SectionState {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             SectionState::Keys(store) => store.bytes(),
-            SectionState::Global(both) => both.iter().map(Store::bytes).sum(),
+            SectionState::Global(both, _) => both.iter().map(Store::bytes).sum(),
             SectionState::Sparse(state) => state.bytes(),
             SectionState::Moba(state) => state.bytes(),
-            SectionState::Lsh(state) => state.bytes(),
+            SectionState::Lsh(hashed) => hashed.state.bytes(),
             SectionState::Native(native) => {
                 let open = native.open.iter().map(Vec::len).sum::<usize>();
                 native.state.bytes() + open * size_of::<f32>()
@@ -205,10 +261,10 @@ impl SectionState {
     pub(crate) fn end(&self) -> usize {
         match self {
             SectionState::Keys(store) => store.end(),
-            SectionState::Global(both) => both[0].end(),
+            SectionState::Global(both, _) => both[0].end(),
             SectionState::Sparse(state) => state.tokens(),
             SectionState::Moba(state) => state.tokens(),
-            SectionState::Lsh(state) => state.tokens(),
+            SectionState::Lsh(hashed) => hashed.state.tokens(),
             SectionState::Native(native) => native.state.tokens(),
             SectionState::Recurrent(state) => state.tokens,
             SectionState::Memory(state) => state.tokens(),

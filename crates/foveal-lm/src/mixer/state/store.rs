@@ -216,6 +216,10 @@ impl MemoryStore for Store {
     fn clear(&mut self) {
         Store::clear(self);
     }
+
+    fn exact(&self) -> &dyn KvStore {
+        self
+    }
 }
 
 impl KvStore for Store {

@@ -100,7 +100,8 @@ impl Head {
         let loss = cross_entropy(wanted, &mut logits, targets, tools.cpu)?;
         let mut d_x = None;
         if let Some(gradients) = gradients {
-            self.projection.weight_gradient(gradients, (&normed, &logits), tools)?;
+            let arenas = (parameters, &mut *gradients);
+            self.projection.weight_gradient(arenas, (&normed, &logits), tools)?;
             self.projection.input_gradient(
                 parameters,
                 &logits,

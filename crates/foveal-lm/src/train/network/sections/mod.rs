@@ -2,7 +2,10 @@
 
 mod chosen;
 mod exact;
+mod infini;
 mod linear;
+mod memorizing;
+mod transformer_xl;
 
 use foveal::Scale;
 
@@ -63,6 +66,13 @@ pub(super) fn named(
         | Mechanism::Longformer { .. }
         | Mechanism::Bigbird { .. } => Box::new(exact::Exact::new(&section.mechanism, place)?),
         Mechanism::Linear { map } => Box::new(linear::Kernel::new(*map, place)?),
+        Mechanism::TransformerXl { .. } => {
+            Box::new(transformer_xl::TransformerXl::new(&section.mechanism, place)?)
+        }
+        Mechanism::Infini { .. } => Box::new(infini::Compressed::new(&section.mechanism, place)?),
+        Mechanism::Memorizing { .. } => {
+            Box::new(memorizing::Remembered::new(&section.mechanism, place)?)
+        }
         other => {
             let name = other.name();
             return Err(Error::UntrainedMechanism { name });
