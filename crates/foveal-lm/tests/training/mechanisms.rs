@@ -12,18 +12,7 @@ use serde_json::{Value, json};
 use crate::setup::{Case, SEQUENCES, TOKENS, family, llama, noise};
 
 /// Mechanisms that training refuses.
-const UNTRAINED: &[&str] = &[
-    "sparse_transformer",
-    "moba",
-    "native_sparse",
-    "performer",
-    "efficient",
-    "retention",
-    "scalar_decay",
-    "gla",
-    "delta",
-    "gated_delta",
-];
+const UNTRAINED: &[&str] = &["sparse_transformer", "moba", "native_sparse"];
 
 /// Mixers of all names, some in several forms.
 fn mixers() -> Vec<Value> {

@@ -13,6 +13,7 @@ mod across;
 mod core;
 mod entries;
 mod recurrent;
+mod rule;
 mod state;
 
 use foveal::nn::{RmsNorm, rms_norm_in_place};
@@ -29,6 +30,7 @@ use crate::names::Parts;
 
 use self::core::Core;
 pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
+pub(crate) use rule::{Rule, TAU, UNIT_EPSILON, with_rule};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
