@@ -52,6 +52,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 65_536, requires = "state", value_parser = numbers::tokens)]
     save_every: usize,
 
+    /// Bytes of a piece.
+    #[arg(long, default_value_t = 65_536, hide = true, requires = "stream")]
+    piece: usize,
+
     #[command(flatten)]
     memory: MemoryArguments,
 

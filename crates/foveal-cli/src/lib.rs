@@ -1,4 +1,4 @@
-//! The `foveal` command: runs and inspects language models. The binary and the Python wheel's entry point call [`main`].
+//! The `foveal` command: runs, inspects and trains language models. The binary and the Python wheel's entry point call [`main`].
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod completions;
 mod compute;
+mod convert;
 mod evaluate;
 mod generate;
 mod input;
@@ -24,6 +25,7 @@ mod quantize;
 mod sampling;
 mod session;
 mod source;
+mod train;
 
 use std::ffi::OsString;
 
@@ -43,6 +45,7 @@ enum Command {
     Bench(bench::Arguments),
     Chat(chat::Arguments),
     Completions(completions::Arguments),
+    Convert(convert::Arguments),
     Eval(evaluate::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
@@ -50,6 +53,7 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Train(train::Arguments),
 }
 
 impl Command {
@@ -59,6 +63,7 @@ impl Command {
             Command::Bench(arguments) => bench::run(arguments),
             Command::Chat(arguments) => chat::run(arguments),
             Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
+            Command::Convert(arguments) => convert::run(arguments),
             Command::Eval(arguments) => evaluate::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
@@ -66,6 +71,7 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Train(arguments) => train::run(arguments),
         }
     }
 }

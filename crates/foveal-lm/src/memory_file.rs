@@ -3,7 +3,7 @@
 //! ```text
 //! 0     what the file is: sizes, storage type, whose memory it is, SHA-256 of all that
 //! 512   record of what is held, and at 1024 another: written in turn, the newer whole one counts
-//! 4096  SHA-256 of each whole tile, by slot
+//! 4096  SHA-256 of each whole tile and its number, by slot
 //! then  slots, tile n in slot n mod slots: keys [head][256][key dim], values [head][256][value dim]
 //! ```
 //!
@@ -218,12 +218,17 @@ impl MemoryFile {
     ///
     /// [`Error::MemoryFile`] if some of them have been written over, or were never there.
     pub fn rewind(&mut self, held: Range<usize>) -> Result<(), Error> {
-        let newest = self.held.end.div_ceil(TILE);
-        let oldest = newest.saturating_sub(self.places.slots) * TILE;
         let whole = held.start.is_multiple_of(TILE) && held.start <= held.end;
-        if !whole || held.end > self.held.end || held.start < oldest && !held.is_empty() {
+        // A tile is there if its slot still has it; the newest one of all has no digest yet.
+        let there = |tile: usize| {
+            let place = PAGE + tile % self.places.slots * DIGEST;
+            let sha = tile_digest(&self.map, self.places, tile);
+            tile == self.held.end / TILE || self.map[place..place + DIGEST] == sha
+        };
+        let all = || (held.start / TILE..held.end.div_ceil(TILE)).all(there);
+        if !whole || held.end > self.held.end || !all() {
             let reason = format!(
-                "the entries {held:?} are asked for, of {:?} which it holds, or can go back to {oldest}",
+                "the entries {held:?} are asked for, which it does not hold any more; it holds {:?}",
                 self.held
             );
             return Err(Error::MemoryFile { path: self.path.clone(), reason });
@@ -287,7 +292,7 @@ impl MemoryFile {
             self.held.end = piece.end;
             if piece.end.is_multiple_of(TILE) {
                 let tile = piece.start / TILE;
-                let sha = digest(&self.tile_bytes(tile));
+                let sha = tile_digest(&self.map, self.places, tile);
                 let place = PAGE + tile % self.places.slots * DIGEST;
                 write_at(&self.file, &sha, place as u64)?;
             }
@@ -375,6 +380,12 @@ fn tile_bytes(map: &[u8], places: Places, tile: usize) -> [&[u8]; 2] {
     [keys, values]
 }
 
+/// Of a whole tile: its number tells it from others that lay in the same slot.
+fn tile_digest(map: &[u8], places: Places, tile: usize) -> Sha {
+    let [keys, values] = tile_bytes(map, places, tile);
+    digest(&[&(tile as u64).to_le_bytes(), keys, values])
+}
+
 /// Of the entries of the tile that is not whole.
 fn tail(map: &[u8], layout: &MemoryLayout, places: Places, end: usize) -> Sha {
     let mut digest = Sha256::new();
@@ -425,7 +436,7 @@ fn check(
     let whole = held.start / TILE..held.end / TILE;
     for tile in whole {
         let place = PAGE + tile % places.slots * DIGEST;
-        if map[place..place + DIGEST] != digest(&tile_bytes(map, places, tile)) {
+        if map[place..place + DIGEST] != tile_digest(map, places, tile) {
             return Err(format!("it is damaged: the entries of tile {tile} have changed"));
         }
     }

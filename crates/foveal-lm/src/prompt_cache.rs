@@ -70,7 +70,10 @@ impl<'a> PromptCache<'a> {
         weights: &Weights,
         options: CacheOptions,
     ) -> Result<PromptCache<'a>, Error> {
-        if matches!(options.keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. }) {
+        let chosen = |keep| {
+            matches!(keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. } | Keep::Retrieve(_))
+        };
+        if chosen(options.keep) {
             return Err(Error::CacheOptions {
                 what: "choice of keys for a prompt cache",
                 found: format!("{:?}", options.keep),

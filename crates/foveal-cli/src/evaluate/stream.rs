@@ -17,9 +17,9 @@ pub(super) fn measure(arguments: &Arguments, session: &Session) -> anyhow::Resul
     let file = File::new(arguments, session)?;
     let (mut read, mut state) = file.begin(arguments, session)?;
     let (from, offset) = (input::open(&arguments.text)?, read.offset);
-    let mut stream = TextStream::after(tokenizer, from, offset)?;
+    let mut stream = TextStream::after(tokenizer, from, offset)?.pieces_of(arguments.piece);
     let limit = arguments.tokens.unwrap_or(usize::MAX);
-    let mut progress = Progress::new("read", limit);
+    let mut progress = Progress::new("read", arguments.tokens.unwrap_or(0));
     let (mut scratch, mut saved) = (Scratch::new(), read.tokens);
     let (start, earlier, mut kv_bytes) = (Instant::now(), read.tokens, state.kv_bytes());
     while read.tokens < limit {

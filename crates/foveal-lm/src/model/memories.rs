@@ -1,8 +1,10 @@
 //! Memories of a text that grow with it, in files of a folder.
 //!
+//! A state that keeps a whole text to fetch pieces of it ([`Keep::Retrieve`](crate::mixer::Keep::Retrieve)) has a file a layer too, which begins anew with each text.
 //! A layer of Memorizing Transformers keeps the keys and values of a document's past. In a folder there is a file for each,
 //! mapped into memory ([`MemoryFile`](crate::memory_file::MemoryFile)): entries may be more than the machine has RAM, and the next process finds them again.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -60,6 +62,11 @@ impl State {
         })?;
         let (storage, mut found, mut any) = (self.options.storage, 0, false);
         for (layer, state) in self.layers.iter_mut().enumerate() {
+            if let Some(retrieving) = state.retrieving_mut() {
+                let identity = folder.identity(layer, 0);
+                retrieving.keep_in(&folder.file(layer, 0), identity)?;
+                any = true;
+            }
             for (n, section) in state.sections_mut().iter_mut().enumerate() {
                 let SectionState::Memory(memory) = section else { continue };
                 let identity = folder.identity(layer, n);
@@ -97,6 +104,14 @@ impl State {
     /// Bytes of the entries that are in files.
     pub fn memory_file_bytes(&self) -> usize {
         let entries = self.memories().filter_map(MemoryState::entries);
-        entries.filter_map(|entries| Some(entries.file()?.held_file_bytes())).sum()
+        let entries = entries.filter_map(|entries| Some(entries.file()?.held_file_bytes()));
+        let texts = self.layers.iter().filter_map(|layer| Some(layer.retrieving()?.file_bytes()));
+        entries.chain(texts).sum()
+    }
+
+    /// What the newest call fetched of a long text ([`Keep::Retrieve`](crate::mixer::Keep::Retrieve)), layer by layer: positions for
+    /// each key/value head. `None` for layers that saw all.
+    pub fn fetched(&self) -> Vec<Option<Vec<Vec<Range<usize>>>>> {
+        self.layers.iter().map(|layer| layer.retrieving()?.fetched()).collect()
     }
 }

@@ -3,4 +3,5 @@
 mod across;
 mod laws;
 mod mechanisms;
+mod runs;
 mod setup;

@@ -31,6 +31,7 @@ use crate::names::Parts;
 use self::core::Core;
 pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
 pub(crate) use rule::{Rule, TAU, UNIT_EPSILON, with_rule};
+pub(crate) use entries::Rows;
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.

@@ -12,6 +12,7 @@ mod contents;
 mod evicting;
 mod options;
 mod pages;
+mod retrieving;
 mod snapshot;
 mod store;
 
@@ -26,9 +27,10 @@ use crate::mixer::sections::SectionState;
 pub(crate) use contents::{Contents, Taken};
 use evicting::Evicting;
 pub(crate) use evicting::Seen;
-pub use options::{CacheOptions, CacheStorage, Keep};
+pub use options::{CacheOptions, CacheStorage, Keep, Retrieval};
 pub(crate) use pages::Demand;
 pub use pages::Pages;
+pub(crate) use retrieving::{Asking, Retrieving};
 pub(crate) use snapshot::{Array, Span};
 pub(crate) use store::Store;
 
@@ -50,6 +52,7 @@ enum Policy {
     /// The first tokens as well, which lie in a store of their own.
     Rolling(Rolling, Box<Store>),
     Evicting(Box<Evicting>),
+    Retrieving(Box<Retrieving>),
 }
 
 /// Sizes of a layer of attention.
@@ -116,6 +119,9 @@ impl LayerState {
                 let heads = [heads.heads, heads.kv_heads];
                 Policy::Evicting(Box::new(Evicting::heavy_hitters(budget, heads)?))
             }
+            Keep::Retrieve(retrieval) => {
+                Policy::Retrieving(Box::new(Retrieving::new(retrieval, options.storage, heads)?))
+            }
             Keep::SnapKv { budget } => {
                 Policy::Evicting(Box::new(Evicting::snap_kv(budget, heads.heads)))
             }
@@ -129,6 +135,7 @@ impl LayerState {
             Policy::Layer => None,
             Policy::Reach(reach) => Some((Mask::window(*reach), Some(*reach))),
             Policy::Rolling(rolling, _) => Some((Mask::causal(), Some(rolling.window()))),
+            Policy::Retrieving(retrieving) => Some((Mask::causal(), Some(retrieving.window()))),
             Policy::Evicting(_) => Some((Mask::causal(), None)),
         }
     }
@@ -137,6 +144,7 @@ impl LayerState {
     pub(crate) fn rolling(&self) -> Option<(Rolling, &dyn KvStore)> {
         match &self.policy {
             Policy::Rolling(rolling, first) => Some((*rolling, &**first)),
+            Policy::Retrieving(retrieving) => retrieving.seen().ok(),
             _ => None,
         }
     }
@@ -150,7 +158,7 @@ impl LayerState {
         }
         contents.within(prefix);
         match &self.policy {
-            Policy::Evicting(_) => return None,
+            Policy::Evicting(_) | Policy::Retrieving(_) => return None,
             _ if !self.sections.is_empty() => {}
             Policy::Layer | Policy::Reach(_) => contents.store("", &self.store),
             Policy::Rolling(_, first) => {
@@ -175,7 +183,7 @@ impl LayerState {
         }
         taken.within(prefix);
         match &mut self.policy {
-            Policy::Evicting(_) => {}
+            Policy::Evicting(_) | Policy::Retrieving(_) => {}
             _ if !self.sections.is_empty() => {}
             Policy::Layer | Policy::Reach(_) => taken.store("", &mut self.store)?,
             Policy::Rolling(_, first) => {
@@ -199,6 +207,22 @@ impl LayerState {
         first && self.store.is_at(reach, position)
     }
 
+    /// What fetches pieces of the text, if something does.
+    pub(crate) fn retrieving(&self) -> Option<&Retrieving> {
+        match &self.policy {
+            Policy::Retrieving(retrieving) => Some(retrieving),
+            _ => None,
+        }
+    }
+
+    /// The same, to take in tokens and to fetch.
+    pub(crate) fn retrieving_mut(&mut self) -> Option<&mut Retrieving> {
+        match &mut self.policy {
+            Policy::Retrieving(retrieving) => Some(retrieving),
+            _ => None,
+        }
+    }
+
     /// How keys and values are stored.
     pub fn storage(&self) -> CacheStorage {
         self.store.storage()
@@ -208,6 +232,7 @@ impl LayerState {
     pub fn bytes(&self) -> usize {
         let first = match &self.policy {
             Policy::Rolling(_, first) => first.bytes(),
+            Policy::Retrieving(retrieving) => retrieving.bytes(),
             _ => 0,
         };
         let sections = self.sections.iter().map(SectionState::bytes).sum::<usize>();
@@ -222,6 +247,7 @@ impl LayerState {
             Policy::Layer | Policy::Reach(_) => {}
             Policy::Rolling(_, first) => first.clear(),
             Policy::Evicting(evicting) => evicting.clear(),
+            Policy::Retrieving(retrieving) => retrieving.clear(),
         }
     }
 
@@ -247,7 +273,7 @@ impl LayerState {
         let reach = match &self.policy {
             Policy::Layer => reach,
             Policy::Reach(reach) => Some(*reach),
-            Policy::Rolling(..) | Policy::Evicting(_) => return false,
+            Policy::Rolling(..) | Policy::Evicting(_) | Policy::Retrieving(_) => return false,
         };
         if self.coded() {
             return position == self.end();
