@@ -12,8 +12,7 @@ use serde_json::{Value, json};
 use crate::setup::{Case, SEQUENCES, TOKENS, family, llama, noise};
 
 /// Mechanisms that training refuses.
-const UNTRAINED: &[&str] =
-    &["performer", "efficient", "retention", "scalar_decay", "gla", "delta", "gated_delta"];
+const UNTRAINED: &[&str] = &[];
 
 /// Mixers of all names, some in several forms.
 fn mixers() -> Vec<Value> {

@@ -5,6 +5,7 @@ mod exact;
 mod infini;
 mod linear;
 mod memorizing;
+mod recurring;
 mod transformer_xl;
 
 use foveal::Scale;
@@ -13,6 +14,7 @@ use super::section::TrainedSection;
 use super::tools::Ranges;
 use crate::Error;
 use crate::config::{Mechanism, ModelConfig, Reach, SectionConfig};
+use crate::mixer::Rule;
 
 /// Where a section stands, and what of the model it needs to know.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +67,14 @@ pub(super) fn named(
         | Mechanism::Window { .. }
         | Mechanism::Longformer { .. }
         | Mechanism::Bigbird { .. } => Box::new(exact::Exact::new(&section.mechanism, place)?),
-        Mechanism::Linear { map } => Box::new(linear::Kernel::new(*map, place)?),
+        Mechanism::Linear { .. }
+        | Mechanism::Performer { .. }
+        | Mechanism::Efficient {}
+        | Mechanism::Retention {}
+        | Mechanism::ScalarDecay { .. }
+        | Mechanism::Gla { .. }
+        | Mechanism::Delta { .. }
+        | Mechanism::GatedDelta { .. } => recurrence(&section.mechanism, place)?,
         Mechanism::TransformerXl { .. } => {
             Box::new(transformer_xl::TransformerXl::new(&section.mechanism, place)?)
         }
@@ -78,4 +87,17 @@ pub(super) fn named(
             return Err(Error::UntrainedMechanism { name });
         }
     })
+}
+
+/// A recurrence, with the parts that its layer puts around it.
+fn recurrence(
+    mechanism: &Mechanism,
+    place: SectionPlace<'_>,
+) -> Result<Box<dyn TrainedSection>, Error> {
+    let (heads, dim) = ((place.heads, place.kv_heads), place.config.attention.head_dim);
+    let rule = Rule::new(mechanism, heads, dim)?.ok_or(Error::SectionState)?;
+    if let Some(kernel) = linear::kernel(&rule, place) {
+        return Ok(kernel);
+    }
+    Ok(Box::new(recurring::Recurring::new(mechanism, rule, place)?))
 }
