@@ -6,6 +6,7 @@ pub mod network;
 pub mod parameters;
 
 pub use network::{
-    Batch, Carried, IGNORED, Loss, Network, Objective, Precision, Scratch, StepOptions,
+    Batch, Carried, EncoderDecoder, EncoderDecoderConfig, IGNORED, Loss, Network, NormPlace,
+    Objective, Pairs, PositionKind, Precision, Scratch, StepOptions,
 };
 pub use parameters::{Entry, Group, Parameters};

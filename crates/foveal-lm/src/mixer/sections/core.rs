@@ -104,6 +104,12 @@ impl Core {
                 let gates = parts.section(layer, section, "gate_proj", shape)?;
                 Kind::Native(NativeSparse::new(sizes_of)?.scale(scale), gates)
             }
+            Mechanism::Linformer { .. } => {
+                return Err(Error::UnsupportedConfig {
+                    key: "\"foveal\" mixer".to_owned(),
+                    found: "\"linformer\", which is not causal and so continues no text".to_owned(),
+                });
+            }
             // Made above.
             _ => return Err(Error::SectionState),
         };

@@ -1,14 +1,17 @@
-//! Linear attention: a matrix for each head that every token writes to and reads.
+//! Recurrences that may also be read without order: a matrix for each head that every token writes to and reads.
 //!
 //! ```text
-//! S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      out_t = S_tᵀ φ(q_t) / (φ(q_t) · z_t + ε)
+//! linear      S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      out_t = S_tᵀ φ(q_t) / (φ(q_t) · z_t + ε)
+//! efficient   S_t = S_{t−1} + exp(k_t) v_tᵀ    z_t = z_{t−1} + exp(k_t)    out_t = S_tᵀ (softmax(q_t) / z_t)
 //! ```
 //!
-//! Katharopoulos et al. 2020; see [`foveal::linear::Linear`]. Without order, every query reads what all keys have written.
-//! Carried: S and z. Kept for backward: those of the beginning.
+//! Katharopoulos et al. 2020, Shen et al. 2021; see [`foveal::linear`]. Without order, every query reads what all keys have
+//! written. Carried: S and z. Kept for backward: those of the beginning.
 
 use foveal::TensorMut;
-use foveal::linear::{FeatureMap, Gradients, Linear, Recurrent, Results, State, Tokens, Upstream};
+use foveal::linear::{
+    AnyOrder, Efficient, FeatureMap, Gradients, Linear, Recurrent, Results, State, Tokens, Upstream,
+};
 
 use super::SectionPlace;
 use crate::Error;
@@ -19,26 +22,38 @@ use crate::train::network::section::{
 };
 use crate::train::network::tools::Tools;
 
-/// Linear attention over all heads of a section.
+/// A recurrence over all heads of a section.
 #[derive(Debug)]
-pub(super) struct Kernel {
-    rule: Recurrent<Linear>,
+pub(super) struct Kernel<R> {
+    rule: Recurrent<R>,
     causal: bool,
 }
 
-impl Kernel {
-    pub(super) fn new(map: KernelMap, place: SectionPlace<'_>) -> Result<Kernel, Error> {
-        let SectionPlace { heads, kv_heads, causal, .. } = place;
-        if kv_heads != heads {
-            let expected = format!("{heads}, a key and a value for each query head");
-            return Err(Error::config("key/value heads of a recurrence", kv_heads, expected));
-        }
+impl Kernel<Efficient> {
+    pub(super) fn efficient(place: SectionPlace<'_>) -> Result<Kernel<Efficient>, Error> {
+        Kernel::of(Efficient::new(), place)
+    }
+}
+
+impl Kernel<Linear> {
+    pub(super) fn linear(map: KernelMap, place: SectionPlace<'_>) -> Result<Kernel<Linear>, Error> {
         let map = match map {
             KernelMap::EluPlusOne => FeatureMap::EluPlusOne,
             KernelMap::Relu => FeatureMap::Relu,
             KernelMap::Exp => FeatureMap::Exp,
         };
-        Ok(Kernel { rule: Recurrent::new(Linear::new().map(map)), causal })
+        Kernel::of(Linear::new().map(map), place)
+    }
+}
+
+impl<R: AnyOrder> Kernel<R> {
+    fn of(mechanism: R, place: SectionPlace<'_>) -> Result<Kernel<R>, Error> {
+        let SectionPlace { heads, kv_heads, causal, .. } = place;
+        if kv_heads != heads {
+            let expected = format!("{heads}, a key and a value for each query head");
+            return Err(Error::config("key/value heads of a recurrence", kv_heads, expected));
+        }
+        Ok(Kernel { rule: Recurrent::new(mechanism), causal })
     }
 }
 
@@ -66,7 +81,7 @@ pub(super) fn store(state: &State, carried: &mut SectionCarried) {
     carried.floats[1] = state.key_sums().to_vec();
 }
 
-impl TrainedSection for Kernel {
+impl<R: AnyOrder + Clone + Send> TrainedSection for Kernel<R> {
     fn positions(&self) -> Positions {
         Positions::Plain
     }

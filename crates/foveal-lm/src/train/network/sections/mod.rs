@@ -2,6 +2,8 @@
 
 mod exact;
 mod linear;
+mod linformer;
+mod rounded;
 
 use foveal::Scale;
 
@@ -53,15 +55,24 @@ pub(super) fn named(
     section: &SectionConfig,
     place: SectionPlace<'_>,
 ) -> Result<Box<dyn TrainedSection>, Error> {
+    let name = section.mechanism.name();
+    if !place.causal && !WITHOUT_ORDER.contains(&name) {
+        return Err(Error::MaskedMechanism { name });
+    }
     Ok(match &section.mechanism {
         Mechanism::Full {}
         | Mechanism::Window { .. }
         | Mechanism::Longformer { .. }
         | Mechanism::Bigbird { .. } => Box::new(exact::Exact::new(&section.mechanism, place)?),
-        Mechanism::Linear { map } => Box::new(linear::Kernel::new(*map, place)?),
-        other => {
-            let name = other.name();
-            return Err(Error::UntrainedMechanism { name });
+        Mechanism::Linear { map } => Box::new(linear::Kernel::linear(*map, place)?),
+        Mechanism::Efficient {} => Box::new(linear::Kernel::efficient(place)?),
+        &Mechanism::Linformer { rank, shared } => {
+            Box::new(linformer::Mixtures::new(rank, shared, place)?)
         }
+        _ => return Err(Error::UntrainedMechanism { name }),
     })
 }
+
+/// Mechanisms through which tokens may see later ones.
+const WITHOUT_ORDER: [&str; 7] =
+    ["full", "window", "longformer", "bigbird", "linear", "efficient", "linformer"];
