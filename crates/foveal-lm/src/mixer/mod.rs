@@ -28,6 +28,7 @@ pub use attention::{
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
 pub(crate) use sections::refuse as refuse_more;
-pub(crate) use state::{Array, Demand, Span, Store};
-pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages};
+pub(crate) use sections::{MAX_REACH, MemoryState, SectionState, segments_mask};
+pub(crate) use state::{Array, Contents, Demand, Span, Store, Taken};
+pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages, Retrieval};
 pub(crate) use stored::StoredMixer;

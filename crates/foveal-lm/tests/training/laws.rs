@@ -144,7 +144,7 @@ fn recomputation_holds_the_activations_of_one_layer() {
     let mut config = family("llama");
     config["num_hidden_layers"] = 6.into();
     let case = Case::new(config, Objective::Causal).unwrap();
-    let mut peak = |recompute| {
+    let peak = |recompute| {
         let mut scratch = Scratch::new();
         let mut options = StepOptions::new(Cpu::detect().unwrap(), &mut scratch);
         options.recompute = recompute;

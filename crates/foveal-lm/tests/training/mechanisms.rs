@@ -22,9 +22,6 @@ const UNTRAINED: &[&str] = &[
     "gla",
     "delta",
     "gated_delta",
-    "transformer_xl",
-    "infini",
-    "memorizing",
 ];
 
 /// Mixers of all names, some in several forms.
@@ -50,7 +47,7 @@ fn mixers() -> Vec<Value> {
         json!({"name": "transformer_xl", "segment": 6, "memory": 9}),
         json!({"name": "infini", "segment": 6}),
         json!({"name": "infini", "segment": 7, "update": "delta", "rotated": false}),
-        json!({"name": "memorizing", "segment": 6, "top": 4, "capacity": 20}),
+        json!({"name": "memorizing", "segment": 24, "top": 4, "capacity": 20}),
         json!([{"name": "full"}, {"name": "linear"}]),
         json!([
             [{"name": "linear", "heads": 1}, {"name": "full", "heads": 3}],

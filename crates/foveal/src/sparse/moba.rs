@@ -259,6 +259,16 @@ impl<E: Element> MobaState<E> {
         self.held.bytes() + means * size_of::<f32>()
     }
 
+    /// Heads and dims.
+    pub fn heads(&self) -> StateHeads {
+        self.held.shape
+    }
+
+    /// Keys and values of all tokens, rows `[token][kv head]`: appended to an empty state, they make this one again.
+    pub fn rows(&self) -> [&[E]; 2] {
+        self.held.rows()
+    }
+
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
         self.held.clear();

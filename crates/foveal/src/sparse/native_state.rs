@@ -72,6 +72,21 @@ impl<E: Element> NativeState<E> {
         self.compressed.bytes() + self.selected.bytes() + self.window.bytes()
     }
 
+    /// Heads and dims.
+    pub fn heads(&self) -> StateHeads {
+        self.selected.shape
+    }
+
+    /// The mechanism.
+    pub fn layer(&self) -> &NativeSparse {
+        &self.layer
+    }
+
+    /// Keys and values of all tokens as blocks are selected of them, rows `[token][kv head]`.
+    pub fn rows(&self) -> [&[E]; 2] {
+        self.selected.rows()
+    }
+
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
         let all = [&mut self.compressed, &mut self.selected, &mut self.window];

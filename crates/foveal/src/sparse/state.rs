@@ -12,7 +12,7 @@
 use super::held::{Held, Stepped};
 use super::sparse_transformer::{Factors, Sees, SparseTransformer, near};
 use crate::element::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mask::{Mask, Pattern, Site};
 use crate::problem::Forward;
 use crate::tensor::TensorRef;
@@ -148,6 +148,48 @@ impl<E: Element> SparseState<E> {
     pub fn clear(&mut self) {
         self.tokens = 0;
         self.held.clear();
+    }
+
+    /// Heads and dims.
+    pub fn heads(&self) -> StateHeads {
+        self.held.shape
+    }
+
+    /// Keys and values that are held, rows `[entry][kv head]`: with the number of tokens, all that there is to the state.
+    pub fn rows(&self) -> [&[E]; 2] {
+        self.held.rows()
+    }
+
+    /// How many entries it holds of so many tokens.
+    pub fn entries_of(&self, tokens: usize) -> usize {
+        let Some(newest) = tokens.checked_sub(1) else { return 0 };
+        match &self.keep {
+            Keep::All { .. } => tokens,
+            Keep::Newest { width } => tokens.min(*width),
+            Keep::Summaries { columns, block: true } => {
+                newest / columns.stride * columns.count() + newest % columns.stride + 1
+            }
+            Keep::Summaries { columns, block: false } => {
+                let open = (0..tokens % columns.stride).filter(|&place| columns.any_holds(place));
+                tokens / columns.stride * columns.count() + open.count()
+            }
+        }
+    }
+
+    /// Takes over what [`SparseState::rows`] gave of a state of so many tokens, in place of what is held.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] for rows of another number; the state is unchanged then.
+    pub fn restore(&mut self, tokens: usize, [keys, values]: [Vec<E>; 2]) -> Result<()> {
+        let (entries, [key, value]) = (self.entries_of(tokens), self.held.widths());
+        for (len, width) in [(keys.len(), key), (values.len(), value)] {
+            let (what, expected) = ("rows of a state", entries.saturating_mul(width));
+            if len != expected {
+                return Err(Error::LengthMismatch { what, expected, got: len });
+            }
+        }
+        (self.held.keys, self.held.values, self.tokens) = (keys, values, tokens);
+        Ok(())
     }
 
     /// Appends tokens: keys `[1, n, KV, Dk]` and values `[1, n, KV, Dv]`. Allocates as it grows.

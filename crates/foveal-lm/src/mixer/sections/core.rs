@@ -131,6 +131,15 @@ impl Core {
         matches!(&self.kind, Kind::Remembering(remembering) if remembering.rotated())
     }
 
+    /// How many of the newest tokens a query sees at most, of those in a store.
+    pub(super) fn reach(&self) -> Option<usize> {
+        match &self.kind {
+            Kind::Masked { reach, .. } => *reach,
+            Kind::Segments(segments) => Some(segments.reach),
+            _ => None,
+        }
+    }
+
     fn state_heads(&self) -> StateHeads {
         let Heads { heads, kv_heads, dims: (key_dim, value_dim) } = self.sizes;
         StateHeads { heads, kv_heads, key_dim, value_dim }
@@ -232,8 +241,8 @@ impl Core {
                 state.append(k, v)?;
                 Ok(state.attend(q)?.out)
             }
-            (Kind::Native(layer, _), SectionState::Native(native)) => {
-                native.append(layer, k, v)?;
+            (Kind::Native(..), SectionState::Native(native)) => {
+                native.append(k, v)?;
                 let gates = TensorRef::new(gates, Shape { dim: 3, ..q.shape() })?;
                 let q = Branches { compressed: q, selected: q, window: q };
                 Ok(native.state.attend(q, gates)?.out)
@@ -337,9 +346,8 @@ fn sparse_transformer(mechanism: &Mechanism, layer: usize) -> Result<SparseTrans
 
 impl Compressing {
     /// Takes a token in; with the last one of a length, its mean as well.
-    fn append(
+    pub(super) fn append(
         &mut self,
-        layer: &NativeSparse,
         k: TensorRef<'_, f32>,
         v: TensorRef<'_, f32>,
     ) -> Result<(), Error> {
@@ -347,7 +355,7 @@ impl Compressing {
         for (open, x) in self.open.iter_mut().zip([k, v]) {
             (0..heads).for_each(|head| open.extend_from_slice(x.row(0, 0, head)));
         }
-        let count = self.state.compressed_by(1);
+        let (layer, count) = (*self.state.layer(), self.state.compressed_by(1));
         let all = Shape { batch: 1, seq: self.open[0].len() / (heads * dim).max(1), heads, dim };
         let means = |open: &[f32]| -> Result<Tensor<f32>, Error> {
             match count {

@@ -11,6 +11,7 @@
 
 mod across;
 mod core;
+mod entries;
 mod recurrent;
 mod state;
 
@@ -27,6 +28,8 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
+pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
+pub(crate) use entries::Rows;
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
@@ -109,6 +112,16 @@ impl SectionedAttention {
         }
         let states = self.sections.iter().map(|section| section.core.state(options.storage));
         LayerState::of_sections(states.collect::<Result<_, _>>()?)
+    }
+
+    /// Whether the stores of a state at `position` hold all that their sections see.
+    pub(crate) fn sees_all(&self, state: &LayerState, position: usize) -> bool {
+        let sections = self.sections.iter().enumerate();
+        let own = |(n, section): (usize, &Section)| (state.section(n), section.core.reach());
+        sections.map(own).all(|own| match own {
+            (Some(SectionState::Keys(store)), reach) => store.is_at(reach, position),
+            (state, _) => state.is_some(),
+        })
     }
 
     /// Mixes the tokens `x`, `[sequences, tokens, width]`, into `y` of the same shape, and appends them to the sequences'

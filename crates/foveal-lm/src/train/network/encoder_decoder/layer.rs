@@ -23,7 +23,7 @@ pub(super) fn declared(
     all: &mut Vec<Declared>,
 ) {
     let (width, inner) = (config.width, config.inner);
-    let mut attention = |name: &str, all: &mut Vec<Declared>| {
+    let attention = |name: &str, all: &mut Vec<Declared>| {
         for part in PARTS {
             declare_linear([width, width], &format!("{prefix}.{name}.{part}"), all);
         }

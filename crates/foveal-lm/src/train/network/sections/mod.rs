@@ -1,9 +1,12 @@
 //! The mechanisms by name, as training computes them.
 
 mod exact;
+mod infini;
 mod linear;
 mod linformer;
+mod memorizing;
 mod rounded;
+mod transformer_xl;
 
 use foveal::Scale;
 
@@ -68,6 +71,13 @@ pub(super) fn named(
         Mechanism::Efficient {} => Box::new(linear::Kernel::efficient(place)?),
         &Mechanism::Linformer { rank, shared } => {
             Box::new(linformer::Mixtures::new(rank, shared, place)?)
+        }
+        Mechanism::TransformerXl { .. } => {
+            Box::new(transformer_xl::TransformerXl::new(&section.mechanism, place)?)
+        }
+        Mechanism::Infini { .. } => Box::new(infini::Compressed::new(&section.mechanism, place)?),
+        Mechanism::Memorizing { .. } => {
+            Box::new(memorizing::Remembered::new(&section.mechanism, place)?)
         }
         _ => return Err(Error::UntrainedMechanism { name }),
     })
