@@ -70,7 +70,8 @@ impl<'py> Array<'py> {
         let capsule = export.call((), Some(&version))?;
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let pointer = capsule.pointer_checked(Some(dlpack::VERSIONED)).map_err(|_| {
-            let text = "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
+            let text =
+                "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
             PyValueError::new_err(format!("{what}: expected {text}"))
         })?;
         let managed = pointer.cast::<Managed>();
@@ -398,7 +399,11 @@ impl<'a> View<'a> {
 
     fn axes(&self, expected: usize, meaning: &'static str) -> Result<()> {
         let got = self.memory.axes;
-        if got == expected { Ok(()) } else { Err(Error::Axes { what: self.what, expected, meaning, got }) }
+        if got == expected {
+            Ok(())
+        } else {
+            Err(Error::Axes { what: self.what, expected, meaning, got })
+        }
     }
 
     fn forwards(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {

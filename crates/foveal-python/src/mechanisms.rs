@@ -78,7 +78,8 @@ fn sparse<'py>(
 ) -> PyResult<Bound<'py, PyTuple>> {
     match name {
         "sparse_transformer" => {
-            type Options = (String, usize, usize, String, Option<usize>, String, usize, Option<f32>);
+            type Options =
+                (String, usize, usize, String, Option<usize>, String, usize, Option<f32>);
             let (pattern, stride, width, window, sub_blocks, combine, layer, by): Options =
                 options.extract()?;
             job.run(&Factorised::new(
@@ -108,7 +109,8 @@ fn sparse<'py>(
             let layer = Reformer::new(chunk).map_err(Error::from)?.causal(causal).cpu(cpu()?);
             let mut layer = layer.scale(foveal::Scale::Value(by));
             layer = if strict { layer.strict_buckets() } else { layer };
-            layer = self_logit.map(SelfLogit::Replace).into_iter().fold(layer, Reformer::self_logit);
+            layer =
+                self_logit.map(SelfLogit::Replace).into_iter().fold(layer, Reformer::self_logit);
             job.run(&Hashed { layer, buckets, rounds, seed })
         }
         "moba" => {
