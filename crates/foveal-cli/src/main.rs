@@ -21,6 +21,7 @@ mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod session;
 mod source;
 
@@ -49,6 +50,7 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Serve(serve::Arguments),
 }
 
 impl Command {
@@ -65,6 +67,7 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Serve(arguments) => serve::run(arguments),
         }
     }
 }
