@@ -7,6 +7,7 @@ Works with any server of OpenAI's interface. Prompts differ, so that nothing of 
 
 import argparse
 import asyncio
+import json
 import time
 
 import httpx
@@ -19,7 +20,7 @@ parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--long", type=int, default=0, help="words of a long prompt that is read meanwhile")
 parser.add_argument("--key", default="none")
 arguments = parser.parse_args()
-WORDS = "time people way water words man work part place things years number day house world".split()
+WORDS = "time people way water words man work part place things years number day house world line".split()
 
 
 def words(seed, count):
@@ -32,16 +33,16 @@ def words(seed, count):
 
 
 async def text(client, prompt, tokens):
-    """How many pieces came, seconds to the first and to the last."""
-    start, first, pieces = time.perf_counter(), None, 0
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    """Seconds to the first piece and to the last, and how many tokens were made."""
+    start, first, made = time.perf_counter(), None, 0
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 first = first or time.perf_counter() - start
-                pieces += 1
-    return first, time.perf_counter() - start, pieces
+                made = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", made)
+    return first, time.perf_counter() - start, made
 
 
 async def main():
@@ -63,11 +64,10 @@ async def main():
             prompts = [words(100 * turn + n, 20) for n in range(arguments.clients)]
             done = await asyncio.gather(*(text(client, prompt, arguments.tokens) for prompt in prompts))
             seconds = time.perf_counter() - start
-            made = arguments.clients * arguments.tokens
-            pieces = sum(count for _, _, count in done)
+            made = sum(count for _, _, count in done)
             slowest = max(first for first, _, _ in done)
-            print(f"round {turn}: {arguments.clients} clients, up to {made} tokens ({pieces} chunks) in {seconds:.2f} s, "
-                  f"{made / seconds:.1f} tok/s if none ended early; first token after {slowest:.2f} s at most")
+            print(f"round {turn}: {arguments.clients} clients, {made} tokens in {seconds:.2f} s, "
+                  f"{made / seconds:.1f} tok/s; first token after {slowest:.2f} s at most")
 
 
 asyncio.run(main())

@@ -67,6 +67,7 @@ const brightest = await page.evaluate(async (w) => { const { css, level } = awai
 assert.equal(drawn, brightest);
 await page.selectOption("#order", "previous");
 await page.waitForTimeout(200);
+await page.evaluate(() => scrollTo(0, 0));
 await page.screenshot({ path: `${pictures}/serve-look.png` });
 await page.click("#more");
 await page.waitForFunction((n) => document.querySelectorAll("#tokens span").length > n + 3, words, { timeout: 60000 });

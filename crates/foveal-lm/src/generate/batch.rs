@@ -300,11 +300,9 @@ impl<'a> Batcher<'a> {
 
     /// Whether a prompt in hand is about to read what this one begins with.
     fn about_to_share(&self, prompt: &[u32]) -> bool {
-        if self.pages.is_none() || self.readings.is_empty() {
-            return false;
-        }
-        let known = self.prefixes.known(self.model, prompt);
-        reading::about_to_share(&self.readings, prompt, known)
+        let common = reading::about_to_share(&self.readings, prompt);
+        let Some(common) = common.filter(|_| self.pages.is_some()) else { return false };
+        common >= self.prefixes.known(self.model, prompt) + reading::WORTH
     }
 
     /// The most pages that a text will hold.

@@ -11,7 +11,7 @@ use crate::generate::prefixes::common;
 use crate::model::{CHUNK, Model, State};
 
 /// Tokens that are worth waiting for another prompt to read.
-const WORTH: usize = 32;
+pub(super) const WORTH: usize = 32;
 
 /// A text whose prompt is being read.
 #[derive(Debug)]
@@ -47,13 +47,13 @@ fn choose(lengths: &[usize], left: usize) -> (usize, usize) {
     }
 }
 
-/// Whether one of them is about to read what `prompt` begins with, beyond the first `known` tokens: then it is worth the
-/// wait.
-pub(super) fn about_to_share(readings: &[Reading<'_>], prompt: &[u32], known: usize) -> bool {
-    readings.iter().any(|reading| {
+/// How many of the first tokens of `prompt` one of them is about to read, if so many are worth the wait.
+pub(super) fn about_to_share(readings: &[Reading<'_>], prompt: &[u32]) -> Option<usize> {
+    let common = readings.iter().filter_map(|reading| {
         let common = reading.common(prompt);
-        common > reading.state.position() && common >= known + WORTH
-    })
+        (common > reading.state.position()).then_some(common)
+    });
+    common.max().filter(|common| *common >= WORTH)
 }
 
 /// A state of the most tokens of `prompt`, more than `known`, that one of them has read already.
