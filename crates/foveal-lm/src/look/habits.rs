@@ -128,8 +128,7 @@ mod tests {
 
     #[test]
     fn rows_are_spread_and_all_of_short_texts() {
-        assert_eq!(rows(0), []);
-        assert_eq!(rows(1), []);
+        assert!(rows(0).is_empty() && rows(1).is_empty());
         assert_eq!(rows(5), [1, 2, 3, 4]);
         let many = rows(2000);
         assert_eq!((many.len(), many[0]), (ROWS, 1));
