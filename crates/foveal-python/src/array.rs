@@ -424,7 +424,8 @@ impl<'a> View<'a> {
         self.ordered(shape, strides)?;
         // The stride of an axis of one element says nothing.
         let empty = shape.contains(&0);
-        let stride = |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
+        let stride =
+            |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
         let [batch, seq, heads, dim] = shape;
         let strides = Strides { batch: stride(0), seq: stride(1), heads: stride(2) };
         Ok((Shape { batch, seq, heads, dim }, strides))
