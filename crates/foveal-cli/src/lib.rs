@@ -23,6 +23,7 @@ mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod session;
 mod source;
 mod train;
@@ -54,6 +55,7 @@ enum Command {
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
     Train(train::Arguments),
+    Serve(serve::Arguments),
 }
 
 impl Command {
@@ -72,6 +74,7 @@ impl Command {
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
             Command::Train(arguments) => train::run(arguments),
+            Command::Serve(arguments) => serve::run(arguments),
         }
     }
 }

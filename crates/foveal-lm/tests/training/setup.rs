@@ -20,7 +20,8 @@ const VOCAB: usize = 40;
 /// `config.json` of a model of Llama's layers; of all heads' keys where a recurrence needs them.
 pub(crate) fn llama(mixer: &Value) -> Value {
     let text = mixer.to_string();
-    let recurrent = ["\"linear\"", "performer", "efficient", "retention", "decay", "gla", "delta"];
+    let recurrent =
+        ["\"linear\"", "lsh", "performer", "efficient", "retention", "decay", "gla", "delta"];
     let kv_heads = if recurrent.iter().any(|name| text.contains(name)) { 4 } else { 2 };
     let mut config = family("llama");
     config["num_key_value_heads"] = kv_heads.into();

@@ -17,6 +17,14 @@ pub(super) fn declared(
         Mechanism::NativeSparse { .. } => {
             vec![tensors.matrix("gate_proj.weight", [3 * heads, width])]
         }
+        Mechanism::Longformer { global_projections: true, .. } => {
+            let global = |name, heads| tensors.matrix(name, [heads * dim, width]);
+            vec![
+                global("q_global.weight", heads),
+                global("k_global.weight", section.kv_heads),
+                global("v_global.weight", section.kv_heads),
+            ]
+        }
         Mechanism::Linformer { rank, shared } => {
             let matrix = |name| {
                 let matrix = tensors.matrix(name, [rank, config.context]);

@@ -1,59 +1,41 @@
-//! Recurrences that may also be read without order: a matrix for each head that every token writes to and reads.
+//! Linear attention without gates: a matrix for each head that every token writes to and reads: `linear`, `performer`,
+//! `efficient`.
 //!
 //! ```text
-//! linear      S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      out_t = S_tᵀ φ(q_t) / (φ(q_t) · z_t + ε)
-//! efficient   S_t = S_{t−1} + exp(k_t) v_tᵀ    z_t = z_{t−1} + exp(k_t)    out_t = S_tᵀ (softmax(q_t) / z_t)
+//! S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      out_t = S_tᵀ φ(q_t) / (φ(q_t) · z_t + ε)
 //! ```
 //!
-//! Katharopoulos et al. 2020, Shen et al. 2021; see [`foveal::linear`]. Without order, every query reads what all keys have
-//! written. Carried: S and z. Kept for backward: those of the beginning.
+//! Katharopoulos et al. 2020; see [`foveal::linear::Linear`], [`foveal::linear::Favor`] and [`foveal::linear::Efficient`] for
+//! other φ and normalisations. Without order, every query reads what all keys have written.
+//! Carried: S and z. Kept for backward: those of the beginning.
 
 use foveal::TensorMut;
-use foveal::linear::{
-    AnyOrder, Efficient, FeatureMap, Gradients, Linear, Recurrent, Results, State, Tokens, Upstream,
-};
+use foveal::linear::{AnyOrder, Gradients, Recurrent, Results, State, Tokens, Upstream};
 
 use super::SectionPlace;
 use crate::Error;
-use crate::config::KernelMap;
+use crate::mixer::Rule;
 use crate::train::network::carried::SectionCarried;
 use crate::train::network::section::{
     Positions, SectionCall, SectionGradients, SectionSaved, SectionUpstream, TrainedSection, taken,
 };
 use crate::train::network::tools::Tools;
 
-/// A recurrence over all heads of a section.
+/// Linear attention over all heads of a section.
 #[derive(Debug)]
-pub(super) struct Kernel<R> {
+struct Kernel<R> {
     rule: Recurrent<R>,
     causal: bool,
 }
 
-impl Kernel<Efficient> {
-    pub(super) fn efficient(place: SectionPlace<'_>) -> Result<Kernel<Efficient>, Error> {
-        Kernel::of(Efficient::new(), place)
-    }
-}
-
-impl Kernel<Linear> {
-    pub(super) fn linear(map: KernelMap, place: SectionPlace<'_>) -> Result<Kernel<Linear>, Error> {
-        let map = match map {
-            KernelMap::EluPlusOne => FeatureMap::EluPlusOne,
-            KernelMap::Relu => FeatureMap::Relu,
-            KernelMap::Exp => FeatureMap::Exp,
-        };
-        Kernel::of(Linear::new().map(map), place)
-    }
-}
-
-impl<R: AnyOrder> Kernel<R> {
-    fn of(mechanism: R, place: SectionPlace<'_>) -> Result<Kernel<R>, Error> {
-        let SectionPlace { heads, kv_heads, causal, .. } = place;
-        if kv_heads != heads {
-            let expected = format!("{heads}, a key and a value for each query head");
-            return Err(Error::config("key/value heads of a recurrence", kv_heads, expected));
-        }
-        Ok(Kernel { rule: Recurrent::new(mechanism), causal })
+/// A recurrence that reads keys in any order; `None` for another one.
+pub(super) fn kernel(rule: &Rule, place: SectionPlace<'_>) -> Option<Box<dyn TrainedSection>> {
+    let causal = place.causal;
+    match rule.clone() {
+        Rule::Linear(rule) => Some(Box::new(Kernel { rule, causal })),
+        Rule::Performer(rule) => Some(Box::new(Kernel { rule, causal })),
+        Rule::Efficient(rule) => Some(Box::new(Kernel { rule, causal })),
+        _ => None,
     }
 }
 
@@ -81,7 +63,7 @@ pub(super) fn store(state: &State, carried: &mut SectionCarried) {
     carried.floats[1] = state.key_sums().to_vec();
 }
 
-impl<R: AnyOrder + Clone + Send> TrainedSection for Kernel<R> {
+impl<R: AnyOrder + Clone + Send + 'static> TrainedSection for Kernel<R> {
     fn positions(&self) -> Positions {
         Positions::Plain
     }

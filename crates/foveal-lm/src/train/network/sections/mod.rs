@@ -1,10 +1,12 @@
 //! The mechanisms by name, as training computes them.
 
+mod chosen;
 mod exact;
 mod infini;
 mod linear;
 mod linformer;
 mod memorizing;
+mod recurring;
 mod rounded;
 mod transformer_xl;
 
@@ -14,6 +16,7 @@ use super::section::TrainedSection;
 use super::tools::Ranges;
 use crate::Error;
 use crate::config::{Mechanism, ModelConfig, Reach, SectionConfig};
+use crate::mixer::Rule;
 
 /// Where a section stands, and what of the model it needs to know.
 #[derive(Clone, Copy, Debug)]
@@ -62,13 +65,22 @@ pub(super) fn named(
     if !place.causal && !WITHOUT_ORDER.contains(&name) {
         return Err(Error::MaskedMechanism { name });
     }
+    if let Some(chosen) = chosen::Chosen::new(&section.mechanism, place)? {
+        return Ok(Box::new(chosen));
+    }
     Ok(match &section.mechanism {
         Mechanism::Full {}
         | Mechanism::Window { .. }
         | Mechanism::Longformer { .. }
         | Mechanism::Bigbird { .. } => Box::new(exact::Exact::new(&section.mechanism, place)?),
-        Mechanism::Linear { map } => Box::new(linear::Kernel::linear(*map, place)?),
-        Mechanism::Efficient {} => Box::new(linear::Kernel::efficient(place)?),
+        Mechanism::Linear { .. }
+        | Mechanism::Performer { .. }
+        | Mechanism::Efficient {}
+        | Mechanism::Retention {}
+        | Mechanism::ScalarDecay { .. }
+        | Mechanism::Gla { .. }
+        | Mechanism::Delta { .. }
+        | Mechanism::GatedDelta { .. } => recurrence(&section.mechanism, place)?,
         &Mechanism::Linformer { rank, shared } => {
             Box::new(linformer::Mixtures::new(rank, shared, place)?)
         }
@@ -83,6 +95,19 @@ pub(super) fn named(
     })
 }
 
+/// A recurrence, with the parts that its layer puts around it.
+fn recurrence(
+    mechanism: &Mechanism,
+    place: SectionPlace<'_>,
+) -> Result<Box<dyn TrainedSection>, Error> {
+    let (heads, dim) = ((place.heads, place.kv_heads), place.config.attention.head_dim);
+    let rule = Rule::new(mechanism, heads, dim)?.ok_or(Error::SectionState)?;
+    if let Some(kernel) = linear::kernel(&rule, place) {
+        return Ok(kernel);
+    }
+    Ok(Box::new(recurring::Recurring::new(mechanism, rule, place)?))
+}
+
 /// Mechanisms through which tokens may see later ones.
-const WITHOUT_ORDER: [&str; 7] =
-    ["full", "window", "longformer", "bigbird", "linear", "efficient", "linformer"];
+const WITHOUT_ORDER: [&str; 8] =
+    ["full", "window", "longformer", "bigbird", "linear", "performer", "efficient", "linformer"];
