@@ -1,4 +1,4 @@
-//! The `foveal` command: runs and inspects language models. The binary and the Python wheel's entry point call [`main`].
+//! The `foveal` command: runs, inspects and trains language models. The binary and the Python wheel's entry point call [`main`].
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod completions;
 mod compute;
+mod convert;
 mod evaluate;
 mod generate;
 mod input;
@@ -15,14 +16,17 @@ mod interrupt;
 mod kv;
 mod list;
 mod look;
+mod memory;
 mod numbers;
 mod output;
 mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod session;
 mod source;
+mod train;
 
 use std::ffi::OsString;
 
@@ -42,6 +46,7 @@ enum Command {
     Bench(bench::Arguments),
     Chat(chat::Arguments),
     Completions(completions::Arguments),
+    Convert(convert::Arguments),
     Eval(evaluate::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
@@ -49,6 +54,8 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Train(train::Arguments),
+    Serve(serve::Arguments),
 }
 
 impl Command {
@@ -58,6 +65,7 @@ impl Command {
             Command::Bench(arguments) => bench::run(arguments),
             Command::Chat(arguments) => chat::run(arguments),
             Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
+            Command::Convert(arguments) => convert::run(arguments),
             Command::Eval(arguments) => evaluate::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
@@ -65,6 +73,8 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Train(arguments) => train::run(arguments),
+            Command::Serve(arguments) => serve::run(arguments),
         }
     }
 }

@@ -70,7 +70,8 @@ impl<'py> Array<'py> {
         let capsule = export.call((), Some(&version))?;
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let pointer = capsule.pointer_checked(Some(dlpack::VERSIONED)).map_err(|_| {
-            let text = "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
+            let text =
+                "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
             PyValueError::new_err(format!("{what}: expected {text}"))
         })?;
         let managed = pointer.cast::<Managed>();
@@ -395,7 +396,11 @@ impl<'a> View<'a> {
 
     fn axes(&self, expected: usize, meaning: &'static str) -> Result<()> {
         let got = self.memory.axes;
-        if got == expected { Ok(()) } else { Err(Error::Axes { what: self.what, expected, meaning, got }) }
+        if got == expected {
+            Ok(())
+        } else {
+            Err(Error::Axes { what: self.what, expected, meaning, got })
+        }
     }
 
     /// Refuses strides that kernels do not take. Those of arrays without elements say nothing.
@@ -419,7 +424,8 @@ impl<'a> View<'a> {
         self.ordered(shape, strides)?;
         // The stride of an axis of one element says nothing.
         let empty = shape.contains(&0);
-        let stride = |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
+        let stride =
+            |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
         let [batch, seq, heads, dim] = shape;
         let strides = Strides { batch: stride(0), seq: stride(1), heads: stride(2) };
         Ok((Shape { batch, seq, heads, dim }, strides))

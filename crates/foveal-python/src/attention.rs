@@ -96,7 +96,8 @@ impl Exact {
                 given.view(CONTENT_BIAS)?.floats()?,
                 given.view(POSITION_BIAS)?.floats()?,
             );
-            attention = attention.relative_encoding(RelativeEncoding::new(keys, content, position)?);
+            attention =
+                attention.relative_encoding(RelativeEncoding::new(keys, content, position)?);
         }
         if self.dropout != 0.0 {
             attention = attention.dropout(Dropout { rate: self.dropout, seed: self.seed });
@@ -275,7 +276,18 @@ impl<E: Element> Places<E> {
         let distances = self.distances.map(Output::unbatched);
         let nothing = || None;
         vec![
-            d_q, d_k, d_v, nothing(), bias, slopes, sinks, nothing(), nothing(), nothing(), distances, content,
+            d_q,
+            d_k,
+            d_v,
+            nothing(),
+            bias,
+            slopes,
+            sinks,
+            nothing(),
+            nothing(),
+            nothing(),
+            distances,
+            content,
             position,
         ]
     }

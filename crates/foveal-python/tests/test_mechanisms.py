@@ -36,7 +36,7 @@ def calls():
         "sparse_transformer": (qkv, {"pattern": "strided", "stride": 4}),
         "longformer": (qkv, {"reach": 3, "global_tokens": [[0, 7]], "causal": True}),
         "bigbird": (qkv, {"block": 4, "random": 1}),
-        "reformer": ((x(0), x(2)), {"chunk": 5, "buckets": 4, "scale": 0.5}),
+        "lsh": ((x(0), x(2)), {"chunk": 5, "buckets": 4, "scale": 0.5}),
         "moba": (qkv, {"block": 4, "top": 2}),
         "native_sparse": (
             (*qkv, strengths.repeat(3, -1).reshape(1, T, H, 3)),

@@ -97,7 +97,7 @@ SPECS: dict[str, Spec] = {
     "sparse_transformer": Spec("q k v", _output_and_lse),
     "longformer": Spec("q k v global_q? global_k? global_v?", _output_and_lse),
     "bigbird": Spec("q k v", _output_and_lse),
-    "reformer": Spec("qk v buckets?!", lambda a, _: [_out(a, "qk"), _row(a, "qk"), _row(a, "qk")]),
+    "lsh": Spec("qk v buckets?!", lambda a, _: [_out(a, "qk"), _row(a, "qk"), _row(a, "qk")]),
     "moba": Spec("q k v", _output_and_lse),
     "native_sparse": Spec(
         "q k v gates k_compressed? v_compressed? k_window? v_window?", lambda a, _: [_out(a)]
@@ -244,7 +244,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
 def _arity(name: str) -> int:
     """How many results a mechanism has."""
     recurrent = SPECS[name].arrays == _TOKENS
-    several = {"differential": 5, "reformer": 3, "linformer": 4, "infini": 3}
+    several = {"differential": 5, "lsh": 3, "linformer": 4, "infini": 3}
     single = ("rope", "native_sparse", "memorizing")
     return 4 if recurrent else several.get(name, 1 if name in single else 2)
 

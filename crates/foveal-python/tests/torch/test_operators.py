@@ -39,7 +39,7 @@ def calls(name):
         "sparse_transformer": (qkv, {"pattern": "fixed", "stride": 4, "width": 2}),
         "longformer": (qkv, {"reach": 3, "global_tokens": [[0, 7]]}),
         "bigbird": (qkv, {"block": 4, "random": 1}),
-        "reformer": ((x(), x()), {"chunk": 5, "buckets": 4, "scale": 0.5}),
+        "lsh": ((x(), x()), {"chunk": 5, "buckets": 4, "scale": 0.5}),
         "moba": (qkv, {"block": 4, "top": 2}),
         "native_sparse": (
             (*qkv, torch.sigmoid(x(1, T, H, 3))),
