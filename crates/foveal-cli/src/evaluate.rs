@@ -1,5 +1,7 @@
 //! `foveal eval`: how well a model predicts a text.
 
+mod stream;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -9,6 +11,7 @@ use foveal_lm::tokenizer::{Encode, Tokenizer};
 use serde_json::json;
 
 use crate::kv::KvArguments;
+use crate::memory::MemoryArguments;
 use crate::progress::Progress;
 use crate::session::{ModelArguments, Session};
 use crate::{input, interrupt, numbers, output};
@@ -36,6 +39,26 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", value_parser = numbers::tokens)]
     chunk: Option<usize>,
 
+    /// Read the text piece by piece, however long it is: nothing is kept of it but what the model's layers keep.
+    #[arg(long, conflicts_with = "chunk")]
+    stream: bool,
+
+    /// With --stream, keep what was read of the text in this file now and then, and go on from it: a run that was ended in the
+    /// middle is taken up, to the bit.
+    #[arg(long, value_name = "FILE", requires = "stream")]
+    state: Option<PathBuf>,
+
+    /// With --state, after about so many tokens.
+    #[arg(long, value_name = "N", default_value_t = 65_536, requires = "state", value_parser = numbers::tokens)]
+    save_every: usize,
+
+    /// Bytes of a piece.
+    #[arg(long, default_value_t = 65_536, hide = true, requires = "stream")]
+    piece: usize,
+
+    #[command(flatten)]
+    memory: MemoryArguments,
+
     #[command(flatten)]
     model: ModelArguments,
 
@@ -51,10 +74,16 @@ pub(crate) struct Arguments {
 #[derive(Debug)]
 struct Figures {
     tokens: usize,
+    /// Those of them that this run read.
+    new: usize,
     bytes: usize,
     buckets: Vec<Bucket>,
     seconds: f64,
     kv_bytes: usize,
+    /// Of entries in files.
+    file_bytes: usize,
+    /// Of all that was predicted of a stream, to the bit.
+    digest: Option<u64>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -62,6 +91,17 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn evaluate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
+    let figures = match arguments.stream {
+        true => stream::measure(arguments, session)?,
+        false => whole(arguments, session)?,
+    };
+    if arguments.json {
+        return Ok(output::print_json(&figures.as_json(&session.model))?);
+    }
+    Ok(output::print(&figures.table())?)
+}
+
+fn whole(arguments: &Arguments, session: &Session) -> anyhow::Result<Figures> {
     let text = input::read(&arguments.text, "the text")?;
     let tokens = first_tokens(&session.tokenizer, &text, arguments.tokens)?;
     anyhow::ensure!(
@@ -72,11 +112,7 @@ fn evaluate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
     let chunk = arguments.chunk.unwrap_or(tokens.len());
     anyhow::ensure!(chunk >= 2, "--chunk is {chunk}, at least 2 are needed");
     arguments.kv.warn(&session.model, chunk.min(tokens.len()));
-    let figures = measure(arguments, session, &tokens, chunk)?;
-    if arguments.json {
-        return Ok(output::print_json(&figures.as_json(&session.model))?);
-    }
-    Ok(output::print(&figures.table())?)
+    measure(arguments, session, &tokens, chunk)
 }
 
 /// The first `limit` tokens of a text, without looking at all of it if it is long.
@@ -105,6 +141,7 @@ fn measure(
     chunk: usize,
 ) -> anyhow::Result<Figures> {
     let mut state = arguments.kv.state(&session.model)?;
+    arguments.memory.keep(&mut state, session)?;
     let mut progress = Progress::new("read", tokens.len());
     let (start, mut kv_bytes) = (Instant::now(), 0);
     let (mut buckets, mut predicted): (Vec<Bucket>, _) = (Vec::new(), Vec::new());
@@ -126,7 +163,9 @@ fn measure(
     let bytes = predicted.iter().filter_map(|&token| session.tokenizer.token_bytes(token));
     let bytes = bytes.map(<[u8]>::len).sum();
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Figures { tokens: tokens.len(), bytes, buckets, seconds, kv_bytes })
+    let (tokens, file_bytes) = (tokens.len(), state.memory_file_bytes());
+    let new = tokens;
+    Ok(Figures { tokens, new, bytes, buckets, seconds, kv_bytes, file_bytes, digest: None })
 }
 
 impl Figures {
@@ -149,7 +188,7 @@ impl Figures {
              perplexity        {:.3}\n\
              bits per byte     {:.4}\n\
              speed             {:.1} tok/s\n\
-             memory            {} of keys and values\n\n\
+             memory            {} of keys and values{}{}\n\n\
              {:>17} {:>8} {:>9} {:>11}\n",
             self.tokens,
             total.tokens,
@@ -157,8 +196,15 @@ impl Figures {
             total.mean(),
             total.mean().exp(),
             self.bits_per_byte(),
-            self.tokens as f64 / self.seconds,
+            self.new as f64 / self.seconds,
             numbers::bytes(self.kv_bytes),
+            match self.file_bytes {
+                0 => String::new(),
+                bytes => format!(", {} in files", numbers::bytes(bytes)),
+            },
+            numbers::resident_bytes().map_or_else(String::new, |bytes| {
+                format!(", {} resident", numbers::bytes(bytes))
+            }),
             "positions",
             "tokens",
             "mean NLL",
@@ -192,8 +238,11 @@ impl Figures {
             "bits_per_byte": self.bits_per_byte(),
             "by_position": buckets.collect::<Vec<_>>(),
             "seconds": self.seconds,
-            "tokens_per_second": self.tokens as f64 / self.seconds,
+            "tokens_per_second": self.new as f64 / self.seconds,
+            "digest": self.digest.map(|digest| format!("{digest:016x}")),
             "kv_bytes": self.kv_bytes,
+            "memory_file_bytes": self.file_bytes,
+            "resident_bytes": numbers::resident_bytes(),
             "context": model.config().context,
         })
     }

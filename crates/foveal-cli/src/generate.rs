@@ -1,15 +1,17 @@
 //! `foveal generate`: continues a prompt.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::Instant;
 
 use foveal_lm::generate::{Generator, Options, Piece, Prompt, StopReason, prompt_tokens, read};
 use foveal_lm::model::State;
 use foveal_lm::prompt_cache::{PromptCache, Resumed};
+use foveal_lm::text_stream::TextStream;
 use serde_json::json;
 
 use crate::kv::KvArguments;
+use crate::memory::MemoryArguments;
 use crate::progress::Progress;
 use crate::sampling::SamplingArguments;
 use crate::session::{ModelArguments, Session};
@@ -24,6 +26,13 @@ use crate::{input, interrupt, numbers, output};
 pub(crate) struct Arguments {
     /// The text to continue; "-" reads it from standard input.
     prompt: String,
+
+    /// Read the text to continue piece by piece, however long it is: nothing is kept of it but what the model's layers keep.
+    #[arg(long, conflicts_with = "prompt_cache")]
+    stream: bool,
+
+    #[command(flatten)]
+    memory: MemoryArguments,
 
     /// The most tokens to make.
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
@@ -70,11 +79,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn generate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
-    let prompt = prompt_tokens(&session.tokenizer, &prompt(&arguments.prompt)?)?;
-    arguments.kv.warn(&session.model, prompt.len().saturating_add(arguments.max_tokens));
-
     let mut text = String::new();
-    let figures = continue_prompt(arguments, session, &prompt, |piece| {
+    let figures = continue_prompt(arguments, session, |piece| {
         if arguments.json {
             text.push_str(piece);
             return Ok(());
@@ -96,13 +102,15 @@ fn generate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
 fn continue_prompt(
     arguments: &Arguments,
     session: &Session,
-    prompt: &[u32],
     mut give: impl FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Figures> {
     let (Session { model, tokenizer, .. }, options) = (session, arguments.options());
     let start = Instant::now();
-    let Begun { mut state, cached, read } = read_prompt(arguments, session, prompt)?;
-    let (held, new) = prompt.split_at(read);
+    let Begun { mut state, cached, prompt_tokens, tokens, read } = match arguments.stream {
+        true => read_stream(arguments, session)?,
+        false => read_prompt(arguments, session)?,
+    };
+    let (held, new) = tokens.split_at(read);
     let mut generator =
         Generator::new(model, tokenizer, &mut state, Prompt { held, new }, &options)?;
     let prompt_seconds = start.elapsed().as_secs_f64();
@@ -117,7 +125,7 @@ fn continue_prompt(
         }
     }
     Ok(Figures {
-        prompt_tokens: prompt.len(),
+        prompt_tokens,
         cached,
         prompt_seconds,
         tokens,
@@ -132,28 +140,64 @@ struct Begun {
     state: State,
     /// How many tokens a prompt cache had.
     cached: usize,
-    /// How many tokens `state` has read.
+    prompt_tokens: usize,
+    /// The last of its tokens, or all.
+    tokens: Vec<u32>,
+    /// How many of these `state` has read.
     read: usize,
 }
 
-fn read_prompt(
-    arguments: &Arguments,
-    Session { model, weights, .. }: &Session,
-    prompt: &[u32],
-) -> anyhow::Result<Begun> {
-    let mut progress = Progress::new("read", prompt.len());
+fn read_prompt(arguments: &Arguments, session: &Session) -> anyhow::Result<Begun> {
+    let Session { model, weights, tokenizer } = session;
+    let tokens = prompt_tokens(tokenizer, &prompt(&arguments.prompt)?)?;
+    let prompt_tokens = tokens.len();
+    arguments.kv.warn(model, prompt_tokens.saturating_add(arguments.max_tokens));
+    let mut progress = Progress::new("read", prompt_tokens);
     let mut watch = |done| {
         progress.show(done);
         interrupt::flow()
     };
     if let Some(path) = &arguments.prompt_cache {
         let cache = PromptCache::new(model, weights, arguments.kv.options()?)?;
-        let Resumed { state, held } = cache.read(path, prompt, &mut watch)?;
-        return Ok(Begun { state, cached: held, read: prompt.len() - 1 });
+        let Resumed { state, held } = cache.read(path, &tokens, &mut watch)?;
+        let read = prompt_tokens - 1;
+        return Ok(Begun { state, cached: held, prompt_tokens, tokens, read });
     }
     let mut state = arguments.kv.state(model)?;
-    let rest = read(model, prompt, &mut state, &mut watch)?;
-    Ok(Begun { state, cached: 0, read: prompt.len() - rest.len() })
+    arguments.memory.keep(&mut state, session)?;
+    let rest = read(model, &tokens, &mut state, &mut watch)?;
+    let read = prompt_tokens - rest.len();
+    Ok(Begun { state, cached: 0, prompt_tokens, tokens, read })
+}
+
+/// Tokens that a repeat penalty may look back on.
+const RECENT: usize = 4096;
+
+/// The same piece by piece.
+fn read_stream(arguments: &Arguments, session: &Session) -> anyhow::Result<Begun> {
+    let Session { model, tokenizer, .. } = session;
+    let mut state = arguments.kv.state(model)?;
+    arguments.memory.keep(&mut state, session)?;
+    let from: Box<dyn Read> = match arguments.prompt.as_str() {
+        "-" => input::open("-".as_ref())?,
+        text => Box::new(text.as_bytes()),
+    };
+    let mut stream = TextStream::new(tokenizer, from)?;
+    let (mut tokens, mut read_of, mut prompt_tokens) = (vec![], 0, 0);
+    while let Some(piece) = stream.next_piece()? {
+        prompt_tokens += piece.len();
+        tokens.extend(piece);
+        let rest = read(model, &tokens[read_of..], &mut state, &mut |_| interrupt::flow())?;
+        read_of = tokens.len() - rest.len();
+        let old = read_of.saturating_sub(RECENT);
+        tokens.drain(..old);
+        read_of -= old;
+    }
+    if tokens.is_empty() {
+        tokens.push(tokenizer.bos().ok_or(foveal_lm::Error::EmptyPrompt)?);
+        prompt_tokens = 1;
+    }
+    Ok(Begun { state, cached: 0, prompt_tokens, tokens, read: read_of })
 }
 
 /// The prompt itself, or what standard input has.

@@ -25,6 +25,15 @@ pub(crate) fn read(path: &Path, what: &str) -> anyhow::Result<String> {
         .with_context(|| format!("{what} on {name} is not UTF-8; convert it first"))
 }
 
+/// The bytes of a file, or of standard input for "-", as they come.
+pub(crate) fn open(path: &Path) -> anyhow::Result<Box<dyn Read>> {
+    if path.as_os_str() == "-" {
+        return Ok(Box::new(stdin().lock()));
+    }
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Box::new(file))
+}
+
 fn take(from: impl Read) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;

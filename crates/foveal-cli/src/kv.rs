@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use foveal::cache::Rolling;
 use foveal_lm::Model;
-use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep};
+use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep, Retrieval};
 use foveal_lm::model::State;
 
 use crate::{numbers, output};
@@ -30,6 +30,11 @@ pub(crate) struct KvArguments {
     #[arg(long, value_name = "M", default_value_t = 4, requires = "window")]
     sinks: usize,
 
+    /// Let each token see N tokens in all: the first ones, the newest, and the pieces of the text between them that suit it best.
+    /// All of the text is kept (with --memory in files), so that a model can be asked about one longer than its context.
+    #[arg(long, value_name = "N", conflicts_with_all = ["window", "evict"], value_parser = numbers::tokens)]
+    retrieve: Option<usize>,
+
     /// Keep so many keys of each head, those that got most weight: h2o:BUDGET (as the text grows) or snapkv:BUDGET (when
     /// a prompt ends).
     #[arg(long, value_name = "POLICY:BUDGET", conflicts_with = "window", value_parser = eviction)]
@@ -54,10 +59,11 @@ fn eviction(text: &str) -> Result<Keep, String> {
 impl KvArguments {
     /// What they ask for.
     pub(crate) fn options(&self) -> anyhow::Result<CacheOptions> {
-        let &KvArguments { kv_cache: storage, context, window, sinks, evict } = self;
-        let keep = match window {
-            Some(window) => Keep::Rolling(Rolling::new(sinks, window)?),
-            None => evict.unwrap_or_default(),
+        let &KvArguments { kv_cache: storage, context, window, sinks, retrieve, evict } = self;
+        let keep = match (window, retrieve) {
+            (Some(window), _) => Keep::Rolling(Rolling::new(sinks, window)?),
+            (None, Some(budget)) => Keep::Retrieve(Retrieval::within(budget)),
+            (None, None) => evict.unwrap_or_default(),
         };
         Ok(CacheOptions { storage, context, keep })
     }
@@ -75,6 +81,7 @@ impl KvArguments {
         let what = match (self.window, self.evict) {
             (Some(window), _) => (tokens > self.sinks.saturating_add(window))
                 .then(|| format!("each sees the first {} and the newest {window}", self.sinks)),
+            _ if self.retrieve.is_some() => None,
             (_, Some(_)) => (tokens > trained).then_some(beyond),
             _ if tokens > trained && context > trained => Some(beyond),
             _ => (tokens > context)

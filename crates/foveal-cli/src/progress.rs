@@ -18,7 +18,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of `total` tokens, none is done.
+    /// Of `total` tokens, none is done; 0 if nobody knows how many.
     pub(crate) fn new(what: &'static str, total: usize) -> Progress {
         let terminal = stderr().is_terminal();
         Progress { what, total, start: Instant::now(), shown: None, terminal }
@@ -35,7 +35,10 @@ impl Progress {
         let rate = done as f64 / elapsed.as_secs_f64();
         let left = (self.total.saturating_sub(done)) as f64 / rate;
         let &mut Progress { what, total, .. } = self;
-        let line = format!("{what} {done} of {total} tokens, {rate:.0} tok/s, {left:.0} s left");
+        let line = match total {
+            0 => format!("{what} {done} tokens, {rate:.0} tok/s"),
+            _ => format!("{what} {done} of {total} tokens, {rate:.0} tok/s, {left:.0} s left"),
+        };
         let _ = write!(stderr().lock(), "\r{line}\x1b[K");
     }
 }

@@ -76,11 +76,18 @@ fn a_hybrid_model_runs_and_what_it_does_not_do_is_refused() {
     assert!(!stdout(&["eval", "-m", model, "--text", text.to_str().unwrap()]).is_empty());
 
     let cache = folder.join("cache").to_str().unwrap().to_owned();
+    let cached = [&generate[..], &["--prompt-cache", &cache, prompt]].concat();
+    for held in [0, prompt.len() - 1] {
+        let again: Value = serde_json::from_str(&stdout(&cached)).unwrap();
+        assert_eq!(
+            (&again["text"], &again["prompt_tokens_cached"]),
+            (&alone["text"], &held.into())
+        );
+    }
     let gguf = folder.join("out.gguf").to_str().unwrap().to_owned();
     for (arguments, words) in [
         (vec!["look", "-m", model, prompt], "can't be looked at"),
         (vec!["quantize", model, &gguf, "--type", "q8_0"], "mixers by name"),
-        (vec!["generate", "-m", model, "--prompt-cache", &cache, prompt], "prompt cache"),
         (vec!["generate", "-m", model, "--window", "8", prompt], "mixer that is named"),
     ] {
         let output = foveal(&arguments);

@@ -70,11 +70,6 @@ pub enum Error {
         "mixers that are named in the configuration keep no pages; make states with Model::state_with"
     )]
     SectionPages,
-    /// A prompt cache for a model with mixers that are named in the configuration.
-    #[error(
-        "what mixers keep that are named in the configuration can't be written to a prompt cache; read the prompt each time"
-    )]
-    SectionPromptCache,
     /// Nothing to continue.
     #[error("the prompt is empty and the model has no token to begin with; give it some text")]
     EmptyPrompt,
@@ -120,6 +115,28 @@ pub enum Error {
     /// A file that is no prompt cache, or not this model's.
     #[error("the prompt cache {}: {reason}", path.display())]
     PromptCache { path: PathBuf, reason: String },
+    /// A file that is no memory, or not that of this model and layer.
+    #[error("the memory {}: {reason}", path.display())]
+    MemoryFile { path: PathBuf, reason: String },
+    /// A text that comes piece by piece and can't be read.
+    #[error("the text can't be read: {reason}")]
+    TextStream { reason: String },
+    /// A tensor in a file that the model to be trained does not have.
+    #[error("the file has a tensor {name:?} that the model does not have; is it another model's?")]
+    ForeignTensor { name: String },
+    /// A mechanism that has no gradients yet.
+    #[error("the mixer {name:?} can't be trained")]
+    UntrainedMechanism { name: &'static str },
+    /// A loss that is no number.
+    #[error(
+        "the loss is not finite; it arose in {place}; a lower learning rate or a smaller clip helps where it is not the data"
+    )]
+    NotFinite { place: String },
+    /// Bytes that are not what texts carry.
+    #[error(
+        "the bytes are not what texts of this network carry from segment to segment; take those of the same network and batch"
+    )]
+    CarriedBytes,
     /// A sampling parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]
     Sampling { name: &'static str, found: String, expected: &'static str },

@@ -8,12 +8,16 @@
 //! Cost: one prefill of the text, and the head for every token. Memory: a number a token, the state, and a few rows of
 //! logits.
 
+mod streaming;
+
 use std::ops::{ControlFlow, Range};
 
 use foveal::{Cpu, nn};
 
 use crate::Error;
 use crate::model::{CHUNK, Model, Scratch, State, Step};
+
+pub use streaming::Running;
 
 /// The log-likelihoods of a text's tokens, negative, in nats: one for each but the first. Reads on from where `state` is.
 /// `watch` is told how many tokens have been read, and may break the reading off.

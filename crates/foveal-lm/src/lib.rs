@@ -3,7 +3,7 @@
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
 //! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
 //! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats,
-//! [`prompt_cache`] keeps what was read of a text on disk.
+//! [`prompt_cache`] keeps what was read of a text on disk, [`train`] trains models, and [`convert`] gives them another attention.
 
 #![deny(unsafe_code)]
 
@@ -11,11 +11,14 @@ pub mod atomic_file;
 mod block;
 pub mod chat;
 pub mod config;
+pub mod convert;
 mod error;
 pub mod evaluate;
+pub mod folder;
 pub mod generate;
 mod linear;
 pub mod look;
+pub mod memory_file;
 pub mod mixer;
 pub mod model;
 mod names;
@@ -26,7 +29,9 @@ mod ropes;
 pub mod sample;
 #[doc(hidden)]
 pub mod testing;
+pub mod text_stream;
 pub mod tokenizer;
+pub mod train;
 pub mod weights;
 
 pub use error::Error;

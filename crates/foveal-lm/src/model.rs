@@ -12,12 +12,14 @@
 //! `context` tokens (those that [`CacheOptions::context`] says, if it does): no distance occurs that training had not, and memory stops growing.
 
 mod batch;
+mod memories;
 mod paged;
 mod resumed;
 mod watched;
 
 use std::path::Path;
 
+use foveal::cache::Rolling;
 use foveal::position::Rope;
 use foveal::projection::Activations;
 use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache, nn};
@@ -33,10 +35,14 @@ use crate::ropes::Ropes;
 use crate::weights::Weights;
 
 pub use batch::{Batch, MAX_TEXTS};
+pub use memories::MemoryFolder;
 pub use watched::Observer;
 
 /// Prompt tokens that go through the layers together, at most.
 pub const CHUNK: usize = cache::TILE;
+
+/// Prompt tokens that share what they fetch of a long text ([`Keep::Retrieve`]), at most.
+const ASKING: usize = 64;
 
 /// A language model: its configuration and its weights, which stay in the file.
 #[derive(Debug)]
@@ -242,6 +248,9 @@ impl Model {
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.options.keep {
             Keep::Rolling(rolling) => Some(rolling),
+            Keep::Retrieve(retrieval) => {
+                Some(Rolling::new(retrieval.first_tokens(), retrieval.window)?)
+            }
             _ => None,
         };
         scratch.activations.set_positions(&self.ropes, &positions, rolling)?;
@@ -306,7 +315,8 @@ impl State {
     /// its own choice of keys.
     fn room(&self, phase: Phase) -> usize {
         match (self.options.keep, phase) {
-            (Keep::HeavyHitters { .. }, Phase::Generated) => 1,
+            (Keep::HeavyHitters { .. } | Keep::Retrieve(_), Phase::Generated) => 1,
+            (Keep::Retrieve(_), Phase::Prompt) => ASKING - self.position % ASKING,
             _ => CHUNK - self.position % CHUNK,
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! safetensors:  tokens [n]      spans [stores, 3]: where codes begin, where they end, where the store ends
-//!               layer.L.keys … as each layer's store has them
+//!               layer.L.keys … as each layer's store has them; layer.L.section.N.… as each section's state has it
 //! metadata:     what made it; the model's fingerprint; SHA-256 of all arrays
 //! ```
 //!
@@ -11,6 +11,8 @@
 //!
 //! A text that goes on otherwise than the one in the file is read from where they part, where the state can be taken back so
 //! far ([`Model::rewind`]): codes of a few bits, and what a window has left behind, can't; such a text is read anew.
+
+mod streamed;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -23,10 +25,12 @@ use safetensors::tensor::{Metadata, View};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use sha2::{Digest, Sha256};
 
-use crate::mixer::{Array, CacheOptions, Keep, Span, Store};
-use crate::model::{Logits, Model, Scratch, State, Step};
+use crate::mixer::{Array, CacheOptions, Contents, Keep, Span, Store, Taken};
+use crate::model::{Logits, MemoryFolder, Model, Scratch, State, Step};
 use crate::weights::{Mapping, Weights};
 use crate::{Error, atomic_file, generate, weights};
+
+pub use streamed::Streamed;
 
 /// Bytes of each tensor that tell models apart.
 const SAMPLE: usize = 4096;
@@ -52,6 +56,7 @@ pub struct PromptCache<'a> {
     /// What the file's metadata has to say.
     made_by: String,
     fingerprint: String,
+    memories: Option<MemoryFolder>,
 }
 
 impl<'a> PromptCache<'a> {
@@ -60,21 +65,20 @@ impl<'a> PromptCache<'a> {
     /// # Errors
     ///
     /// [`Error::CacheOptions`] for options that choose keys by their weight: what they remember is not written.
-    /// [`Error::SectionPromptCache`].
     pub fn new(
         model: &'a Model,
         weights: &Weights,
         options: CacheOptions,
     ) -> Result<PromptCache<'a>, Error> {
-        if matches!(options.keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. }) {
+        let chosen = |keep| {
+            matches!(keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. } | Keep::Retrieve(_))
+        };
+        if chosen(options.keep) {
             return Err(Error::CacheOptions {
                 what: "choice of keys for a prompt cache",
                 found: format!("{:?}", options.keep),
                 expected: "all, or the first and the newest".to_owned(),
             });
-        }
-        if !model.takes_pages() {
-            return Err(Error::SectionPromptCache);
         }
         let CacheOptions { storage, context, keep } = options;
         let context = context.unwrap_or(model.config().context);
@@ -84,7 +88,14 @@ impl<'a> PromptCache<'a> {
             storage.name()
         );
         let fingerprint = fingerprint(model, weights);
-        Ok(PromptCache { model, options, made_by, fingerprint })
+        Ok(PromptCache { model, options, made_by, fingerprint, memories: None })
+    }
+
+    /// For states whose memories are in files of a folder ([`State::keep_memories_in`]): what is written are the others' parts,
+    /// and what is opened goes on with these files, from where the state was.
+    #[must_use]
+    pub fn with_memories(self, folder: MemoryFolder) -> PromptCache<'a> {
+        PromptCache { memories: Some(folder), ..self }
     }
 
     /// Writes `state`, which has read `tokens`, to a file, which appears whole or not at all.
@@ -100,15 +111,30 @@ impl<'a> PromptCache<'a> {
             let reason = format!("the state has read {position} tokens, not {}", tokens.len());
             return Err(refuse(reason));
         }
-        let stores = stores(state)
+        self.write(path, ("tokens", Numbers::tokens(tokens)), state)
+    }
+
+    /// Writes what a state holds, and what was read of its text.
+    fn write<'s>(
+        &self,
+        path: &Path,
+        (name, read): (&str, Numbers<'s>),
+        state: &'s State,
+    ) -> Result<(), Error> {
+        let refuse = |reason: String| Error::PromptCache { path: path.to_owned(), reason };
+        let contents = contents(state)
             .filter(|_| *state.options() == self.options)
             .ok_or_else(|| refuse("the state was made with other options".to_owned()))?;
-        let mut arrays = vec![("tokens".to_owned(), Numbers::tokens(tokens))];
-        arrays.push(("spans".to_owned(), Numbers::spans(&stores)));
-        for (name, store) in &stores {
-            let named = |&array: &Array| (array_name(name, array), Numbers::of(store, array));
+        let (stores, numbers) = contents.all();
+        let mut arrays = vec![(name.to_owned(), read)];
+        arrays.push(("spans".to_owned(), Numbers::spans(stores)));
+        for (name, store) in stores {
+            let named =
+                |&array: &Array| (format!("{name}{}", array.name()), Numbers::of(store, array));
             arrays.extend(store.arrays().iter().map(named));
         }
+        arrays
+            .extend(numbers.iter().map(|(name, numbers)| (name.clone(), Numbers::plain(numbers))));
         let mut digest = Sha256::new();
         arrays.sort_by(|a, b| a.0.cmp(&b.0));
         arrays.iter().for_each(|(name, numbers)| add(&mut digest, name, &numbers.data()));
@@ -135,13 +161,22 @@ impl<'a> PromptCache<'a> {
     /// [`Error::PromptCache`] for a file that is damaged, or was not made by this model with these options;
     /// [`Error::Weights`] when it can't be read.
     pub fn open(&self, path: &Path) -> Result<Option<(Vec<u32>, State)>, Error> {
+        self.found(path, |bytes| self.take(bytes))
+    }
+
+    /// What `take` makes of a file, if there is one.
+    fn found<T>(
+        &self,
+        path: &Path,
+        take: impl FnOnce(&[u8]) -> Result<T, String>,
+    ) -> Result<Option<T>, Error> {
         let mapping = match Mapping::open(path) {
             Err(weights::Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Ok(None);
             }
             mapping => mapping?,
         };
-        self.take(mapping.as_slice()).map(Some).map_err(|reason| {
+        take(mapping.as_slice()).map(Some).map_err(|reason| {
             let reason = format!("{reason}; delete it or name another file");
             Error::PromptCache { path: path.to_owned(), reason }
         })
@@ -182,31 +217,35 @@ impl<'a> PromptCache<'a> {
     }
 
     fn take(&self, bytes: &[u8]) -> Result<(Vec<u32>, State), String> {
-        let damaged = |error: SafeTensorError| format!("it is damaged: {error}");
-        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
-        self.check(&metadata, &file)?;
+        let file = self.whole(bytes)?;
         let tokens = numbers(&file, "tokens", Dtype::U32, u32::from_le_bytes)?;
         let vocab = self.model.config().vocab;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(format!("it has the token {token} of a vocabulary of {vocab}"));
         }
-        let mut spans = spans(&file)?.into_iter();
-        let state = self.model.resumed(&self.options, tokens.len(), |n, layer| {
-            for (name, store) in layer.stores_mut().into_iter().flatten() {
-                let span = spans.next().unwrap_or(Span { coded: 0..0, end: 0 });
-                let name = store_name(n, name);
-                // One that is missing has no length, which is refused where it should have one.
-                let array =
-                    |array| file.tensor(&array_name(&name, array)).map(|array| array.data());
-                store.restore(&span, |name| array(name).unwrap_or_default())?;
-            }
-            Ok(())
-        });
+        let state = self.state_of(&file, tokens.len())?;
+        Ok((tokens, state))
+    }
+
+    /// A file that is whole, and made as this one would be.
+    fn whole<'f>(&self, bytes: &'f [u8]) -> Result<SafeTensors<'f>, String> {
+        let damaged = |error: SafeTensorError| format!("it is damaged: {error}");
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+        let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
+        self.check(&metadata, &file)?;
+        Ok(file)
+    }
+
+    /// What a file has of a state that has read so many tokens.
+    fn state_of(&self, file: &SafeTensors<'_>, position: usize) -> Result<State, String> {
+        let mut taken = Taken::new(file, spans(file)?);
+        let how = (&self.options, self.memories.as_ref());
+        let state =
+            self.model.resumed(how, position, |n, layer| layer.restore(n, position, &mut taken));
         let state = state.map_err(|error| format!("it is damaged: {error}"))?;
-        let state = state.filter(|_| spans.next().is_none());
+        let state = state.filter(|_| taken.is_empty());
         let other = || "it does not hold what this model holds of so many tokens".to_owned();
-        Ok((tokens, state.ok_or_else(other)?))
+        state.ok_or_else(other)
     }
 
     /// Whether the file is whole, and made as this one would be.
@@ -237,21 +276,12 @@ impl<'a> PromptCache<'a> {
     }
 }
 
-/// Every store of a state with its name; `None` if there is more to the state.
-fn stores(state: &State) -> Option<Vec<(String, &Store)>> {
-    let mut all = vec![];
-    for (n, layer) in state.layers().iter().enumerate() {
-        all.extend(layer.stores()?.into_iter().map(|(name, store)| (store_name(n, name), store)));
-    }
-    Some(all)
-}
-
-fn store_name(layer: usize, store: &str) -> String {
-    format!("layer.{layer}.{store}")
-}
-
-fn array_name(store: &str, array: Array) -> String {
-    format!("{store}{}", array.name())
+/// Every part of a state; `None` if there is more to the state.
+fn contents(state: &State) -> Option<Contents<'_>> {
+    let mut contents = Contents::default();
+    let mut layers = state.layers().iter().enumerate();
+    layers.try_for_each(|(n, layer)| layer.save(n, &mut contents))?;
+    Some(contents)
 }
 
 fn numbers<T, const BYTES: usize>(
@@ -280,7 +310,7 @@ fn spans(file: &SafeTensors<'_>) -> Result<Vec<Span>, String> {
 
 /// What tells a model apart from others: its configuration, and of each tensor name, shape, format and some bytes from its
 /// middle.
-fn fingerprint(model: &Model, weights: &Weights) -> String {
+pub(crate) fn fingerprint(model: &Model, weights: &Weights) -> String {
     let mut digest = Sha256::new();
     digest.update(format!("{:?}", model.config()));
     for tensor in weights.tensors() {
@@ -309,7 +339,7 @@ fn hex(digest: Sha256) -> String {
     })
 }
 
-/// An array of the file; a store's is made when it is written.
+/// An array of the file; a state's is made when it is written.
 struct Numbers<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -318,6 +348,7 @@ struct Numbers<'a> {
 
 enum Data<'a> {
     Bytes(Vec<u8>),
+    Plain(&'a [f32]),
     Of(&'a Store, Array),
 }
 
@@ -334,6 +365,10 @@ impl<'a> Numbers<'a> {
         });
         let data = Data::Bytes(spans.flat_map(u64::to_le_bytes).collect());
         Numbers { dtype: Dtype::U64, shape: vec![stores.len(), 3], data }
+    }
+
+    fn plain(numbers: &'a [f32]) -> Numbers<'a> {
+        Numbers { dtype: Dtype::F32, shape: vec![numbers.len()], data: Data::Plain(numbers) }
     }
 
     fn of(store: &'a Store, array: Array) -> Numbers<'a> {
@@ -354,6 +389,9 @@ impl View for Numbers<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match &self.data {
             Data::Bytes(bytes) => Cow::Borrowed(bytes),
+            Data::Plain(numbers) => {
+                Cow::Owned(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+            }
             Data::Of(store, array) => Cow::Owned(store.array_bytes(*array)),
         }
     }

@@ -9,7 +9,7 @@ use foveal::cache::{ContiguousCache, KvStore, KvTile};
 use foveal::linear::State;
 use foveal::memory::infini::{Infini, Tokens, Upstream};
 use foveal::memory::memorizing::{self, Memorizing};
-use foveal::memory::{MemoryStore, Update};
+use foveal::memory::{CodedMemory, MemoryStore, Update};
 use foveal::sparse::StateHeads;
 use foveal::testing::multiply_add;
 use foveal::{Cpu, DType, Element, Level, Phase, Shape, Tensor, TensorRef, Threads, Workspace};
@@ -32,6 +32,7 @@ fn main() -> foveal::Result<()> {
     if runs("memorizing") {
         memorizing::<f32>("f32", cpu)?;
         memorizing::<half::bf16>("bf16", cpu)?;
+        coded(cpu)?;
     }
     Ok(())
 }
@@ -202,53 +203,117 @@ impl<E: Element> MemoryStore for Full<E> {
     fn clear(&mut self) {
         self.0.clear();
     }
+    fn exact(&self) -> &dyn KvStore {
+        self
+    }
 }
+
+/// Sizes of a memory that is measured.
+#[derive(Clone, Copy)]
+struct Sizes {
+    heads: usize,
+    dim: usize,
+    entries: usize,
+}
+
+/// Segments of so many tokens.
+const SEGMENT: usize = 512;
 
 /// A segment, and a token, against memories of several sizes.
 fn memorizing<E: Element>(name: &str, cpu: Cpu) -> foveal::Result<()> {
-    const SEGMENT: usize = 512;
-    let heads = StateHeads { heads: HEADS, kv_heads: HEADS, key_dim: DIM, value_dim: DIM };
-    let shape = Shape { batch: 1, seq: SEGMENT, heads: HEADS, dim: DIM };
+    println!("\nMemorizing Transformers, entries in {name}, segments of {SEGMENT}");
+    println!(
+        "| heads × dim | entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of keys |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    for (heads, dim, entries) in
+        [(4, 128, 8192), (4, 128, 65_536), (8, 64, 65_536), (8, 128, 65_536)]
+    {
+        let sizes = Sizes { heads, dim, entries };
+        for top in [1, 32, 128] {
+            let memorizing = Memorizing::new(SEGMENT, top, entries)?.cpu(cpu);
+            let shape = sizes.heads();
+            let store = Full(memorizing.store::<E>(shape)?, entries);
+            measure(sizes, top, memorizing.state(shape, store)?, cpu)?;
+        }
+    }
+    Ok(())
+}
+
+impl Sizes {
+    fn heads(self) -> StateHeads {
+        let Sizes { heads, dim, .. } = self;
+        StateHeads { heads, kv_heads: heads, key_dim: dim, value_dim: dim }
+    }
+}
+
+/// A row of the table.
+fn measure<M: MemoryStore>(
+    sizes: Sizes,
+    top: usize,
+    mut state: memorizing::MemorizingState<M>,
+    cpu: Cpu,
+) -> foveal::Result<()> {
+    let Sizes { heads, dim, entries } = sizes;
+    let shape = Shape { batch: 1, seq: SEGMENT, heads, dim };
     let [q, k, v] = [numbers(shape)?, numbers(shape)?, numbers(shape)?];
-    let (gate, scale) = ([0.0; HEADS], [1.0; HEADS]);
+    let (gate, scale) = (vec![0.0; heads], vec![1.0; heads]);
     let tokens = memorizing::Tokens::new(q.view(), k.view(), v.view(), &gate, &scale);
     let one = |x: &Tensor<f32>| -> foveal::Result<Tensor<f32>> {
-        let shape = Shape { seq: 1, ..shape };
-        Tensor::from_vec(x.as_slice()[..HEADS * DIM].to_vec(), shape)
+        Tensor::from_vec(x.as_slice()[..heads * dim].to_vec(), Shape { seq: 1, ..shape })
     };
     let [q1, k1, v1] = [one(&q)?, one(&k)?, one(&v)?];
     let token = memorizing::Tokens::new(q1.view(), k1.view(), v1.view(), &gate, &scale);
-    println!("\nMemorizing Transformers, entries in {name}, segments of {SEGMENT}");
+    state.forward(&tokens, Phase::Prompt)?;
+    let (mut peak, mut segment, mut single) = (0.0f64, f64::INFINITY, f64::INFINITY);
+    for _ in 0..ROUNDS {
+        peak = peak.max(flops(cpu.level));
+        segment = segment.min(seconds(|| state.forward(&tokens, Phase::Prompt).map(|_| ()))?);
+    }
+    for _ in 0..8 * ROUNDS {
+        single = single.min(seconds(|| state.forward(&token, Phase::Generated).map(|_| ()))?);
+    }
+    let products = (heads * SEGMENT * entries * 2 * dim) as f64 / segment;
+    let number = if state.store().coded() { 1 } else { state.store().dtype().size() };
+    let bytes = (heads * entries * dim * number) as f64 / single;
     println!(
-        "| entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of keys |"
+        "| {heads} × {dim} | {entries} | {top} | {:.1} | {:.0} % | {:.0} | {:.1} |",
+        segment * 1e3,
+        100.0 * products / peak,
+        single * 1e6,
+        bytes / 1e9
     );
-    println!("|---|---|---|---|---|---|");
-    for entries in [8192, 65536] {
-        for top in [1, 32, 128] {
-            let memorizing = Memorizing::new(SEGMENT, top, entries)?.cpu(cpu);
-            let store = Full(memorizing.store::<E>(heads)?, entries);
-            let mut state = memorizing.state(heads, store)?;
-            state.forward(&tokens, Phase::Prompt)?;
-            let (mut peak, mut segment, mut single) = (0.0f64, f64::INFINITY, f64::INFINITY);
-            for _ in 0..ROUNDS {
-                peak = peak.max(flops(cpu.level));
-                segment =
-                    segment.min(seconds(|| state.forward(&tokens, Phase::Prompt).map(|_| ()))?);
+    Ok(())
+}
+
+/// The same of codes of 8 bits, with bf16 keys that decide; and what 262144 entries of 8 heads of 64 take.
+fn coded(cpu: Cpu) -> foveal::Result<()> {
+    println!("\nMemorizing Transformers, entries as codes of 8 bits, keys in bf16 to decide");
+    println!(
+        "| heads × dim | entries | k | a segment, ms | products of keys alone, of FMA peak | a token, µs | GB/s of codes |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    for entries in [65_536, 262_144] {
+        let sizes = Sizes { heads: 8, dim: 64, entries };
+        let keys = ContiguousCache::<half::bf16>::new(8, (64, 0), entries + 8 * SEGMENT)?;
+        let mut memory = CodedMemory::new(keys, 64)?;
+        let shape = Shape { batch: 1, seq: SEGMENT, heads: 8, dim: 64 };
+        let mut k = numbers(shape)?;
+        for n in 0..entries / SEGMENT {
+            // Other keys in each segment, of length 1.
+            let mut rows = k.view_mut();
+            for (t, head) in (0..SEGMENT).flat_map(|t| (0..8).map(move |head| (t, head))) {
+                let row = rows.row_mut(0, t, head);
+                row[(t + n) % 64] += 0.37 * (n % 5) as f32 - 0.6;
+                let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|x| *x /= norm);
             }
-            for _ in 0..8 * ROUNDS {
-                single =
-                    single.min(seconds(|| state.forward(&token, Phase::Generated).map(|_| ()))?);
-            }
-            let products = (HEADS * SEGMENT * entries * 2 * DIM) as f64 / segment;
-            let bytes = (HEADS * entries * DIM * size_of::<E>()) as f64 / single;
-            println!(
-                "| {entries} | {top} | {:.1} | {:.0} % | {:.0} | {:.1} |",
-                segment * 1e3,
-                100.0 * products / peak,
-                single * 1e6,
-                bytes / 1e9
-            );
+            memory.append(k.view(), k.view())?;
         }
+        let bytes = memory.held_bytes().unwrap_or(0);
+        let memorizing = Memorizing::new(SEGMENT, 32, entries)?.cpu(cpu);
+        measure(sizes, 32, memorizing.resume(sizes.heads(), memory)?, cpu)?;
+        println!("| | | | | | | {:.1} MiB in memory |", bytes as f64 / 1_048_576.0);
     }
     Ok(())
 }

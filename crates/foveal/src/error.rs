@@ -119,6 +119,12 @@ pub enum Error {
         /// Tokens that were to be appended.
         appended: usize,
     },
+    /// A store outside of this crate that could not take what it was given.
+    #[error("the store of a memory: {reason}")]
+    Store {
+        /// What it says.
+        reason: String,
+    },
     /// An append that would take more pages than are free. The pool is unchanged.
     #[error(
         "the tokens need {needed} more pages, {free} are free; free sequences or make the pool larger"

@@ -426,10 +426,13 @@ impl MemoryStore for Coded {
     fn clear(&mut self) {
         self.0.clear();
     }
+    fn exact(&self) -> &dyn KvStore {
+        self
+    }
 }
 
 #[test]
-fn a_store_of_codes_is_refused() {
+fn a_store_of_codes_alone_is_refused() {
     let cpu = cpus().next().unwrap();
     let call: Call<f32> = Call::random(SMALL, &mut Random::new(13));
     let store = Coded(QuantizedCache::new(Bits::Eight, 1, (5, 7), 1000).unwrap());
@@ -483,6 +486,9 @@ impl MemoryStore for Slices {
     fn forget(&mut self, _: usize) {}
     fn clear(&mut self) {
         *self = Slices::default();
+    }
+    fn exact(&self) -> &dyn KvStore {
+        self
     }
 }
 

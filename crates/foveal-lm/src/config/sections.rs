@@ -46,7 +46,7 @@ pub enum Mechanism {
         #[serde(default)]
         combine: CombineHeads,
     },
-    /// [`Longformer`](foveal::sparse::Longformer), keys at or before the query, with one projection for all tokens.
+    /// [`Longformer`](foveal::sparse::Longformer), keys at or before the query.
     Longformer {
         /// Keys before the query that it sees.
         reach: usize,
@@ -56,6 +56,9 @@ pub enum Mechanism {
         /// Positions that see all and are seen by all.
         #[serde(default)]
         global: Vec<usize>,
+        /// Whether the rows of global tokens have projections of their own.
+        #[serde(default)]
+        global_projections: bool,
     },
     /// [`BigBird`](foveal::sparse::BigBird) with the published plan, keys at or before the query.
     Bigbird {
@@ -87,6 +90,20 @@ pub enum Mechanism {
         top: usize,
         /// Newest tokens.
         window: usize,
+    },
+    /// [`Reformer`](foveal::sparse::Reformer) with chunks of buckets: queries are keys, hashed before they are rotated, and
+    /// scores aren't scaled.
+    Lsh {
+        /// Tokens of a chunk of a bucket; a query sees its own chunk and the one before it.
+        chunk: usize,
+        /// Buckets of a round.
+        buckets: usize,
+        /// Rounds of hashing.
+        #[serde(default = "two")]
+        rounds: usize,
+        /// What directions are drawn with.
+        #[serde(default)]
+        seed: u64,
     },
     /// [`Linear`](foveal::linear::Linear).
     Linear {
@@ -237,6 +254,10 @@ const fn one() -> usize {
     1
 }
 
+const fn two() -> usize {
+    2
+}
+
 const fn yes() -> bool {
     true
 }
@@ -251,7 +272,7 @@ const fn sixteen() -> usize {
 
 impl Mechanism {
     /// All names, as `foveal list` has them.
-    pub const NAMES: [&str; 18] = [
+    pub const NAMES: [&str; 19] = [
         "full",
         "window",
         "sparse_transformer",
@@ -259,6 +280,7 @@ impl Mechanism {
         "bigbird",
         "moba",
         "native_sparse",
+        "lsh",
         "linear",
         "performer",
         "efficient",
@@ -271,6 +293,31 @@ impl Mechanism {
         "infini",
         "memorizing",
     ];
+
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Mechanism::Full {} => "full",
+            Mechanism::Window { .. } => "window",
+            Mechanism::SparseTransformer { .. } => "sparse_transformer",
+            Mechanism::Longformer { .. } => "longformer",
+            Mechanism::Bigbird { .. } => "bigbird",
+            Mechanism::Moba { .. } => "moba",
+            Mechanism::NativeSparse { .. } => "native_sparse",
+            Mechanism::Lsh { .. } => "lsh",
+            Mechanism::Linear { .. } => "linear",
+            Mechanism::Performer { .. } => "performer",
+            Mechanism::Efficient {} => "efficient",
+            Mechanism::Retention {} => "retention",
+            Mechanism::ScalarDecay { .. } => "scalar_decay",
+            Mechanism::Gla { .. } => "gla",
+            Mechanism::Delta { .. } => "delta",
+            Mechanism::GatedDelta { .. } => "gated_delta",
+            Mechanism::TransformerXl { .. } => "transformer_xl",
+            Mechanism::Infini { .. } => "infini",
+            Mechanism::Memorizing { .. } => "memorizing",
+        }
+    }
 }
 
 /// Neighbouring heads of a layer, and what mixes tokens in them.

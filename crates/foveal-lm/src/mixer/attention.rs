@@ -25,7 +25,7 @@ use foveal::position::RopeTable;
 use foveal::projection::Matrix;
 use foveal::{Attention, Cpu, Mask, Phase, Scale, Shape, TensorMut, TensorRef};
 
-use super::state::{Heads, Seen};
+use super::state::{Asking, Heads, Seen};
 use super::{CacheStorage, LayerState};
 use crate::Error;
 use crate::linear::{Run, forward_together};
@@ -228,12 +228,20 @@ impl Bound<'_> {
             let q = saved.query_shape(self.layer);
             capped.rotate(run.cpu.level, TensorMut::new(&mut saved.capped_q, q)?)?;
         }
+        let retrieving = states.iter().any(|state| state.retrieving().is_some());
+        if retrieving {
+            saved.unrotated[0].clone_from(&saved.q);
+            saved.unrotated[1].clone_from(&saved.k);
+        }
         if let Some(rotation) = inputs.rotation {
             let (q, k) = (saved.query_shape(self.layer), saved.new_shape(self.layer));
             rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.q, q)?)?;
             rotation.rotate(run.cpu.level, TensorMut::new(&mut saved.k, k)?)?;
         }
         self.append(saved, states, run)?;
+        if let ([state], true) = (&mut *states, retrieving) {
+            self.fetch(saved, state, inputs.rotation, run)?;
+        }
         self.attend(saved, states, run)?;
         forward_together(&saved.mixed, [(self.parameters.output, y)], run)
     }
@@ -329,6 +337,23 @@ impl Bound<'_> {
             state.after(&plan, Seen { phase: run.phase, q, lse })?;
         }
         Ok(())
+    }
+
+    /// Takes new tokens into what a state keeps of the whole text, and fetches what their queries see.
+    fn fetch(
+        &self,
+        saved: &Saved,
+        state: &mut LayerState,
+        rotation: Option<&RopeTable>,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        let Some(retrieving) = state.retrieving_mut() else { return Ok(()) };
+        let [q, k] = &saved.unrotated;
+        let (queries, new) = (saved.query_shape(self.layer), saved.new_shape(self.layer));
+        retrieving.remember(TensorRef::new(k, new)?, TensorRef::new(&saved.v, new)?)?;
+        let Scale::Value(scale) = self.layer.scale else { return Err(Error::SectionState) };
+        let rope = rotation.map(RopeTable::rope);
+        retrieving.fetch(Asking { q: TensorRef::new(q, queries)?, scale, rope }, run)
     }
 
     /// Attention to the first tokens and the newest.

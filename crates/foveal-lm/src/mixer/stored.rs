@@ -72,6 +72,15 @@ impl StoredMixer {
         }
     }
 
+    /// Whether a state holds what it holds of a text of `position` tokens.
+    pub(crate) fn is_at(&self, state: &LayerState, position: usize) -> bool {
+        let more = match self {
+            StoredMixer::Sectioned(mixer) => mixer.sees_all(state, position),
+            _ => true,
+        };
+        more && state.is_at(self.reach(), position)
+    }
+
     /// What [`StoredMixer::forward`] has just done, if `activations` were observed.
     pub(crate) fn attended<'a>(
         &'a self,

@@ -1,6 +1,6 @@
 //! What of a model's state goes to a file, and a state made of it again.
 
-use super::{Model, State};
+use super::{MemoryFolder, Model, State};
 use crate::Error;
 use crate::mixer::{CacheOptions, LayerState};
 
@@ -15,14 +15,17 @@ impl Model {
     /// hold of such a text.
     pub(crate) fn resumed(
         &self,
-        options: &CacheOptions,
+        (options, memories): (&CacheOptions, Option<&MemoryFolder>),
         position: usize,
         mut fill: impl FnMut(usize, &mut LayerState) -> Result<(), Error>,
     ) -> Result<Option<State>, Error> {
         let mut state = self.state_with(options)?;
+        if let Some(folder) = memories {
+            state.keep_memories_in(folder)?;
+        }
         for (n, (block, layer)) in self.blocks.iter().zip(&mut state.layers).enumerate() {
             fill(n, layer)?;
-            if !layer.is_at(block.mixer.reach(), position) {
+            if !block.mixer.is_at(layer, position) {
                 return Ok(None);
             }
         }

@@ -275,7 +275,7 @@ fn family(name: &str) -> Family {
 }
 
 /// Numbers around `mean` that depend on `seed` alone.
-fn noise(count: usize, seed: &str, mean: f32) -> Vec<f32> {
+pub(super) fn noise(count: usize, seed: &str, mean: f32) -> Vec<f32> {
     let mut state =
         seed.bytes().fold(1u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     let mut next = || {

@@ -61,6 +61,40 @@ impl Mapping {
     }
 }
 
+/// Maps a file that its owner goes on writing to; what is written is seen.
+///
+/// # Errors
+///
+/// Those of the operating system.
+pub(crate) fn map_shared(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is lent only as `&[u8]` by whoever owns the file, which it locks against other processes that ask, and
+    // writes to through `&mut self`, when nothing is lent. That others keep to it is the documented duty of the caller.
+    unsafe { Mmap::map(file) }
+}
+
+/// Numbers of which every pattern of bits is one.
+pub(crate) trait Plain: Copy + sealed::Sealed {}
+impl<T: Copy + sealed::Sealed> Plain for T {}
+
+mod sealed {
+    pub(crate) trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// Bytes as the numbers that they are on a little-endian processor; they begin where such a number may.
+///
+/// # Panics
+///
+/// If they begin elsewhere, or end within a number.
+pub(crate) fn numbers<T: Plain>(bytes: &[u8]) -> &[T] {
+    // SAFETY: `Plain` is sealed to three types, without padding, of which every pattern of bits is a number.
+    let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
+    assert!(before.is_empty() && after.is_empty(), "numbers are aligned and whole");
+    numbers
+}
+
 impl From<Vec<u8>> for Mapping {
     fn from(bytes: Vec<u8>) -> Mapping {
         Mapping(Bytes::Owned(bytes))

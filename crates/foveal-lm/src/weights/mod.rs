@@ -18,8 +18,8 @@
 
 mod error;
 pub mod gguf;
-mod mapping;
-mod safetensors;
+pub(crate) mod mapping;
+pub(crate) mod safetensors;
 mod tensor;
 
 use std::path::Path;

@@ -229,7 +229,7 @@ fn damaged_files_are_refused() {
 }
 
 /// The same file with other arrays, and the right checksum.
-fn forged(
+pub(crate) fn forged(
     whole: &[u8],
     change: impl Fn(&str, &mut Dtype, &mut Vec<usize>, &mut Vec<u8>),
 ) -> Vec<u8> {

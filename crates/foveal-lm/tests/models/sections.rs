@@ -6,15 +6,14 @@ use foveal_lm::config::Mechanism;
 use foveal_lm::generate::{BatchOptions, Batcher};
 use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
 use foveal_lm::model::{Observer, Scratch, Step};
-use foveal_lm::prompt_cache::PromptCache;
 use foveal_lm::quantize::quantize;
 use foveal_lm::testing::{Tiny, TinySizes};
-use foveal_lm::weights::Weights;
 use foveal_lm::{Error, Model};
 use serde_json::{Value, json};
 
 use crate::across;
 use crate::batch::check_joining_and_leaving;
+use crate::chosen;
 use crate::formats::Folder;
 use crate::golden_case::difference;
 use crate::latent::{load, logits, tensor};
@@ -50,6 +49,8 @@ pub(crate) struct Tensors<'a> {
     pub(crate) v: &'a Rows,
     pub(crate) inputs: &'a Rows,
     pub(crate) project: &'a dyn Fn(&str, &Rows) -> Rows,
+    /// By the layer's positions.
+    pub(crate) rotate: &'a dyn Fn(Rows) -> Rows,
     pub(crate) vector: &'a dyn Fn(&str) -> Vec<f64>,
 }
 
@@ -66,7 +67,8 @@ pub(crate) fn mix(
     for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
         let own = [(first, *heads), (first_kv, *kv_heads)];
         let rows = recurrent::mix(section, tensors, (n, first), (*heads, dim));
-        if let Some(rows) = rows.or_else(|| across::mix(section, tensors, (n, own), (dim, scale))) {
+        let rows = rows.or_else(|| across::mix(section, tensors, (n, own), (dim, scale)));
+        if let Some(rows) = rows.or_else(|| chosen::mix(section, tensors, own[0], dim)) {
             out.iter_mut().zip(rows).for_each(|(out, row)| out.extend(row));
             (first, first_kv) = (first + heads, first_kv + kv_heads);
             continue;
@@ -75,14 +77,23 @@ pub(crate) fn mix(
             true => (tensors.project)(&format!("sections.{n}.gate_proj"), tensors.inputs),
             false => vec![],
         };
+        let global = chosen::global(section, tensors, n);
         for head in 0..*heads {
             let kv = first_kv + head * kv_heads / heads;
             let cut = |x: &Rows, head: usize| -> Rows {
                 x.iter().map(|row| row[head * dim..(head + 1) * dim].to_vec()).collect()
             };
             let own = Head { q: cut(q, first + head), k: cut(k, kv), v: cut(v, kv), scale };
+            let global = global.as_ref().map(|[q, k, v]| {
+                let kv = head * kv_heads / heads;
+                Head { q: cut(q, head), k: cut(k, kv), v: cut(v, kv), scale }
+            });
+            let is_global = |i| section["global"].as_array().is_some_and(|x| x.contains(&json!(i)));
             for (i, out) in out.iter_mut().enumerate() {
                 out.extend(match section["name"].as_str().unwrap() {
+                    "longformer" if global.is_some() && is_global(i) => {
+                        global.as_ref().unwrap().attend(i, 0..=i)
+                    }
                     "moba" => own.moba(section, i),
                     "native_sparse" => own.native_sparse(section, i, &gates[i][3 * head..][..3]),
                     _ => own.attend(i, (0..=i).filter(|&j| sees(section, (layer, head), i, j))),
@@ -198,24 +209,28 @@ fn mean(rows: &[Vec<f64>]) -> Vec<f64> {
 }
 
 const LAYERS: usize = 2;
-const TOKENS: usize = 40;
+pub(crate) const TOKENS: usize = 40;
 
 /// A model of Llama's layers with these mixers.
-fn tiny(mixer: &Value) -> Tiny {
-    // Recurrences have a key for each query head.
-    let kv_heads = if recurrent::among(mixer) { 4 } else { 2 };
+pub(crate) fn tiny(mixer: &Value) -> Tiny {
+    // Recurrences and LSH attention have a key for each query head.
+    let alone = recurrent::among(mixer) || mixer.to_string().contains("lsh");
+    let kv_heads = if alone { 4 } else { 2 };
     let sizes = TinySizes { layers: LAYERS, kv_heads, ..TinySizes::default() };
     let mut model = Tiny::new("llama", sizes);
     model.config["foveal"] = json!({"mixer": mixer});
     for layer in 0..LAYERS {
         let sections = of(&model.config, layer).unwrap();
-        for (n, (section, heads, _)) in sections.iter().enumerate() {
+        for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
             if section["name"] == "native_sparse" {
                 let part = format!("sections.{n}.gate_proj");
                 model.tensors.push(tensor(layer, &part, &[3 * heads, sizes.width]));
             }
             let more =
                 recurrent::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
+            model.tensors.extend(more);
+            let own = (*heads, *kv_heads);
+            let more = chosen::tensors(section, own, (layer, n), (sizes.width, sizes.head_dim));
             model.tensors.extend(more);
             let more = across::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
             model.tensors.extend(more);
@@ -224,7 +239,7 @@ fn tiny(mixer: &Value) -> Tiny {
     model
 }
 
-fn mixers() -> Vec<Value> {
+pub(crate) fn mixers() -> Vec<Value> {
     let sparse = |more: Value| {
         let mut section = json!({"name": "sparse_transformer", "stride": 5});
         section.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -236,6 +251,7 @@ fn mixers() -> Vec<Value> {
         json!({"name": "window", "tokens": 6}),
         json!({"name": "longformer", "reach": 4}),
         json!({"name": "longformer", "reach": 3, "gap": 2, "global": [0, 9]}),
+        json!({"name": "longformer", "reach": 3, "global": [0, 9, 17], "global_projections": true}),
         json!({"name": "bigbird", "block": 4, "random": 0}),
         sparse(json!({"pattern": "strided"})),
         sparse(json!({"pattern": "strided", "window": "code", "combine": "per_head"})),
@@ -243,6 +259,8 @@ fn mixers() -> Vec<Value> {
         sparse(json!({"pattern": "fixed", "num_verts": 3, "combine": "interleaved"})),
         json!({"name": "moba", "block": 4, "top": 3}),
         native(12),
+        json!({"name": "lsh", "chunk": 2, "buckets": 4}),
+        json!({"name": "lsh", "chunk": 5, "buckets": 2, "rounds": 3, "seed": 4}),
         json!([{"name": "moba", "block": 8, "top": 2}, {"name": "full"}]),
         json!({"name": "linear"}),
         json!({"name": "linear", "map": "relu"}),
@@ -276,11 +294,11 @@ fn mixers() -> Vec<Value> {
     ]
 }
 
-fn text() -> Vec<u32> {
+pub(crate) fn text() -> Vec<u32> {
     (0..TOKENS).map(|i| (i * i + 17 * i) as u32 % 50).collect()
 }
 
-fn name(mixer: &Value) -> String {
+pub(crate) fn name(mixer: &Value) -> String {
     let text = mixer.to_string();
     let hash = text.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31) ^ u64::from(byte));
     format!("sections-{hash}")
@@ -364,6 +382,14 @@ fn a_state_holds_what_later_queries_can_see() {
         bytes(&json!({"name": "moba", "block": 4, "top": 3}), 38),
         entry * 38 + entry / 2 * 9
     );
+    // Projections of global tokens are kept up to the last of them.
+    let longformer =
+        json!({"name": "longformer", "reach": 3, "global": [9, 0], "global_projections": true});
+    assert_eq!([9, 10, 38].map(|n| bytes(&longformer, n)), [18, 10, 38].map(|n| entry * n));
+    // At most 2 m − 1 tokens of a bucket, however long the text.
+    let lsh = json!({"name": "lsh", "chunk": 3, "buckets": 4});
+    let most = LAYERS * 4 * (2 * 4 * 5) * (2 * head_dim + 1) * size_of::<f32>();
+    assert!(bytes(&lsh, 400) <= most);
 }
 
 #[test]
@@ -424,6 +450,12 @@ fn configurations_that_make_no_sense_are_refused() {
         (json!({"name": "transformer_xl", "segment": 9, "memory": 9_999_999}), "at most 1048576"),
         (json!({"name": "infini", "segment": 0}), "segment"),
         (json!({"name": "delta"}), "proj"),
+        (json!({"name": "lsh", "chunk": 4, "buckets": 4}), "as many as query heads"),
+        (json!({"name": "longformer", "reach": 3, "global_projections": true}), "no global token"),
+        (
+            json!({"name": "longformer", "reach": 3, "global": [0], "global_projections": true}),
+            "q_global",
+        ),
         (json!({"name": "moba", "block": 0, "top": 1}), "block"),
         (json!({"name": "moba", "block": 4, "top": 0}), "blocks that a row sees"),
         (json!({"name": "full", "heads": 3}), "key/value heads that divide"),
@@ -466,9 +498,6 @@ fn what_is_not_done_with_named_mixers_is_refused() {
     let looked = model.forward_observed(&[1, 2], &mut state, &mut scratch, &mut Nobody);
     let error = looked.unwrap_err();
     assert!(matches!(error, Error::ObservedSections), "{error}");
-    let weights = Weights::open(&folder.0).unwrap();
-    let cache = PromptCache::new(&model, &weights, CacheOptions::default());
-    assert!(matches!(cache, Err(Error::SectionPromptCache)));
     let other =
         load(&crate::latent::tiny("DeepseekV2ForCausalLM", None), "sections-other").unwrap();
     let mut state = other.state().unwrap();

@@ -179,6 +179,18 @@ impl<'a> TokenCodes<'a> {
             .number(code(self.bits, codes, channel))
     }
 
+    /// What is stored for the `token`-th value of the tile.
+    pub(crate) fn row(&self, token: usize, to: &mut [f32]) {
+        let codes = &self.codes[self.row_bytes() * token..];
+        for (group, to) in to[..self.width].chunks_mut(GROUP).enumerate() {
+            let [scales, minima] = self.ranges(token / GROUP, group);
+            let [scale, min] = [scales, minima].map(|x| x[token % GROUP].to_f32());
+            for (n, to) in to.iter_mut().enumerate() {
+                *to = f32::from(code(self.bits, codes, group * GROUP + n)) * scale + min;
+            }
+        }
+    }
+
     /// Bytes of one token's codes.
     pub(crate) fn row_bytes(&self) -> usize {
         self.bits.bytes(coded_width(self.width))

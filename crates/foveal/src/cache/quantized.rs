@@ -210,6 +210,13 @@ impl QuantizedCache {
         self.recent.clear();
     }
 
+    /// As [`ContiguousCache::clear_to`].
+    pub(crate) fn clear_to(&mut self, start: usize) -> Result<()> {
+        self.recent.clear_to(start)?;
+        self.start = start;
+        Ok(())
+    }
+
     /// The positions whose keys and values are codes; those behind them are bf16.
     pub fn coded_positions(&self) -> Range<usize> {
         self.start..self.recent.start()

@@ -40,7 +40,8 @@ impl Dropout {
         if row.keeps(j) { row.factor } else { 0.0 }
     }
 
-    fn row(&self, (batch, head): (usize, usize), i: isize) -> RowDropout {
+    /// What is dropped of a row.
+    pub(crate) fn row(&self, (batch, head): (usize, usize), i: isize) -> RowDropout {
         let at = [batch as u64, head as u64, i as u64];
         let key = at.into_iter().fold(mix(self.seed), |key, x| mix(key ^ x));
         let keep = 1.0 - f64::from(self.rate);

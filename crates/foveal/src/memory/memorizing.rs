@@ -19,6 +19,8 @@
 //! in their storage type, Dk + Dv numbers each and key/value head, and two segments in f32.
 
 mod backward;
+mod best;
+mod bounded;
 mod retrieve;
 mod search;
 mod state;
@@ -209,6 +211,11 @@ impl Memorizing {
     /// Tokens that are remembered.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Whether local attention sees the segment before.
+    pub fn sees_previous(&self) -> bool {
+        self.previous
     }
 
     fn attention(&self) -> Result<Attention<'static>> {

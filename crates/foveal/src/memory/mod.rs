@@ -12,11 +12,13 @@
 //! | [`Infini`] | a matrix and a sum of keys for each key/value head, of constant size | Munkhdalai et al. 2024 |
 //! | [`Memorizing`] | keys and values of a document's past, of which each query retrieves the best | Wu et al. 2022 |
 
+mod coded;
 pub mod infini;
 pub mod memorizing;
 pub mod reference;
 mod store;
 
+pub use coded::CodedMemory;
 pub use infini::{Empty, Infini, InfiniState, Update};
 pub use memorizing::{Memorizing, MemorizingState};
 pub use store::MemoryStore;

@@ -23,7 +23,7 @@ pub fn log_softmax(logits: &mut [f32], level: Level) {
 }
 
 /// The largest logit, and the sum of exponentials relative to it; `None` if they are not finite.
-fn statistics(logits: &[f32], level: Level) -> Option<(f32, f64)> {
+pub(super) fn statistics(logits: &[f32], level: Level) -> Option<(f32, f64)> {
     let largest = nn::largest(level, logits);
     if !largest.is_finite() {
         return None;

@@ -76,6 +76,9 @@ fn silu_gate_kernel<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// ½ (1 + tanh z) = sigmoid(2 z), z = √(2/π) (g + 0.044715 g³).
+const TWICE: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
+
 dispatch! {
     /// `gate = gelu(gate) * up`, GELU in its tanh form; both have the same length.
     pub(crate) fn gelu_gate(gate: &mut [f32], up: &[f32]) = gelu_gate_kernel
@@ -83,14 +86,56 @@ dispatch! {
 
 #[inline(always)]
 fn gelu_gate_kernel<S: Simd>(s: S, gate: &mut [f32], up: &[f32]) {
-    // ½ (1 + tanh z) = sigmoid(2 z), z = √(2/π) (g + 0.044715 g³).
-    const TWICE: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
     assert_eq!(gate.len(), up.len());
     for at in (0..gate.len()).step_by(S::LANES) {
         let g = load(s, gate, at);
         let cubic = s.fma(s.mul(g, g), s.splat(TWICE * 0.044_715), s.splat(TWICE));
         let gelu = s.mul(g, math::sigmoid(s, s.mul(g, cubic)));
         store(s, gate, at, s.mul(gelu, load(s, up, at)));
+    }
+}
+
+dispatch! {
+    /// The gradients of `silu(gate) · up`, in place: of the gate, of `up`, and in place of `d` the product itself.
+    pub(crate) fn silu_gate_gradient(gate: &mut [f32], up: &mut [f32], d: &mut [f32]) = silu_gate_gradient_kernel
+}
+
+#[inline(always)]
+fn silu_gate_gradient_kernel<S: Simd>(s: S, gate: &mut [f32], up: &mut [f32], d: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == d.len());
+    for at in (0..gate.len()).step_by(S::LANES) {
+        let (g, u, d_h) = (load(s, gate, at), load(s, up, at), load(s, d, at));
+        let sigmoid = math::sigmoid(s, g);
+        let silu = s.mul(g, sigmoid);
+        // σ + g σ (1 − σ).
+        let slope = s.fma(silu, s.sub(s.splat(1.0), sigmoid), sigmoid);
+        store(s, gate, at, s.mul(s.mul(d_h, u), slope));
+        store(s, up, at, s.mul(d_h, silu));
+        store(s, d, at, s.mul(silu, u));
+    }
+}
+
+dispatch! {
+    /// The gradients of `gelu(gate) · up`, in place: of the gate, of `up`, and in place of `d` the product itself.
+    pub(crate) fn gelu_gate_gradient(gate: &mut [f32], up: &mut [f32], d: &mut [f32]) = gelu_gate_gradient_kernel
+}
+
+#[inline(always)]
+fn gelu_gate_gradient_kernel<S: Simd>(s: S, gate: &mut [f32], up: &mut [f32], d: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == d.len());
+    for at in (0..gate.len()).step_by(S::LANES) {
+        let (g, u, d_h) = (load(s, gate, at), load(s, up, at), load(s, d, at));
+        let square = s.mul(g, g);
+        let cubic = s.fma(square, s.splat(TWICE * 0.044_715), s.splat(TWICE));
+        let sigmoid = math::sigmoid(s, s.mul(g, cubic));
+        let gelu = s.mul(g, sigmoid);
+        // σ(t) + g σ(t) (1 − σ(t)) t′ with t = 2 z.
+        let inner = s.fma(square, s.splat(3.0 * TWICE * 0.044_715), s.splat(TWICE));
+        let rest = s.mul(s.sub(s.splat(1.0), sigmoid), inner);
+        let slope = s.fma(gelu, rest, sigmoid);
+        store(s, gate, at, s.mul(s.mul(d_h, u), slope));
+        store(s, up, at, s.mul(d_h, gelu));
+        store(s, d, at, s.mul(gelu, u));
     }
 }
 

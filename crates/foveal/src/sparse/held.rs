@@ -40,6 +40,11 @@ impl<E: Element> Held<E> {
         (self.keys.len() + self.values.len()) * E::DTYPE.size()
     }
 
+    /// Keys and values, rows `[entry][kv head]`.
+    pub(super) fn rows(&self) -> [&[E]; 2] {
+        [&self.keys, &self.values]
+    }
+
     /// Numbers of all keys, and of all values, of an entry.
     pub(super) fn widths(&self) -> [usize; 2] {
         [self.shape.key_dim, self.shape.value_dim].map(|dim| dim * self.shape.kv_heads)

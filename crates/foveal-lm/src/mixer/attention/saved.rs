@@ -40,6 +40,8 @@ pub struct Saved {
     /// Queries as a rolling state's first tokens see them.
     pub(super) capped_q: Vec<f32>,
     pub(super) rolling: RollingScratch,
+    /// Queries and new keys without rotation, where pieces of a text are fetched.
+    pub(super) unrotated: [Vec<f32>; 2],
     /// What attention gave: `[sequences, tokens, heads, head_dim]`.
     pub(super) mixed: Vec<f32>,
     /// Of each row's scores: `[sequences, tokens, heads]`.

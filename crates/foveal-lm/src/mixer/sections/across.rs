@@ -12,7 +12,9 @@
 //! at all: what a memory adds up or looks for has no place.
 
 use std::ops::Range;
+use std::path::Path;
 
+use foveal::cache::{KvStore, TILE};
 use foveal::mask::{Coverage, Pattern, Site};
 use foveal::memory::infini::{self, Infini, InfiniState};
 use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
@@ -21,10 +23,12 @@ use foveal::sparse::StateHeads;
 use foveal::{Mask, Scale, Shape, Tensor, TensorRef};
 
 use super::core::SectionTokens;
+use super::entries::{Entries, Rows, layout};
 use crate::Error;
 use crate::config::{Mechanism, MemoryUpdate};
 use crate::linear::Run;
-use crate::mixer::{CacheStorage, Store};
+use crate::memory_file::MemoryFile;
+use crate::mixer::{CacheStorage, Contents, Store, Taken};
 use crate::names::Parts;
 
 /// A memory of what is no longer seen.
@@ -38,7 +42,7 @@ pub(super) enum Remembering {
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryState {
     Infini(InfiniState<f32>),
-    Memorizing(MemorizingState<Store>),
+    Memorizing(Box<MemorizingState<Entries>>),
 }
 
 impl MemoryState {
@@ -62,6 +66,101 @@ impl MemoryState {
             MemoryState::Memorizing(state) => state.clear(),
         }
     }
+}
+
+impl MemoryState {
+    /// Keeps the entries of a memory in a file from here on, and begins with those that it holds; `None` for a state of constant
+    /// size.
+    pub(crate) fn keep_in(
+        &mut self,
+        path: &Path,
+        (storage, identity): (CacheStorage, [u8; 32]),
+    ) -> Result<Option<usize>, Error> {
+        let MemoryState::Memorizing(state) = self else { return Ok(None) };
+        let (memorizing, heads) = (state.memorizing().clone(), state.heads());
+        // Whatever was held goes; so that a file may be opened anew.
+        let file = MemoryFile::open(path, &layout(&memorizing, heads, (storage, identity)))?;
+        let found = file.end() - file.start();
+        **state = memorizing.resume(heads, Entries::in_file(file, storage)?)?;
+        Ok(Some(found))
+    }
+
+    /// Names its parts; `None` if they are not all that it is.
+    pub(super) fn save<'a>(&'a self, contents: &mut Contents<'a>) -> Option<()> {
+        match self {
+            MemoryState::Infini(state) => {
+                contents.numbers("matrices", state.memory().matrices());
+                contents.numbers("key_sums", state.memory().key_sums());
+                let parts = SEGMENT.iter().zip(state.segment());
+                parts.for_each(|(name, numbers)| contents.numbers(name, numbers));
+                Some(())
+            }
+            MemoryState::Memorizing(state) => {
+                let parts = WINDOW.iter().zip(state.window());
+                parts.for_each(|(name, numbers)| contents.numbers(name, numbers));
+                state.store().save(contents)
+            }
+        }
+    }
+
+    /// Takes over what a file has of a state of so many tokens.
+    pub(super) fn restore(&mut self, tokens: usize, taken: &mut Taken<'_>) -> Result<(), Error> {
+        match self {
+            MemoryState::Infini(state) => {
+                let lengths = [state.memory().matrices().len(), state.memory().key_sums().len()];
+                let memory =
+                    [taken.vector("matrices", lengths[0])?, taken.vector("key_sums", lengths[1])?];
+                let mut parts = [vec![], vec![], vec![]];
+                for ((name, part), own) in SEGMENT.iter().zip(&mut parts).zip(state.segment()) {
+                    *part = taken.vector(name, own.len())?;
+                }
+                let memory = memory.each_ref().map(Vec::as_slice);
+                Ok(state.restore(tokens, memory, parts.each_ref().map(Vec::as_slice))?)
+            }
+            MemoryState::Memorizing(state) => restore(state, tokens, taken),
+        }
+    }
+
+    /// Brings entries that are in files to the disk.
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+        match self {
+            MemoryState::Infini(_) => Ok(()),
+            MemoryState::Memorizing(state) => state.store_mut().flush(),
+        }
+    }
+
+    /// The entries of a memory that grows.
+    pub(crate) fn entries(&self) -> Option<&Entries> {
+        match self {
+            MemoryState::Infini(_) => None,
+            MemoryState::Memorizing(state) => Some(state.store()),
+        }
+    }
+}
+
+/// What is held of Infini's open segment, and of the tokens that a memorizing section sees, in a file.
+const SEGMENT: [&str; 3] = ["segment_keys", "segment_values", "segment_plain_keys"];
+const WINDOW: [&str; 2] = ["window_keys", "window_values"];
+
+/// [`MemoryState::restore`] of a memory that grows.
+fn restore(
+    state: &mut MemorizingState<Entries>,
+    tokens: usize,
+    taken: &mut Taken<'_>,
+) -> Result<(), Error> {
+    let (memorizing, heads) = (state.memorizing().clone(), state.heads());
+    let [keys, values] = state.window().map(<[f32]>::len);
+    let window = [taken.vector(WINDOW[0], keys)?, taken.vector(WINDOW[1], values)?];
+    let (segment, capacity) = (memorizing.segment(), memorizing.capacity());
+    let end = tokens / segment * segment;
+    let gone = end.saturating_sub(capacity.max(segment));
+    let none = Store::new(CacheStorage::F32, heads.kv_heads, (heads.key_dim, heads.value_dim))?;
+    let none = memorizing.state(heads, Entries::Rows(Rows::Ram(Box::new(none))))?;
+    let entries = std::mem::replace(state, none).into_store();
+    let entries = entries.restored(gone / TILE * TILE..end, taken)?;
+    *state = memorizing.resume(heads, entries)?;
+    let before = if memorizing.sees_previous() && end > 0 { segment } else { 0 };
+    Ok(state.restore(tokens, before, window.each_ref().map(Vec::as_slice))?)
 }
 
 impl Remembering {
@@ -109,7 +208,8 @@ impl Remembering {
                 let storage = if storage.coded() { CacheStorage::Bf16 } else { storage };
                 let dims = (heads.key_dim, heads.value_dim);
                 let store = Store::new(storage, heads.kv_heads, dims)?;
-                MemoryState::Memorizing(layer.state(heads, store)?)
+                let entries = Entries::Rows(Rows::Ram(Box::new(store)));
+                MemoryState::Memorizing(Box::new(layer.state(heads, entries)?))
             }
         })
     }
@@ -147,7 +247,7 @@ pub(super) struct Encoding {
 }
 
 /// The most tokens that a section of Transformer-XL may see: as many keys by distance are made when a model is loaded.
-const MAX_REACH: usize = 1 << 20;
+pub(crate) const MAX_REACH: usize = 1 << 20;
 
 /// What a section of Transformer-XL sees.
 #[derive(Clone, Debug)]
@@ -179,7 +279,7 @@ impl Segments {
         }
         let mask = match same_length {
             true => Mask::window(memory.max(1)),
-            false => Mask::pattern(SegmentMask { segment, memory }),
+            false => segments_mask((segment, memory), 0),
         };
         // A distance beyond the last row takes the last row.
         let distances = clamp.map_or(reach, |clamp| reach.min(clamp.saturating_add(1)));
@@ -201,17 +301,24 @@ impl Encoding {
     }
 }
 
-/// The tokens of the query's segment up to itself, and so many before the segment.
+/// The tokens of the query's segment up to itself, and so many before the segment; keys are those of a text from `origin` on.
+pub(crate) fn segments_mask((segment, memory): (usize, usize), origin: usize) -> Mask {
+    Mask::pattern(SegmentMask { segment, memory, origin })
+}
+
 #[derive(Debug)]
 struct SegmentMask {
     segment: usize,
     memory: usize,
+    /// The position of the first key in its text.
+    origin: usize,
 }
 
 impl SegmentMask {
     /// The first position that the query at `i` sees.
     fn first(&self, i: usize) -> usize {
-        (i / self.segment * self.segment).saturating_sub(self.memory)
+        let begins = (i + self.origin) / self.segment * self.segment;
+        begins.saturating_sub(self.memory).saturating_sub(self.origin)
     }
 }
 

@@ -6,11 +6,14 @@
 //! ```
 //!
 //! The projections are those of [`MultiHeadAttention`](super::MultiHeadAttention). What a mechanism keeps of a text is what
-//! later queries can see, and no more; those that choose keys read a prompt as they read what is generated, a token at a
-//! time, so that a token costs what its pattern has.
+//! later queries can see, and no more; those that choose keys read a prompt's chunk as a whole and what is generated a token at a
+//! time, and a token costs what its pattern has.
 
 mod across;
+mod chosen;
 mod core;
+mod entries;
+mod global;
 mod recurrent;
 mod state;
 
@@ -27,6 +30,9 @@ use crate::linear::{Run, forward_together};
 use crate::names::Parts;
 
 use self::core::Core;
+pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
+pub(crate) use chosen::{lsh, native_sparse, sparse_transformer};
+pub(crate) use entries::Rows;
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
@@ -111,6 +117,16 @@ impl SectionedAttention {
         LayerState::of_sections(states.collect::<Result<_, _>>()?)
     }
 
+    /// Whether the stores of a state at `position` hold all that their sections see.
+    pub(crate) fn sees_all(&self, state: &LayerState, position: usize) -> bool {
+        let sections = self.sections.iter().enumerate();
+        let own = |(n, section): (usize, &Section)| (state.section(n), section.core.reach());
+        sections.map(own).all(|own| match own {
+            (Some(SectionState::Keys(store)), reach) => store.is_at(reach, position),
+            (state, _) => state.is_some(),
+        })
+    }
+
     /// Mixes the tokens `x`, `[sequences, tokens, width]`, into `y` of the same shape, and appends them to the sequences'
     /// states.
     pub(crate) fn forward(
@@ -134,8 +150,7 @@ impl SectionedAttention {
         forward_together(x, three, run)?;
         for (weight, rows) in [(parameters.query_norm, &mut *q), (parameters.key_norm, &mut *k)] {
             let Some(weight) = weight else { continue };
-            let norm = RmsNorm { weight, epsilon: self.norm_epsilon };
-            rms_norm_in_place(norm, rows, run.cpu.level)?;
+            rms_norm_in_place(self.norm(weight), rows, run.cpu.level)?;
         }
         let both = self.sections.iter().any(|section| section.core.reads_both());
         if both {
@@ -157,10 +172,22 @@ impl SectionedAttention {
                 ],
             };
             let (shape, strides, first) = self.place(call, self.heads, section.heads);
-            let out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
-            section.core.forward((states, n), tokens, out, run)?;
+            let mut out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
+            section.core.forward((states, n), tokens, out.reborrow(), run)?;
+            if let Some(globals) = section.core.globals() {
+                let norms = [parameters.query_norm, parameters.key_norm]
+                    .map(|weight| weight.map(|weight| self.norm(weight)));
+                let around = (norms, &rotations[self.rope]);
+                let projected = globals.project(x, call, around, run)?;
+                let to = (section.core.scale(), out);
+                globals.forward((states, n), &projected, to, run)?;
+            }
         }
         forward_together(mixed, [(parameters.output, y)], run)
+    }
+
+    fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
+        RmsNorm { weight, epsilon: self.norm_epsilon }
     }
 
     fn rotate(
@@ -207,7 +234,7 @@ impl SectionedAttention {
 }
 
 /// Refuses families whose attention has more than the mechanisms compute.
-fn refuse(model: &ModelConfig) -> Result<(), Error> {
+pub(crate) fn refuse(model: &ModelConfig) -> Result<(), Error> {
     let config = model.attention;
     let more = [
         ("a softcap of scores", config.softcap.is_some()),

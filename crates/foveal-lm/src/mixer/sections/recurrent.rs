@@ -25,6 +25,7 @@ use crate::Error;
 use crate::config::{KernelMap, Mechanism};
 use crate::linear::{Linear, Run};
 use crate::mixer::state::Heads;
+use crate::mixer::{Contents, Taken};
 use crate::names::Parts;
 
 /// ε of what is as long as 1.
@@ -101,6 +102,24 @@ impl RecurrentState {
         self.matrices.key_sums_mut().fill(0.0);
         self.convolutions.iter_mut().for_each(|last| last.fill(0.0));
         self.tokens = 0;
+    }
+
+    pub(super) fn save<'a>(&'a self, contents: &mut Contents<'a>) {
+        contents.numbers("matrices", self.matrices.matrices());
+        contents.numbers("key_sums", self.matrices.key_sums());
+        for (n, last) in self.convolutions.iter().enumerate() {
+            contents.numbers(&format!("convolution.{n}"), last);
+        }
+    }
+
+    pub(super) fn restore(&mut self, tokens: usize, taken: &Taken<'_>) -> Result<(), Error> {
+        taken.numbers("matrices", self.matrices.matrices_mut())?;
+        taken.numbers("key_sums", self.matrices.key_sums_mut())?;
+        for (n, last) in self.convolutions.iter_mut().enumerate() {
+            taken.numbers(&format!("convolution.{n}"), last)?;
+        }
+        self.tokens = tokens;
+        Ok(())
     }
 
     pub(super) fn bytes(&self) -> usize {

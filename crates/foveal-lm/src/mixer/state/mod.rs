@@ -8,9 +8,11 @@
 //!
 //! Queries stay f32 whatever the store, so that nothing but what is stored is rounded, once. Scores and sums are f32.
 
+mod contents;
 mod evicting;
 mod options;
 mod pages;
+mod retrieving;
 mod snapshot;
 mod store;
 
@@ -22,11 +24,13 @@ use foveal::{Attention, DType, Mask, Phase, Plan, TensorRef};
 use crate::Error;
 use crate::mixer::sections::SectionState;
 
+pub(crate) use contents::{Contents, Taken};
 use evicting::Evicting;
 pub(crate) use evicting::Seen;
-pub use options::{CacheOptions, CacheStorage, Keep};
+pub use options::{CacheOptions, CacheStorage, Keep, Retrieval};
 pub(crate) use pages::Demand;
 pub use pages::Pages;
+pub(crate) use retrieving::{Asking, Retrieving};
 pub(crate) use snapshot::{Array, Span};
 pub(crate) use store::Store;
 
@@ -48,6 +52,7 @@ enum Policy {
     /// The first tokens as well, which lie in a store of their own.
     Rolling(Rolling, Box<Store>),
     Evicting(Box<Evicting>),
+    Retrieving(Box<Retrieving>),
 }
 
 /// Sizes of a layer of attention.
@@ -80,6 +85,16 @@ impl LayerState {
         self.sections.get_mut(n)
     }
 
+    /// The sections, in order.
+    pub(crate) fn sections(&self) -> &[SectionState] {
+        &self.sections
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn sections_mut(&mut self) -> &mut [SectionState] {
+        &mut self.sections
+    }
+
     /// A state that holds no tokens, of which queries see no more than the `reach` newest ones.
     pub(crate) fn within(
         storage: CacheStorage,
@@ -104,6 +119,9 @@ impl LayerState {
                 let heads = [heads.heads, heads.kv_heads];
                 Policy::Evicting(Box::new(Evicting::heavy_hitters(budget, heads)?))
             }
+            Keep::Retrieve(retrieval) => {
+                Policy::Retrieving(Box::new(Retrieving::new(retrieval, options.storage, heads)?))
+            }
             Keep::SnapKv { budget } => {
                 Policy::Evicting(Box::new(Evicting::snap_kv(budget, heads.heads)))
             }
@@ -117,6 +135,7 @@ impl LayerState {
             Policy::Layer => None,
             Policy::Reach(reach) => Some((Mask::window(*reach), Some(*reach))),
             Policy::Rolling(rolling, _) => Some((Mask::causal(), Some(rolling.window()))),
+            Policy::Retrieving(retrieving) => Some((Mask::causal(), Some(retrieving.window()))),
             Policy::Evicting(_) => Some((Mask::causal(), None)),
         }
     }
@@ -125,42 +144,83 @@ impl LayerState {
     pub(crate) fn rolling(&self) -> Option<(Rolling, &dyn KvStore)> {
         match &self.policy {
             Policy::Rolling(rolling, first) => Some((*rolling, &**first)),
+            Policy::Retrieving(retrieving) => retrieving.seen().ok(),
             _ => None,
         }
     }
 
-    /// The stores, each with a name, if together with the options that made the state they are all that it holds.
-    pub(crate) fn stores(&self) -> Option<Vec<(&'static str, &Store)>> {
-        if !self.sections.is_empty() {
-            return None;
+    /// Names its parts; `None` if with the options that made the state they are not all that it is.
+    pub(crate) fn save<'a>(&'a self, layer: usize, contents: &mut Contents<'a>) -> Option<()> {
+        let prefix = format!("layer.{layer}.");
+        for (n, section) in self.sections.iter().enumerate() {
+            contents.within(format!("{prefix}section.{n}."));
+            section.save(contents)?;
         }
+        contents.within(prefix);
         match &self.policy {
-            Policy::Layer | Policy::Reach(_) => Some(vec![("", &self.store)]),
-            Policy::Rolling(_, first) => Some(vec![("", &self.store), ("first_", first)]),
-            Policy::Evicting(_) => None,
+            Policy::Evicting(_) | Policy::Retrieving(_) => return None,
+            _ if !self.sections.is_empty() => {}
+            Policy::Layer | Policy::Reach(_) => contents.store("", &self.store),
+            Policy::Rolling(_, first) => {
+                contents.store("", &self.store);
+                contents.store("first_", first);
+            }
         }
+        Some(())
     }
 
-    /// The same, to be filled.
-    pub(crate) fn stores_mut(&mut self) -> Option<Vec<(&'static str, &mut Store)>> {
-        if !self.sections.is_empty() {
-            return None;
+    /// Takes over what a file has of a state of a text of `position` tokens; of other sections than can be saved nothing.
+    pub(crate) fn restore(
+        &mut self,
+        layer: usize,
+        position: usize,
+        taken: &mut Taken<'_>,
+    ) -> Result<(), Error> {
+        let prefix = format!("layer.{layer}.");
+        for (n, section) in self.sections.iter_mut().enumerate() {
+            taken.within(format!("{prefix}section.{n}."));
+            section.restore(position, taken)?;
         }
+        taken.within(prefix);
         match &mut self.policy {
-            Policy::Layer | Policy::Reach(_) => Some(vec![("", &mut self.store)]),
-            Policy::Rolling(_, first) => Some(vec![("", &mut self.store), ("first_", first)]),
-            Policy::Evicting(_) => None,
+            Policy::Evicting(_) | Policy::Retrieving(_) => {}
+            _ if !self.sections.is_empty() => {}
+            Policy::Layer | Policy::Reach(_) => taken.store("", &mut self.store)?,
+            Policy::Rolling(_, first) => {
+                taken.store("", &mut self.store)?;
+                taken.store("first_", first)?;
+            }
         }
+        Ok(())
     }
 
-    /// Whether it holds what a state of this layer, of that reach, holds of a text of `position` tokens.
+    /// Whether it holds what a state of this layer, of that reach, holds of a text of `position` tokens. Sections: whether they
+    /// are at `position`.
     pub(crate) fn is_at(&self, reach: Option<usize>, position: usize) -> bool {
+        if !self.sections.is_empty() {
+            return self.sections.iter().all(|section| section.end() == position);
+        }
         let reach = self.sight().map_or(reach, |(_, reach)| reach);
-        let seen = (position + 1).saturating_sub(reach.unwrap_or(usize::MAX));
         let first = self.rolling().is_none_or(|(rolling, first)| {
             (first.start(), first.end()) == (0, rolling.sinks_among(0..position).len())
         });
-        self.end() == position && self.start() <= seen && first
+        first && self.store.is_at(reach, position)
+    }
+
+    /// What fetches pieces of the text, if something does.
+    pub(crate) fn retrieving(&self) -> Option<&Retrieving> {
+        match &self.policy {
+            Policy::Retrieving(retrieving) => Some(retrieving),
+            _ => None,
+        }
+    }
+
+    /// The same, to take in tokens and to fetch.
+    pub(crate) fn retrieving_mut(&mut self) -> Option<&mut Retrieving> {
+        match &mut self.policy {
+            Policy::Retrieving(retrieving) => Some(retrieving),
+            _ => None,
+        }
     }
 
     /// How keys and values are stored.
@@ -172,6 +232,7 @@ impl LayerState {
     pub fn bytes(&self) -> usize {
         let first = match &self.policy {
             Policy::Rolling(_, first) => first.bytes(),
+            Policy::Retrieving(retrieving) => retrieving.bytes(),
             _ => 0,
         };
         let sections = self.sections.iter().map(SectionState::bytes).sum::<usize>();
@@ -186,6 +247,7 @@ impl LayerState {
             Policy::Layer | Policy::Reach(_) => {}
             Policy::Rolling(_, first) => first.clear(),
             Policy::Evicting(evicting) => evicting.clear(),
+            Policy::Retrieving(retrieving) => retrieving.clear(),
         }
     }
 
@@ -211,7 +273,7 @@ impl LayerState {
         let reach = match &self.policy {
             Policy::Layer => reach,
             Policy::Reach(reach) => Some(*reach),
-            Policy::Rolling(..) | Policy::Evicting(_) => return false,
+            Policy::Rolling(..) | Policy::Evicting(_) | Policy::Retrieving(_) => return false,
         };
         if self.coded() {
             return position == self.end();

@@ -73,12 +73,45 @@ pub enum Keep {
         /// Keys that are kept.
         budget: usize,
     },
+    /// None of the whole text: each call sees the first tokens, the newest, and the pieces between them whose keys suit its
+    /// queries best, chosen for each key/value head, at places that stay small, so that a model can be asked about a text
+    /// longer than its context. A prompt goes through in calls of up to 64 tokens, which share what they see, and a generated
+    /// token alone. Layers whose own window is no longer keep that one.
+    Retrieve(Retrieval),
     /// When a prompt ends, for each key/value head those of it to which its last 32 tokens (or half of the budget, if that is
     /// less) gave least weight (SnapKV, Li et al. 2024). Generated tokens are added to what is kept.
     SnapKv {
         /// Keys of a prompt that are kept.
         budget: usize,
     },
+}
+
+/// How much of a long text a call sees: see [`Keep::Retrieve`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Retrieval {
+    /// Of the first tokens.
+    pub sinks: usize,
+    /// Of the pieces that suit the queries best: a multiple of `piece`.
+    pub fetched: usize,
+    /// Of the newest tokens, the query's own included.
+    pub window: usize,
+    /// Tokens of a piece.
+    pub piece: usize,
+}
+
+impl Retrieval {
+    /// So many tokens in all: half of them the newest, a piece of the first, the others in pieces of 32.
+    pub fn within(budget: usize) -> Retrieval {
+        let piece = 32;
+        let fetched = (budget / 2).saturating_sub(piece) / piece * piece;
+        let sinks = piece.min(budget / 4);
+        Retrieval { sinks, fetched, window: budget - sinks - fetched, piece }
+    }
+
+    /// Tokens that come before the newest.
+    pub(crate) fn first_tokens(self) -> usize {
+        self.sinks.saturating_add(self.fetched)
+    }
 }
 
 impl Keep {
@@ -88,6 +121,9 @@ impl Keep {
             Keep::All => None,
             Keep::Rolling(rolling) => Some(rolling.tokens()),
             Keep::HeavyHitters { budget } | Keep::SnapKv { budget } => Some(budget),
+            Keep::Retrieve(retrieval) => {
+                Some(retrieval.first_tokens().saturating_add(retrieval.window))
+            }
         }
     }
 }
@@ -128,6 +164,12 @@ impl CacheOptions {
         if !(1..=context).contains(&budget) {
             let expected = format!("1 to the context of {context}");
             return refuse("number of keys to keep", budget.to_string(), expected);
+        }
+        if let Keep::Retrieve(Retrieval { window, fetched, piece, .. }) = self.keep
+            && (window == 0 || piece == 0 || !fetched.is_multiple_of(piece))
+        {
+            let expected = "a window, and whole pieces of 1 token or more".to_owned();
+            return refuse("part of a text to see", format!("{:?}", self.keep), expected);
         }
         let evicting = matches!(self.keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. });
         if evicting && self.storage.coded() {

@@ -74,6 +74,12 @@ impl Store {
         self.end() - self.start()
     }
 
+    /// Whether it has so many tokens, and all of them that the next query sees, of the newest `reach`.
+    pub(in crate::mixer) fn is_at(&self, reach: Option<usize>, position: usize) -> bool {
+        let seen = (position + 1).saturating_sub(reach.unwrap_or(usize::MAX));
+        self.end() == position && self.start() <= seen
+    }
+
     /// Bytes of what is held.
     pub(in crate::mixer) fn bytes(&self) -> usize {
         match self {
@@ -209,6 +215,10 @@ impl MemoryStore for Store {
 
     fn clear(&mut self) {
         Store::clear(self);
+    }
+
+    fn exact(&self) -> &dyn KvStore {
+        self
     }
 }
 

@@ -109,6 +109,44 @@ impl<E: Element> InfiniState<E> {
         &mut self.memory
     }
 
+    /// What is held of the open segment, `[kv head][token][dim]` with room for a whole segment: keys as attention reads them,
+    /// values, and keys as the memory reads them if those are others. With the memory and the number of tokens it is the state.
+    pub fn segment(&self) -> [&[E]; 3] {
+        [&self.keys, &self.values, self.plain_keys.as_deref().unwrap_or_default()]
+    }
+
+    /// Takes up what another state of the same description held after so many tokens: its memory's matrices and sums of keys,
+    /// and its [`InfiniState::segment`].
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] for slices of other lengths; the state is unchanged then.
+    pub fn restore(
+        &mut self,
+        tokens: usize,
+        [matrices, key_sums]: [&[f32]; 2],
+        segment: [&[E]; 3],
+    ) -> Result<()> {
+        let memory = [
+            ("matrices of a memory", self.memory.matrices().len(), matrices.len()),
+            ("sums of keys of a memory", self.memory.key_sums().len(), key_sums.len()),
+        ];
+        let held = self.segment().into_iter().zip(segment);
+        let held = held.map(|(own, new)| ("numbers of an open segment", own.len(), new.len()));
+        for (what, expected, got) in memory.into_iter().chain(held) {
+            if expected != got {
+                return Err(Error::LengthMismatch { what, expected, got });
+            }
+        }
+        self.memory.matrices_mut().copy_from_slice(matrices);
+        self.memory.key_sums_mut().copy_from_slice(key_sums);
+        let plain = self.plain_keys.as_deref_mut().unwrap_or_default();
+        for (to, from) in [&mut self.keys[..], &mut self.values, plain].into_iter().zip(segment) {
+            to.copy_from_slice(from);
+        }
+        (self.tokens, self.open) = (tokens, tokens % self.infini.segment);
+        Ok(())
+    }
+
     /// Bytes of the memory and of a segment's keys and values; all of them are allocated from the beginning.
     pub fn bytes(&self) -> usize {
         let numbers = self.memory.matrices().len() + self.memory.key_sums().len();

@@ -6,8 +6,9 @@
 //!
 //! A few tokens at a time, so that what is gathered stays near. There is no other softmax here than [`crate::Attention`]'s.
 
+use super::super::MemoryStore;
 use super::search::NONE;
-use crate::cache::{KvStore, with_rows};
+use crate::cache::{KvValues, TILE, with_rows};
 use crate::cpu::Cpu;
 use crate::error::Result;
 use crate::parallel::for_each_item;
@@ -24,7 +25,7 @@ const GATHERED: usize = 1 << 20;
 /// Selected entries of a segment's queries, `[head][token][top]`, and where they are.
 #[derive(Clone, Copy)]
 pub(super) struct Entries<'a> {
-    pub(super) store: &'a dyn KvStore,
+    pub(super) store: &'a dyn MemoryStore,
     pub(super) selected: &'a [u32],
     pub(super) top: usize,
     /// Entries that a query may have: at most `top`.
@@ -101,13 +102,29 @@ impl Entries<'_> {
         (k, v): (&mut Patch<'_, f32>, &mut Patch<'_, f32>),
     ) {
         for (j, &position) in own.iter().enumerate().filter(|x| *x.1 != NONE) {
-            let at = position as usize;
-            let tile = self.store.tile(kv_head, at..at + 1);
-            let (Some(key), Some(value)) = (tile.keys.rows(), tile.values.rows()) else {
-                unreachable!("a memory's store was checked to hold rows")
+            let (at, level) = (position as usize, self.cpu.level);
+            let Some(key) = self.store.exact().tile(kv_head, at..at + 1).keys.rows() else {
+                unreachable!("a memory's store was checked to have rows of keys")
             };
-            with_rows!(key, rows => row::widen(self.cpu.level, rows.row(0), k.row(j, 0)));
-            with_rows!(value, rows => row::widen(self.cpu.level, rows.row(0), v.row(j, 0)));
+            with_rows!(key, rows => row::widen(level, rows.row(0), k.row(j, 0)));
+            let tile = self.tile(at);
+            match self.store.tile(kv_head, tile.clone()).values {
+                KvValues::Rows(rows) => with_rows!(rows, rows => {
+                    row::widen(level, rows.row(at - tile.start), v.row(j, 0));
+                }),
+                KvValues::Tokens(codes) => codes.row(at - tile.start, v.row(j, 0)),
+            }
+        }
+    }
+
+    /// What a store may be asked for to have the value at a position: all of a tile where there are codes.
+    fn tile(&self, at: usize) -> Range<usize> {
+        match self.store.coded() {
+            false => at..at + 1,
+            true => {
+                let first = at / TILE * TILE;
+                first.max(self.store.start())..(first + TILE).min(self.store.end())
+            }
         }
     }
 

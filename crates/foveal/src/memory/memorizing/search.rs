@@ -9,15 +9,20 @@
 //! Generated queries read keys as they lie, once for all query heads of a group, and select likewise.
 //!
 //! Tiles come in the order of positions and later equals never replace earlier ones: what is selected depends on the scores
-//! alone. A score is one chain of products over the key's numbers, wherever the key lies.
+//! alone. A score is one chain of products over the key's numbers, wherever the key lies. Of codes that are searched in the place
+//! of keys, those that may be among the best are scored again by the keys themselves ([`Bounded`]).
 
-use crate::cache::{KvStore, TILE, with_rows};
-use crate::cpu::Cpu;
+use super::super::MemoryStore;
+use super::best::{Best, Exact, Scored, Selection};
+use super::bounded::Bounded;
+use crate::cache::{KvKeys, KvStore, TILE, with_rows};
+use crate::cpu::{Cpu, Phase};
 use crate::element::DType;
 use crate::parallel::for_each_item;
+use crate::simd::Level;
+use crate::simd::coded::{ChannelScores, channel_scores, with_code};
 use crate::simd::decode::{RowScores, row_scores};
 use crate::simd::product::Form;
-use crate::simd::select::above;
 use crate::simd::tile::{
     GROUP, KEY_TILE, KeyWords, PANEL, STEP, Scores, Visible, group_size, padded, scores,
 };
@@ -30,68 +35,11 @@ pub(super) const NONE: u32 = u32::MAX;
 /// Queries that share the packed keys of a tile.
 const QUERIES: usize = 512;
 
-/// A key's score and position.
-type Candidate = (f32, u32);
-
-/// The best entries of one query so far, and candidates.
-#[derive(Debug, Default)]
-struct Best {
-    candidates: Vec<Candidate>,
-    /// What a score has to exceed.
-    least: f32,
-}
-
-/// Larger scores first, and earlier positions among equals. No score is NaN.
-fn order(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
-}
-
-impl Best {
-    fn reset(&mut self, top: usize) {
-        self.candidates.clear();
-        self.candidates.reserve(2 * top + KEY_TILE);
-        self.least = f32::NEG_INFINITY;
-    }
-
-    /// Takes the scores of a tile whose bits are set.
-    fn take(&mut self, scores: &[f32], words: &KeyWords, first: usize, top: usize) {
-        for (panel, &word) in words.iter().enumerate() {
-            let mut left = word;
-            while left != 0 {
-                let j = panel * PANEL + left.trailing_zeros() as usize;
-                self.candidates.push((scores[j], (first + j) as u32));
-                left &= left - 1;
-            }
-        }
-        if self.candidates.len() >= 2 * top {
-            self.prune(top);
-        }
-    }
-
-    fn prune(&mut self, top: usize) {
-        if self.candidates.len() >= top {
-            let (_, last, _) = self.candidates.select_nth_unstable_by(top - 1, order);
-            self.least = last.0;
-            self.candidates.truncate(top);
-        }
-    }
-
-    /// The positions of the best, best first; [`NONE`] where there are fewer.
-    fn finish(&mut self, to: &mut [u32]) {
-        self.prune(to.len());
-        self.candidates.sort_unstable_by(order);
-        to.fill(NONE);
-        for (to, candidate) in to.iter_mut().zip(&self.candidates) {
-            *to = candidate.1;
-        }
-    }
-}
-
 /// What a thread writes to.
-struct Scratch {
+struct Scratch<S> {
     keys: Vec<f32>,
     scores: Vec<f32>,
-    best: Vec<Best>,
+    best: Vec<S>,
 }
 
 /// Some neighbouring queries of one head.
@@ -101,25 +49,53 @@ struct Part<'a> {
     selected: &'a mut [u32],
 }
 
-/// Like [`search`], for generated queries.
-pub(super) fn search_rows(
-    (store, range): (&dyn KvStore, Range<usize>),
+/// Where entries are looked for.
+type Where<'a> = (&'a dyn MemoryStore, Range<usize>);
+
+/// The positions of the `top` best keys in a range of a store, for each query of `[1, n, H, Dk]`: `[H][n][top]`. `q` is dense.
+pub(super) fn search(
+    at: Where<'_>,
+    q: TensorRef<'_, f32>,
+    (top, cpu, phase): (usize, Cpu, Phase),
+    selected: &mut [u32],
+) {
+    if selected.is_empty() {
+        return;
+    }
+    match (at.0.coded(), phase) {
+        (false, Phase::Prompt) => search_tiles::<Best>(at, q, (top, cpu), selected),
+        (true, Phase::Prompt) => search_tiles::<Bounded>(at, q, (top, cpu), selected),
+        (false, Phase::Generated) => search_rows::<Best>(at, q, (top, cpu), selected),
+        (true, Phase::Generated) => search_rows::<Bounded>(at, q, (top, cpu), selected),
+    }
+}
+
+/// How far the score of a unit query with a coded key of a tile may lie from that with the key: the distance of the two keys, and
+/// rounding of sums whose terms are at most 8 in magnitude, in any order. 0 where keys are no codes.
+fn slack(store: &dyn MemoryStore, kv_head: usize, tile: &Range<usize>) -> f32 {
+    if !store.coded() {
+        return 0.0;
+    }
+    let dim = store.dims().0 as f32;
+    1.001 * store.distance(kv_head, tile.start) + 8.0 * (dim + 8.0) * dim.sqrt() * f32::EPSILON
+}
+
+/// Generated queries: all of a key/value head's at a time.
+fn search_rows<S: Selection>(
+    (store, range): Where<'_>,
     q: TensorRef<'_, f32>,
     (top, cpu): (usize, Cpu),
     selected: &mut [u32],
 ) {
     let Shape { seq, heads, dim, .. } = q.shape();
-    if selected.is_empty() {
-        return;
-    }
     let (kv_heads, width) = (store.kv_heads(), padded(dim));
     let rows = heads / kv_heads * seq;
     let scratch = || Scratch {
         keys: vec![0.0; rows * width],
         scores: vec![0.0; rows * KEY_TILE],
-        best: (0..rows).map(|_| Best::default()).collect(),
+        best: (0..rows).map(|_| S::default()).collect(),
     };
-    let scratches: Vec<Scratch> =
+    let scratches: Vec<Scratch<S>> =
         (0..cpu.threads.count().min(kv_heads)).map(|_| scratch()).collect();
     let items = selected.chunks_mut(rows * top).enumerate();
     for_each_item(items, scratches.into_iter(), |(kv_head, selected), scratch| {
@@ -130,51 +106,64 @@ pub(super) fn search_rows(
             query[..dim].copy_from_slice(q.row(0, n % seq, head));
         }
         best.iter_mut().for_each(|best| best.reset(top));
+        let exact = |n: usize| Exact {
+            level: cpu.level,
+            store,
+            kv_head,
+            query: &queries[n * width..][..dim],
+        };
         let (mut words, mut max) = (vec![KeyWords::default(); rows], vec![0.0; rows]);
         for tile in tiles(store, &range) {
             words.fill(inside(&tile, &range));
-            let Some(keys) = store.tile(kv_head, tile.clone()).keys.rows() else {
-                unreachable!("a memory's store was checked to hold rows")
-            };
-            let (visible, out, max) = (&words[..], &mut scores[..], &mut max[..]);
-            with_rows!(keys, keys => {
-                row_scores(cpu.level, RowScores { queries, keys, visible, out, max });
-            });
+            let keys = store.tile(kv_head, tile.clone()).keys;
+            row_products(cpu.level, (queries, keys), &words, (scores, &mut max));
             let steps = Visible::Some(&words[..1]).all_steps();
-            let scores = scores.chunks_exact(KEY_TILE);
-            for ((best, scores), &max) in best.iter_mut().zip(scores).zip(&*max) {
-                if max > best.least {
-                    let words = above(cpu.level, scores, best.least, steps);
-                    best.take(scores, &words, tile.start, top);
-                }
+            let slack = slack(store, kv_head, &tile);
+            let rows = best.iter_mut().zip(scores.chunks_exact(KEY_TILE)).zip(&max).enumerate();
+            for (n, ((best, scores), &max)) in rows {
+                let scored = Scored { scores, max, steps, first: tile.start, slack };
+                best.take(&scored, &exact(n));
             }
         }
-        for (best, selected) in best.iter_mut().zip(selected.chunks_exact_mut(top)) {
-            best.finish(selected);
-        }
+        let results = best.iter_mut().zip(selected.chunks_exact_mut(top));
+        results.enumerate().for_each(|(n, (best, selected))| best.finish(&exact(n), selected));
     });
 }
 
-/// The positions of the `top` best keys in a range of a store, for each query of `[1, n, H, Dk]`: `[H][n][top]`. `q` is dense.
-pub(super) fn search(
-    (store, range): (&dyn KvStore, Range<usize>),
+/// Scores of rows of queries with the keys of a tile as they lie, and the largest of each row.
+fn row_products(
+    level: Level,
+    (queries, keys): (&[f32], KvKeys<'_>),
+    visible: &[KeyWords],
+    (out, max): (&mut [f32], &mut [f32]),
+) {
+    match keys {
+        KvKeys::Rows(keys) => with_rows!(keys, keys => {
+            row_scores(level, RowScores { queries, keys, visible, out, max });
+        }),
+        KvKeys::Channels(keys) => with_code!(keys.bits, code => {
+            channel_scores(level, code, ChannelScores { queries, keys, visible, out, max });
+        }),
+    }
+}
+
+/// Queries of a prompt, which share packed tiles.
+fn search_tiles<S: Selection>(
+    (store, range): Where<'_>,
     q: TensorRef<'_, f32>,
     (top, cpu): (usize, Cpu),
     selected: &mut [u32],
 ) {
     let Shape { seq, heads, dim, .. } = q.shape();
-    if selected.is_empty() {
-        return;
-    }
     let rows = QUERIES.min(seq);
     let scratch = || Scratch {
         keys: vec![0.0; KEY_TILE * dim],
         scores: vec![0.0; GROUP * KEY_TILE],
-        best: (0..rows).map(|_| Best::default()).collect(),
+        best: (0..rows).map(|_| S::default()).collect(),
     };
     let parts = heads * seq.div_ceil(rows);
     let threads = cpu.threads.count().min(parts);
-    let scratches: Vec<Scratch> = (0..threads).map(|_| scratch()).collect();
+    let scratches: Vec<Scratch<S>> = (0..threads).map(|_| scratch()).collect();
     let items = selected.chunks_mut(seq * top).enumerate().flat_map(|(head, selected)| {
         selected.chunks_mut(rows * top).enumerate().map(move |(n, selected)| {
             let first = n * rows;
@@ -186,21 +175,19 @@ pub(super) fn search(
         let kv_head = part.head * store.kv_heads() / heads;
         let best = &mut scratch.best[..part.tokens.len()];
         best.iter_mut().for_each(|best| best.reset(top));
+        let queries = Queries { q, head: part.head, tokens: part.tokens.clone(), store };
         for tile in tiles(store, &range) {
             let keys = form.pack_keys(store.tile(kv_head, tile.clone()).keys, &mut scratch.keys);
             let mut words = [KeyWords::default(); GROUP];
             let visible = visible(&tile, &range, &mut words);
-            let queries = (q, part.head, part.tokens.clone());
-            tile_candidates(
-                form,
-                queries,
-                (keys, visible, tile.start),
-                &mut scratch.scores,
-                (best, top),
-            );
+            let slack = slack(store, kv_head, &tile);
+            let keys = (keys, visible, tile.start, slack);
+            tile_candidates(form, &queries, keys, &mut scratch.scores, best);
         }
-        for (best, selected) in best.iter_mut().zip(part.selected.chunks_exact_mut(top)) {
-            best.finish(selected);
+        for (n, (best, selected)) in
+            best.iter_mut().zip(part.selected.chunks_exact_mut(top)).enumerate()
+        {
+            best.finish(&queries.exact(form.level(), n), selected);
         }
     });
 }
@@ -235,16 +222,33 @@ fn inside(tile: &Range<usize>, range: &Range<usize>) -> KeyWords {
     words
 }
 
+/// Some neighbouring queries of one head, and where the keys are.
+struct Queries<'a> {
+    q: TensorRef<'a, f32>,
+    head: usize,
+    tokens: Range<usize>,
+    store: &'a dyn MemoryStore,
+}
+
+impl<'a> Queries<'a> {
+    /// What decides for the `n`-th of them.
+    fn exact(&self, level: Level, n: usize) -> Exact<'a> {
+        let kv_head = self.head * self.store.kv_heads() / self.q.shape().heads;
+        let query = self.q.row(0, self.tokens.start + n, self.head);
+        Exact { level, store: self.store, kv_head, query }
+    }
+}
+
 /// Scores of all queries of a part against one tile.
-fn tile_candidates(
+fn tile_candidates<S: Selection>(
     form: Form,
-    (q, head, tokens): (TensorRef<'_, f32>, usize, Range<usize>),
-    (keys, visible, first): (&[f32], Visible<'_>, usize),
+    queries: &Queries<'_>,
+    (keys, visible, first, slack): (&[f32], Visible<'_>, usize, f32),
     out: &mut [f32],
-    (best, top): (&mut [Best], usize),
+    best: &mut [S],
 ) {
-    let Shape { heads, dim, .. } = q.shape();
-    let rows = q.head(0, head);
+    let Shape { heads, dim, .. } = queries.q.shape();
+    let (rows, tokens) = (queries.q.head(0, queries.head), &queries.tokens);
     let step = group_size(tokens.len());
     let steps = visible.all_steps();
     for start in tokens.clone().step_by(step.max(1)) {
@@ -269,41 +273,11 @@ fn tile_candidates(
                 max: &mut max,
             },
         );
-        let own = &mut best[start - tokens.start..group.end - tokens.start];
-        for ((best, scores), &max) in own.iter_mut().zip(out.chunks_exact(KEY_TILE)).zip(&max) {
-            if max > best.least {
-                let words = above(form.level(), scores, best.least, steps);
-                best.take(scores, &words, first, top);
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_best_are_kept_in_order_and_the_earlier_among_equals() {
-        let scores: Vec<f32> = (0..KEY_TILE).map(|j| ((j * 37) % 64) as f32).collect();
-        let mut expected: Vec<Candidate> =
-            (0..3 * KEY_TILE).map(|at| (scores[at % KEY_TILE], at as u32)).collect();
-        expected.sort_by(order);
-        for top in [1, 2, 5, 31, 200, 700, 1000] {
-            let mut best = Best::default();
-            best.reset(top);
-            for tile in 0..3 {
-                let mut words = KeyWords::default();
-                for (j, &score) in scores.iter().enumerate() {
-                    words[j / PANEL] |= u64::from(score > best.least) << (j % PANEL);
-                }
-                best.take(&scores, &words, tile * KEY_TILE, top);
-            }
-            let mut got = vec![0; top];
-            best.finish(&mut got);
-            let held = top.min(expected.len());
-            assert!(got[..held].iter().zip(&expected).all(|(got, (_, at))| got == at), "{top}");
-            assert!(got[held..].iter().all(|&at| at == NONE));
+        let own = start - tokens.start..group.end - tokens.start;
+        let scores = out.chunks_exact(KEY_TILE).zip(&max);
+        for (n, (scores, &max)) in own.zip(scores) {
+            let scored = Scored { scores, max, steps, first, slack };
+            best[n].take(&scored, &queries.exact(form.level(), n));
         }
     }
 }

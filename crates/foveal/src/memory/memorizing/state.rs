@@ -10,7 +10,7 @@
 
 use super::super::{Gate, MemoryStore};
 use super::retrieve::Entries;
-use super::search::{NONE, search, search_rows};
+use super::search::{NONE, search};
 use super::{Memorizing, MemorizingForward, Normal, Selected, Tokens};
 use crate::cache::{ContiguousCache, TILE};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
@@ -64,13 +64,31 @@ impl Memorizing {
         ContiguousCache::new(kv_heads, (key_dim, value_dim), room)
     }
 
-    /// The state of a document that has not begun, with an empty store of rows. Allocates the window.
+    /// The state of a document that has not begun, with an empty store. Allocates the window.
     ///
     /// # Errors
-    /// Those of [`crate::Attention::plan`]; [`Error::InvalidParameter`] for a store that holds tokens, or codes;
-    /// [`Error::ShapeMismatch`] for one of other heads or dims; [`Error::ShapeOverflow`] if a window is more than the address
-    /// space.
+    /// Those of [`crate::Attention::plan`]; [`Error::InvalidParameter`] for a store that holds tokens, or codes without the
+    /// keys that they stand for; [`Error::ShapeMismatch`] for one of other heads or dims; [`Error::ShapeOverflow`] if a window
+    /// is more than the address space.
     pub fn state<M: MemoryStore>(&self, shape: StateHeads, store: M) -> Result<MemorizingState<M>> {
+        if store.end() != 0 {
+            let (what, expected) = ("store of a new memory", "an empty one");
+            let got = format!("{} tokens", store.end());
+            return Err(Error::InvalidParameter { what, expected, got });
+        }
+        self.resume(shape, store)
+    }
+
+    /// The state of a document of which a store holds what is remembered, as one that was found on disk: its next token begins a
+    /// segment, which sees none before it but by retrieval.
+    ///
+    /// # Errors
+    /// Those of [`Memorizing::state`], but for tokens that the store holds.
+    pub fn resume<M: MemoryStore>(
+        &self,
+        shape: StateHeads,
+        store: M,
+    ) -> Result<MemorizingState<M>> {
         let StateHeads { heads, kv_heads, key_dim, value_dim } = shape;
         let q = Shape { batch: 1, seq: 1, heads, dim: key_dim };
         let k = Shape { heads: kv_heads, ..q };
@@ -83,12 +101,11 @@ impl Memorizing {
                 ("keys and values of a memory's store", row(kv_heads, key_dim, value_dim));
             return Err(Error::ShapeMismatch { what, expected, got });
         }
-        if store.end() != 0 || store.coded() {
-            let (what, expected) = ("store of a memory", "an empty one of rows");
-            let got =
-                format!("{} tokens{}", store.end(), if store.coded() { ", codes" } else { "" });
-            return Err(Error::InvalidParameter { what, expected, got });
+        if store.exact().coded() {
+            let (what, expected) = ("store of a memory", "one of rows, or of codes and their keys");
+            return Err(Error::InvalidParameter { what, expected, got: "codes alone".to_owned() });
         }
+        let tokens = store.end();
         let window = |dim| -> Result<Vec<f32>> {
             let of = Shape { batch: 1, seq: self.window(), heads: kv_heads, dim };
             Ok(Tensor::zeros(of)?.into_vec())
@@ -101,7 +118,7 @@ impl Memorizing {
             values: window(value_dim)?,
             before: 0,
             open: 0,
-            tokens: 0,
+            tokens,
             workspace: Workspace::new(),
         })
     }
@@ -113,7 +130,8 @@ impl<M: MemoryStore> MemorizingState<M> {
         let (key_dim, value_dim) = self.store.dims();
         let entries = (self.store.end() - self.store.start()) * self.store.kv_heads();
         let window = size_of::<f32>() * (self.keys.len() + self.values.len());
-        window + entries * (key_dim + value_dim) * self.store.dtype().size()
+        let rows = entries * (key_dim + value_dim) * self.store.dtype().size();
+        window + self.store.held_bytes().unwrap_or(rows)
     }
 
     /// Tokens of the document that were seen.
@@ -131,9 +149,75 @@ impl<M: MemoryStore> MemorizingState<M> {
         self.range().len()
     }
 
+    /// What it is a state of.
+    pub fn memorizing(&self) -> &Memorizing {
+        &self.memorizing
+    }
+
+    /// Whose heads.
+    pub fn heads(&self) -> StateHeads {
+        self.shape
+    }
+
     /// What keeps the entries.
     pub fn store(&self) -> &M {
         &self.store
+    }
+
+    /// Tokens of the segment before the open one that local attention sees.
+    pub fn before(&self) -> usize {
+        self.before
+    }
+
+    /// What local attention sees, `[kv head][token][dim]` with room for all that it may see: k̂ and v, of the segment before
+    /// first. With the store and the numbers of tokens it is the state.
+    pub fn window(&self) -> [&[f32]; 2] {
+        [&self.keys, &self.values]
+    }
+
+    /// Takes up what another state of the same description held after so many tokens, whose store this one has already
+    /// ([`Memorizing::resume`]): its [`MemorizingState::before`] and its [`MemorizingState::window`].
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] for slices of other lengths; [`Error::OutOfRange`] for tokens that the store and one segment
+    /// can't be. The state is unchanged then.
+    pub fn restore(
+        &mut self,
+        tokens: usize,
+        before: usize,
+        [keys, values]: [&[f32]; 2],
+    ) -> Result<()> {
+        for (own, new) in [(&self.keys, keys), (&self.values, values)] {
+            if own.len() != new.len() {
+                let (what, expected, got) = ("numbers of a window", own.len(), new.len());
+                return Err(Error::LengthMismatch { what, expected, got });
+            }
+        }
+        let segment = self.memorizing.segment;
+        let open = tokens.checked_sub(self.store.end()).filter(|&open| open < segment);
+        let Some(open) = open else {
+            let what = "the token of a document whose earlier ones are remembered";
+            return Err(Error::OutOfRange { what, got: tokens, limit: self.store.end() + segment });
+        };
+        if before != 0 && before != segment || before + segment > self.memorizing.window() {
+            let what = "tokens seen of the segment before";
+            let limit = self.memorizing.window() - segment;
+            return Err(Error::OutOfRange { what, got: before, limit });
+        }
+        self.keys.copy_from_slice(keys);
+        self.values.copy_from_slice(values);
+        (self.tokens, self.open, self.before) = (tokens, open, before);
+        Ok(())
+    }
+
+    /// What keeps the entries, to be looked after; what it holds is to stay.
+    pub fn store_mut(&mut self) -> &mut M {
+        &mut self.store
+    }
+
+    /// What keeps the entries, alone.
+    pub fn into_store(self) -> M {
+        self.store
     }
 
     /// Forgets everything, as at the end of a document, and keeps the memory that it takes.
@@ -243,10 +327,7 @@ impl<M: MemoryStore> MemorizingState<M> {
         // More than there are would only be searched in vain.
         let most = top.min(range.len());
         let mut best = vec![NONE; heads * seq * most];
-        match phase {
-            Phase::Prompt => search((&self.store, range), q, (most, cpu), &mut best),
-            Phase::Generated => search_rows((&self.store, range), q, (most, cpu), &mut best),
-        }
+        search((&self.store, range), q, (most, cpu, phase), &mut best);
         if most == top {
             return best;
         }

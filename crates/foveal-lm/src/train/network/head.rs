@@ -1,0 +1,118 @@
+//! The output head with its loss: logits and their gradient live for a block of rows only.
+//!
+//! ```text
+//! loss = Σ_r −log softmax(cap(norm(x_r) Eᵀ))_target
+//! ```
+//!
+//! Rows without a target never meet the head. The gradient of the logits takes their place, and goes back through the head at
+//! once: forward and backward are one pass. 6 · rows · vocab · width operations; memory for a block of logits.
+
+use foveal::Gradient;
+use foveal::nn::{CrossEntropy, IGNORED, cross_entropy};
+use foveal::projection::MatrixShape;
+
+use super::Loss;
+use super::tools::{Normed, Projected, Ranges, Tools, range};
+use crate::Error;
+use crate::config::ModelConfig;
+
+/// Logits of a block, about.
+const LOGITS: usize = 1 << 22;
+/// Blocks are multiples of this many rows: as many as weight gradients sum up in one run.
+const ROWS: usize = 256;
+
+/// The norm and the projection to logits.
+#[derive(Debug)]
+pub(super) struct Head {
+    norm: Normed,
+    projection: Projected,
+    cap: Option<f32>,
+}
+
+/// What is done with the loss.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Objection<'a> {
+    pub(super) targets: &'a [u32],
+    pub(super) smoothing: f32,
+    /// What the gradient of the mean is multiplied by; `None` for no gradient.
+    pub(super) scale: Option<f32>,
+}
+
+impl Head {
+    pub(super) fn new(config: &ModelConfig, ranges: &Ranges) -> Result<Head, Error> {
+        let name = if config.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let shape = MatrixShape { out_features: config.vocab, in_features: config.width };
+        let norm = range(ranges, "model.norm.weight")?;
+        Ok(Head {
+            norm: Normed { range: norm, epsilon: config.norm_epsilon, offset: config.norm_offset },
+            projection: Projected { weight: range(ranges, name)?, bias: None, shape },
+            cap: config.logit_softcap,
+        })
+    }
+
+    /// The loss of rows `x`; with a gradient, theirs, and those of the parameters are added to `gradients`.
+    pub(super) fn loss(
+        &self,
+        parameters: &[f32],
+        (x, of): (&[f32], Objection<'_>),
+        mut gradients: Option<&mut [f32]>,
+        tools: &mut Tools<'_>,
+    ) -> Result<(Loss, Option<Vec<f32>>), Error> {
+        let width = self.projection.shape.in_features;
+        let with: Vec<usize> =
+            (0..of.targets.len()).filter(|&n| of.targets[n] != IGNORED).collect();
+        let mut d_x = gradients.is_some().then(|| tools.pool.zeros(x.len()));
+        let rows = (LOGITS / self.projection.shape.out_features.max(1)).next_multiple_of(ROWS);
+        let rows = rows.clamp(ROWS, 4 * ROWS);
+        let factor = of.scale.map(|scale| scale / with.len().max(1) as f32);
+        let wanted = CrossEntropy { smoothing: of.smoothing, cap: self.cap, gradient: factor };
+        let mut sum = 0.0;
+        for block in with.chunks(rows) {
+            let mut own = tools.pool.take(block.len() * width);
+            for (own, &row) in own.chunks_exact_mut(width).zip(block) {
+                own.copy_from_slice(&x[row * width..(row + 1) * width]);
+            }
+            let targets: Vec<u32> = block.iter().map(|&row| of.targets[row]).collect();
+            let arenas = (parameters, gradients.as_deref_mut());
+            let (loss, d_own) = self.block(arenas, (own, &targets), wanted, tools)?;
+            sum += loss;
+            if let (Some(d_x), Some(d_own)) = (&mut d_x, d_own) {
+                for (d_own, &row) in d_own.chunks_exact(width).zip(block) {
+                    d_x[row * width..(row + 1) * width].copy_from_slice(d_own);
+                }
+                tools.pool.give(d_own);
+            }
+        }
+        Ok((Loss { sum, targets: with.len() }, d_x))
+    }
+
+    fn block(
+        &self,
+        (parameters, gradients): (&[f32], Option<&mut [f32]>),
+        (x, targets): (Vec<f32>, &[u32]),
+        wanted: CrossEntropy,
+        tools: &mut Tools<'_>,
+    ) -> Result<(f64, Option<Vec<f32>>), Error> {
+        let mut normed = tools.pool.take(x.len());
+        self.norm.forward(parameters, &x, &mut normed, tools)?;
+        let mut logits = tools.pool.take(targets.len() * self.projection.shape.out_features);
+        self.projection.forward(parameters, &normed, &mut logits, tools)?;
+        let loss = cross_entropy(wanted, &mut logits, targets, tools.cpu)?;
+        let mut d_x = None;
+        if let Some(gradients) = gradients {
+            let arenas = (parameters, &mut *gradients);
+            self.projection.weight_gradient(arenas, (&normed, &logits), tools)?;
+            self.projection.input_gradient(
+                parameters,
+                &logits,
+                Gradient::Write(&mut normed),
+                tools,
+            )?;
+            let mut d = tools.pool.zeros(x.len());
+            self.norm.backward((parameters, gradients), (&x, &normed), &mut d, tools)?;
+            d_x = Some(d);
+        }
+        [normed, logits, x].into_iter().for_each(|buffer| tools.pool.give(buffer));
+        Ok((loss, d_x))
+    }
+}

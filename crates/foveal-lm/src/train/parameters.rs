@@ -1,0 +1,168 @@
+//! Everything that is learned, as one arena of numbers.
+//!
+//! Entries have the names and shapes of `model.safetensors`. Matrices that read the same rows lie side by side, so that
+//! kernels may take them for one: gate and up. Gradients and the moments of an optimizer have the same layout.
+//!
+//! **Initial values** depend on the seed and an entry's name, on nothing else. Matrices: normal with deviation 0.02, those
+//! that write to the residual stream (`o_proj`, `down_proj`) divided by √(2 · layers) (Radford et al. 2019, §2.3). Norms: what
+//! multiplies by 1. Biases, sinks and gates of memories: 0. Convolutions: uniform within ±1/√taps. Decays (`a_log`,
+//! `dt_bias`): logarithms of rates uniform in 1 to 16, and steps log-uniform in 0.001 to 0.1 through the inverse of softplus
+//! (Dao and Gu 2024). Scales of Memorizing Transformers: 1.
+
+mod initial;
+mod layout;
+mod sections;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::Error;
+use crate::config::ModelConfig;
+use crate::names::Form;
+use crate::weights::{Description, Weights};
+
+pub(crate) use layout::Declared;
+
+/// What kind of parameter an entry is: what an optimizer does with it follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Group {
+    /// Matrices, embeddings too: weight decay.
+    Matrix,
+    /// Norms, biases, sinks, scales and decays: none.
+    Vector,
+    /// Gates of memories: none, and a learning rate of their own.
+    Gate,
+}
+
+/// One tensor of the arena.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The name in `model.safetensors`.
+    pub name: String,
+    /// The lengths of its axes.
+    pub shape: Vec<usize>,
+    /// Where its numbers are.
+    pub range: Range<usize>,
+    /// What kind it is.
+    pub group: Group,
+}
+
+/// The parameters of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameters {
+    entries: Vec<Entry>,
+    values: Vec<f32>,
+}
+
+impl Parameters {
+    /// Initial values; see the [module](self).
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedConfig`] for a model that can't be trained; [`Error::Config`] for one too large to address.
+    pub fn initial(config: &ModelConfig, seed: u64) -> Result<Parameters, Error> {
+        let declared = layout::declared(config)?;
+        let entries = entries(&declared)?;
+        let mut values = vec![0.0; entries.last().map_or(0, |last| last.range.end)];
+        for (entry, declared) in entries.iter().zip(&declared) {
+            declared.initial.fill(&mut values[entry.range.clone()], seed, &entry.name);
+        }
+        Ok(Parameters { entries, values })
+    }
+
+    /// The numbers of a model's file, in whatever format it stores them.
+    ///
+    /// # Errors
+    /// Those of [`Parameters::initial`]; [`Error::Weights`] for a tensor that is missing or has another shape;
+    /// [`Error::ForeignTensor`] for one that the model does not have.
+    pub fn from_weights(config: &ModelConfig, weights: &Weights) -> Result<Parameters, Error> {
+        let declared = layout::declared(config)?;
+        let entries = entries(&declared)?;
+        let form = match weights.description() {
+            Description::Gguf(_) => Form::Gguf,
+            _ => Form::HuggingFace,
+        };
+        let names: Vec<String> =
+            declared.iter().map(|declared| declared.name_in(config, form)).collect();
+        refuse_foreign(config, weights, &names)?;
+        let mut values = vec![0.0; entries.last().map_or(0, |last| last.range.end)];
+        for (entry, name) in entries.iter().zip(&names) {
+            let stored = weights.tensor(name)?.with_shape(&entry.shape)?.to_f32();
+            values[entry.range.clone()].copy_from_slice(&stored);
+        }
+        Ok(Parameters { entries, values })
+    }
+
+    /// What there is, in the order of the numbers.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// All numbers.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// All numbers, to be changed.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
+    /// As many zeros: a place for gradients. Allocates it.
+    pub fn zeros(&self) -> Vec<f32> {
+        vec![0.0; self.values.len()]
+    }
+
+    /// The numbers of one entry.
+    pub fn get(&self, name: &str) -> Option<&[f32]> {
+        let entry = self.entries.iter().find(|entry| entry.name == name)?;
+        self.values.get(entry.range.clone())
+    }
+
+    /// The first entry with a number in `numbers`, laid out as the parameters are, that is not finite: of gradients, where
+    /// something went wrong.
+    pub fn not_finite(&self, numbers: &[f32]) -> Option<&Entry> {
+        self.entries.iter().find(|entry| {
+            numbers.get(entry.range.clone()).is_some_and(|own| own.iter().any(|x| !x.is_finite()))
+        })
+    }
+}
+
+/// Where each tensor lies.
+pub(crate) fn entries(declared: &[Declared]) -> Result<Vec<Entry>, Error> {
+    let mut start = 0usize;
+    let place = |declared: &Declared| {
+        let count = declared.shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis));
+        let end = count.and_then(|count| start.checked_add(count));
+        let end = end.filter(|&end| end <= isize::MAX as usize / size_of::<f32>());
+        let end = end.ok_or_else(|| {
+            let expected = "fewer than the address space has";
+            Error::config("number of parameters", "more than can be counted", expected)
+        })?;
+        let range = start..end;
+        start = end;
+        let Declared { name, shape, group, .. } = declared.clone();
+        Ok(Entry { name, shape, range, group })
+    };
+    declared.iter().map(place).collect()
+}
+
+/// The ranges of a model's parameters, by name.
+pub(crate) fn ranges(config: &ModelConfig) -> Result<BTreeMap<String, Range<usize>>, Error> {
+    let entries = entries(&layout::declared(config)?)?;
+    Ok(entries.into_iter().map(|entry| (entry.name, entry.range)).collect())
+}
+
+/// Tensors that files may have besides: what configurations say already, or what is the embedding.
+fn redundant(config: &ModelConfig, name: &str) -> bool {
+    let tied = config.tied_head && matches!(name, "lm_head.weight" | "output.weight");
+    tied || name == "rope_freqs.weight" || name.ends_with(".rotary_emb.inv_freq")
+}
+
+fn refuse_foreign(config: &ModelConfig, weights: &Weights, names: &[String]) -> Result<(), Error> {
+    let known: std::collections::BTreeSet<&str> = names.iter().map(String::as_str).collect();
+    let foreign = weights.tensors().iter().map(|tensor| &*tensor.name);
+    match foreign.filter(|name| !known.contains(name)).find(|name| !redundant(config, name)) {
+        Some(name) => Err(Error::ForeignTensor { name: name.to_owned() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,7 @@
+//! Training: every mechanism's gradients against differences, against models that are run, and against their own laws.
+
+mod across;
+mod laws;
+mod mechanisms;
+mod runs;
+mod setup;
