@@ -165,7 +165,7 @@ fn crossover(dim: usize, cpu: Cpu) -> foveal::Result<()> {
                 plan.forward(inputs, TensorMut::new(&mut out, text.shape)?, None, &mut workspace)?;
             }
             let exact = start.elapsed().as_secs_f64();
-            let mut one = |run: &mut dyn FnMut() -> foveal::Result<f64>| -> foveal::Result<f64> {
+            let one = |run: &mut dyn FnMut() -> foveal::Result<f64>| -> foveal::Result<f64> {
                 let start = Instant::now();
                 (0..repeats).try_for_each(|_| run().map(|_| ()))?;
                 Ok(start.elapsed().as_secs_f64())
