@@ -70,7 +70,8 @@ impl<'py> Array<'py> {
         let capsule = export.call((), Some(&version))?;
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let pointer = capsule.pointer_checked(Some(dlpack::VERSIONED)).map_err(|_| {
-            let text = "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
+            let text =
+                "an array that exports DLPack 1.0 (NumPy 2.1 or newer, PyTorch 2.7 or newer)";
             PyValueError::new_err(format!("{what}: expected {text}"))
         })?;
         let managed = pointer.cast::<Managed>();
@@ -368,10 +369,7 @@ impl<'a> View<'a> {
         let skip = AXES - self.memory.axes;
         shape[skip..].copy_from_slice(self.shape());
         strides[skip..].copy_from_slice(&self.memory.strides[..self.memory.axes]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         let data = self.memory.data;
         let row = move |[a, b, c]: [usize; 3]| {
             assert!(a < shape[0] && b < shape[1] && c < shape[2]);
@@ -398,23 +396,36 @@ impl<'a> View<'a> {
 
     fn axes(&self, expected: usize, meaning: &'static str) -> Result<()> {
         let got = self.memory.axes;
-        if got == expected { Ok(()) } else { Err(Error::Axes { what: self.what, expected, meaning, got }) }
+        if got == expected {
+            Ok(())
+        } else {
+            Err(Error::Axes { what: self.what, expected, meaning, got })
+        }
     }
 
-    fn forwards(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+    /// Refuses strides that kernels do not take. Those of arrays without elements say nothing.
+    fn ordered(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+        if shape.contains(&0) {
+            return Ok(());
+        }
         let negative = shape.iter().zip(strides).find(|(n, stride)| **n > 1 && *stride < 0);
-        negative.map_or(Ok(()), |(_, got)| Err(Error::Backwards { what: self.what, got }))
+        if let Some((_, got)) = negative {
+            return Err(Error::Backwards { what: self.what, got });
+        }
+        if shape[3] > 1 && strides[3] != 1 {
+            return Err(Error::LastAxis { what: self.what, got: strides[3] });
+        }
+        Ok(())
     }
 
     fn layout(&self, order: [usize; 4]) -> Result<(Shape, Strides)> {
         let shape = order.map(|axis| self.memory.shape[axis]);
         let strides = order.map(|axis| self.memory.strides[axis]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         // The stride of an axis of one element says nothing.
-        let stride = |axis: usize| if shape[axis] > 1 { strides[axis] as usize } else { 0 };
+        let empty = shape.contains(&0);
+        let stride =
+            |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
         let [batch, seq, heads, dim] = shape;
         let strides = Strides { batch: stride(0), seq: stride(1), heads: stride(2) };
         Ok((Shape { batch, seq, heads, dim }, strides))
@@ -446,6 +457,9 @@ impl<'a> View<'a> {
     /// Elements of an array that lie one after the other.
     fn contiguous(&self) -> Result<usize> {
         let mut dense = 1;
+        if self.shape().contains(&0) {
+            return Ok(0);
+        }
         for axis in (0..self.memory.axes).rev() {
             let n = self.memory.shape[axis];
             if n > 1 && self.memory.strides[axis] != dense as i64 {

@@ -96,7 +96,8 @@ impl Exact {
                 given.view(CONTENT_BIAS)?.floats()?,
                 given.view(POSITION_BIAS)?.floats()?,
             );
-            attention = attention.relative_encoding(RelativeEncoding::new(keys, content, position)?);
+            attention =
+                attention.relative_encoding(RelativeEncoding::new(keys, content, position)?);
         }
         if self.dropout != 0.0 {
             attention = attention.dropout(Dropout { rate: self.dropout, seed: self.seed });
@@ -275,7 +276,18 @@ impl<E: Element> Places<E> {
         let distances = self.distances.map(Output::unbatched);
         let nothing = || None;
         vec![
-            d_q, d_k, d_v, nothing(), bias, slopes, sinks, nothing(), nothing(), nothing(), distances, content,
+            d_q,
+            d_k,
+            d_v,
+            nothing(),
+            bias,
+            slopes,
+            sinks,
+            nothing(),
+            nothing(),
+            nothing(),
+            distances,
+            content,
             position,
         ]
     }
@@ -293,7 +305,8 @@ pub(crate) fn dense(seen: &View<'_>, extent: Extent) -> Result<Dense> {
     }
     let words = keys.div_ceil(64);
     let mut bits = vec![0u64; b * h * queries * words];
-    for (n, to) in bits.chunks_exact_mut(words.max(1)).enumerate() {
+    let rows = if words == 0 { &mut [][..] } else { &mut bits[..] };
+    for (n, to) in rows.chunks_exact_mut(words.max(1)).enumerate() {
         let (site, t_row) = (n / queries, n % queries);
         let from = row([site / h, site % h, t_row.min(t - 1)]);
         match s == keys {

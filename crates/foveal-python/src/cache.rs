@@ -8,7 +8,7 @@ use crate::attention::{simple, with_workspace};
 use crate::call::{Given, cpu, scale, views};
 use crate::error::{Error, Result};
 use crate::output::Output;
-use foveal::cache::{codes::Bits, ContiguousCache, KvStore, PagePool, PagedCache, QuantizedCache};
+use foveal::cache::{ContiguousCache, KvStore, PagePool, PagedCache, QuantizedCache, codes::Bits};
 use foveal::mask::Band;
 use foveal::{Attention, DType, Element, Shape, Tensor, TensorRef};
 use half::{bf16, f16};
@@ -175,7 +175,8 @@ impl Cache {
             Store::PagedF16(cache) => cache.truncate(end),
             Store::PagedBf16(cache) => cache.truncate(end),
             Store::Quantized(_) => {
-                let (what, expected) = ("truncate", "a cache of rows; tokens of codes share scales");
+                let (what, expected) =
+                    ("truncate", "a cache of rows; tokens of codes share scales");
                 return Err(Error::Option { what, expected, got: "codes".to_owned() }.into());
             }
         }
@@ -305,9 +306,8 @@ fn attend<E: Element>(
         Attention::new().mask(simple(Band { behind, ahead })).scale(scale(by)).cpu(cpu()?);
     attention = softcap.into_iter().fold(attention, Attention::softcap);
     attention = given.maybe_floats(1)?.into_iter().fold(attention, Attention::sinks);
-    let (kv_heads, dims) = stores.first().map_or((1, (q.shape().dim, 1)), |store| {
-        (store.kv_heads(), store.dims())
-    });
+    let (kv_heads, dims) =
+        stores.first().map_or((1, (q.shape().dim, 1)), |store| (store.kv_heads(), store.dims()));
     let held = stores.iter().map(|store| store.end() - store.start()).max().unwrap_or(0);
     let k = Shape { seq: held, heads: kv_heads, dim: dims.0, ..q.shape() };
     let v = Shape { dim: dims.1, ..k };

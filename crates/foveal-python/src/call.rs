@@ -56,7 +56,8 @@ impl<'a> Given<'a> {
 
     /// An array that must not.
     pub(crate) fn view(&self, n: usize) -> Result<&View<'a>> {
-        self.optional(n).ok_or(Error::Missing { what: self.names.get(n).copied().unwrap_or("result") })
+        self.optional(n)
+            .ok_or(Error::Missing { what: self.names.get(n).copied().unwrap_or("result") })
     }
 
     /// `[batch, seq, heads, dim]`.
@@ -124,9 +125,9 @@ impl<'py> Job<'py> {
             }
         };
         let like = arrays.first().and_then(Option::as_ref).ok_or(Error::Missing { what: "q" })?;
-        let outputs = outputs.into_iter().map(|output| {
-            output.map(|output| output.into_array(like)).transpose()
-        });
+        let outputs = outputs
+            .into_iter()
+            .map(|output| output.map(|output| output.into_array(like)).transpose());
         PyTuple::new(py, outputs.collect::<PyResult<Vec<_>>>()?)
     }
 }

@@ -21,7 +21,9 @@ pub(crate) enum Error {
     LastAxis { what: &'static str, got: i64 },
     #[error("{what}: a stride of {got} goes backwards; make a copy")]
     Backwards { what: &'static str, got: i64 },
-    #[error("{what}: has to be contiguous; make a copy with .contiguous() (PyTorch) or np.ascontiguousarray")]
+    #[error(
+        "{what}: has to be contiguous; make a copy with .contiguous() (PyTorch) or np.ascontiguousarray"
+    )]
     Contiguous { what: &'static str },
     #[error("{what}: its address is no multiple of the size of its elements")]
     Misaligned { what: &'static str },

@@ -34,7 +34,8 @@ impl TwoMaps {
         given: &Given<'_>,
         run: impl FnOnce(Differential<'_>) -> Result<T>,
     ) -> Result<T> {
-        let attention = Attention::new().mask(simple(self.band)).scale(scale(self.scale)).cpu(cpu()?);
+        let attention =
+            Attention::new().mask(simple(self.band)).scale(scale(self.scale)).cpu(cpu()?);
         let floats = |n: usize| given.view(n)?.floats();
         let lambda = Lambda {
             first: [floats(LAMBDAS)?, floats(LAMBDAS + 1)?],
@@ -81,9 +82,11 @@ impl Mechanism for TwoMaps {
             let (out, lse) = (results.tensor(n)?, results.view(n + 1)?.per_row()?);
             Ok(Forward { out: owned(out)?, lse: owned(lse)? })
         };
-        let forward = DifferentialForward { out: owned(results.tensor(0)?)?, maps: [map(1)?, map(3)?] };
+        let forward =
+            DifferentialForward { out: owned(results.tensor(0)?)?, maps: [map(1)?, map(3)?] };
         let d_out = d.tensor(0)?;
-        let back = self.run(given, |layer| Ok(layer.backward(pairs::<E>(given)?, &forward, d_out)?))?;
+        let back =
+            self.run(given, |layer| Ok(layer.backward(pairs::<E>(given)?, &forward, d_out)?))?;
         let vector = |x: Vec<f32>| {
             let len = x.len();
             Some(Output::new(x, &[len]))
@@ -134,7 +137,11 @@ impl Mechanism for Latent {
         let (q, rows) = (given.tensor::<f32>(0)?, given.view(1)?);
         let &[batch, seq, row] = rows.shape() else {
             let got = rows.shape().to_vec();
-            return Err(Error::Shape { what: "rows, [batch, seq, latent + rope]", expected: vec![0; 3], got });
+            return Err(Error::Shape {
+                what: "rows, [batch, seq, latent + rope]",
+                expected: vec![0; 3],
+                got,
+            });
         };
         let (shape, up) = (q.shape(), given.view(2)?);
         let &[out_features, in_features] = up.shape() else {
@@ -152,7 +159,8 @@ impl Mechanism for Latent {
             nope: shape.dim.saturating_sub(self.rope),
             value: self.value,
         };
-        let attention = Attention::new().mask(simple(self.band)).scale(scale(self.scale)).cpu(cpu()?);
+        let attention =
+            Attention::new().mask(simple(self.band)).scale(scale(self.scale)).cpu(cpu()?);
         let up = Matrix::from_floats(MatrixShape { out_features, in_features }, up.floats()?)?;
         let layer = LatentAttention::new(attention, dims, up)?;
         let rows = rows.shared_rows::<f32>()?;

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::output::Output;
 use foveal::linear::{
     AnyOrder, Delta, Draw, Efficient, Favor, FeatureMap, Gradients, Linear, Linformer,
-    LinformerForward, MatrixGradients, RandomFeatures, RecurrentBackward, Recurrence, Recurrent,
+    LinformerForward, MatrixGradients, RandomFeatures, Recurrence, Recurrent, RecurrentBackward,
     Results, Retention, ScalarDecay, SequenceMatrix, Sharing, State, Tokens, Upstream, VectorDecay,
 };
 use foveal::plan::Inputs;
@@ -18,17 +18,8 @@ const SUMS: usize = 6;
 const PRESENT: usize = 7;
 const CUTS: usize = 8;
 /// What all of them are given.
-const ARRAYS: &[&str] = &[
-    "q",
-    "k",
-    "v",
-    "log_decay",
-    "beta",
-    "initial_state",
-    "initial_sums",
-    "present",
-    "cu_seqlens",
-];
+const ARRAYS: &[&str] =
+    &["q", "k", "v", "log_decay", "beta", "initial_state", "initial_sums", "present", "cu_seqlens"];
 
 /// A mechanism that goes from token to token.
 #[derive(Debug)]
@@ -54,10 +45,7 @@ pub(crate) fn linear(map: &str, epsilon: Option<f32>) -> Result<Linear> {
 }
 
 /// `performer` with features of a seed.
-pub(crate) fn performer(
-    (features, dim, seed): (usize, usize, u64),
-    kernel: &str,
-) -> Result<Favor> {
+pub(crate) fn performer((features, dim, seed): (usize, usize, u64), kernel: &str) -> Result<Favor> {
     let favor = Favor::new(RandomFeatures::new(Draw::Orthogonal, features, dim, seed)?);
     match kernel {
         "softmax" => Ok(favor),
@@ -184,7 +172,9 @@ fn in_order<E: Element>(
     given: &Given<'_>,
 ) -> Vec<Option<Output>> {
     let rows = |x: Tensor<f32>| match x.shape().dim {
-        1 if given.optional(DECAY).is_some_and(|view| view.shape().len() == 3) => Output::per_row(x),
+        1 if given.optional(DECAY).is_some_and(|view| view.shape().len() == 3) => {
+            Output::per_row(x)
+        }
         _ => Output::tensor(x),
     };
     let [matrices, sums] = given_back(d_state);
@@ -212,10 +202,8 @@ impl<R: Recurrence + Clone + Send> Mechanism for Causal<R> {
         let mut out = Tensor::zeros(shape)?;
         let seq = if self.0.form().beta { shape.seq } else { 0 };
         let mut reads = Tensor::zeros(Shape { seq, ..shape })?;
-        let results = Results {
-            out: out.view_mut(),
-            reads: self.0.form().beta.then(|| reads.view_mut()),
-        };
+        let results =
+            Results { out: out.view_mut(), reads: self.0.form().beta.then(|| reads.view_mut()) };
         recurrent.forward_into(&tokens, results, &mut state, &mut Workspace::new())?;
         let [matrices, sums] = given_back(&state);
         Ok(vec![Output::tensor(out), matrices, sums, Output::tensor(reads)])
@@ -353,9 +341,8 @@ impl Mechanism for Mixtures {
             d_values: d_f.as_deref_mut().map_or(Gradient::Skip, Gradient::Write),
         };
         let d_out = d.tensor(0)?;
-        let back = self.layer(given, |layer| {
-            Ok(layer.backward(inputs, &forward, d_out, matrices)?)
-        })?;
+        let back =
+            self.layer(given, |layer| Ok(layer.backward(inputs, &forward, d_out, matrices)?))?;
         let like = |n: usize, x: Vec<f32>| {
             Output::new(x, given.optional(n).map_or(&[], |view| view.shape()))
         };

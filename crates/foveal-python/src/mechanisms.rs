@@ -63,7 +63,7 @@ fn run<'py>(
             job.run(&Rotary { theta, rotary_dim, interleaved })
         }
         "merge" => job.run(&Join),
-        "sparse_transformer" | "longformer" | "bigbird" | "reformer" | "moba" | "native_sparse" => {
+        "sparse_transformer" | "longformer" | "bigbird" | "lsh" | "moba" | "native_sparse" => {
             sparse(name, job, options)
         }
         "infini" | "memorizing" => memory(name, job, options),
@@ -78,7 +78,8 @@ fn sparse<'py>(
 ) -> PyResult<Bound<'py, PyTuple>> {
     match name {
         "sparse_transformer" => {
-            type Options = (String, usize, usize, String, Option<usize>, String, usize, Option<f32>);
+            type Options =
+                (String, usize, usize, String, Option<usize>, String, usize, Option<f32>);
             let (pattern, stride, width, window, sub_blocks, combine, layer, by): Options =
                 options.extract()?;
             job.run(&Factorised::new(
@@ -101,14 +102,15 @@ fn sparse<'py>(
             let (block, random, seed, causal, scale) = options.extract()?;
             job.run(&RandomBlocks { block, random, seed, causal, scale })
         }
-        "reformer" => {
+        "lsh" => {
             type Options = (usize, usize, usize, u64, bool, bool, Option<f32>, f32);
             let (chunk, buckets, rounds, seed, causal, strict, self_logit, by): Options =
                 options.extract()?;
             let layer = Reformer::new(chunk).map_err(Error::from)?.causal(causal).cpu(cpu()?);
             let mut layer = layer.scale(foveal::Scale::Value(by));
             layer = if strict { layer.strict_buckets() } else { layer };
-            layer = self_logit.map(SelfLogit::Replace).into_iter().fold(layer, Reformer::self_logit);
+            layer =
+                self_logit.map(SelfLogit::Replace).into_iter().fold(layer, Reformer::self_logit);
             job.run(&Hashed { layer, buckets, rounds, seed })
         }
         "moba" => {

@@ -89,9 +89,9 @@ impl Mechanism for Segments {
         let upstream = Upstream { d_out: d.tensor(0)?, initial: &initial };
         let back = infini.backward(&tokens, upstream, &mut d_memory)?;
         let [matrices, sums] = given_back(&d_memory);
-        let (q, k) = back.d_rotated.map_or((None, None), |(q, k)| {
-            (Some(Output::tensor(q)), Some(Output::tensor(k)))
-        });
+        let (q, k) = back
+            .d_rotated
+            .map_or((None, None), |(q, k)| (Some(Output::tensor(q)), Some(Output::tensor(k))));
         let heads = back.d_gate.len();
         Ok(vec![
             Some(Output::tensor(back.d_q)),

@@ -92,7 +92,8 @@ impl Output {
     }
 
     fn into_managed(self) -> NonNull<Managed> {
-        let mut held = Box::new(Held { shape: self.shape, strides: [1; AXES], numbers: self.numbers });
+        let mut held =
+            Box::new(Held { shape: self.shape, strides: [1; AXES], numbers: self.numbers });
         for axis in (1..self.axes).rev() {
             held.strides[axis - 1] = held.strides[axis] * held.shape[axis].max(1);
         }
@@ -159,7 +160,9 @@ impl Buffer {
         }
         let (name, free) = (dlpack::VERSIONED.as_ptr(), Some(free_capsule as _));
         // SAFETY: the capsule frees what it holds unless somebody takes it.
-        unsafe { Bound::from_owned_ptr_or_err(py, pyo3::ffi::PyCapsule_New(managed.cast(), name, free)) }
+        unsafe {
+            Bound::from_owned_ptr_or_err(py, pyo3::ffi::PyCapsule_New(managed.cast(), name, free))
+        }
     }
 
     /// The processor.

@@ -42,9 +42,8 @@ impl Factorised {
         (combine, layer): (&str, usize),
         by: Option<f32>,
     ) -> Result<Factorised> {
-        let refuse = |what, expected, got: &str| {
-            Err(Error::Option { what, expected, got: got.to_owned() })
-        };
+        let refuse =
+            |what, expected, got: &str| Err(Error::Option { what, expected, got: got.to_owned() });
         let window = match window {
             "paper" => Window::Paper,
             "code" => Window::Code,
@@ -96,11 +95,9 @@ impl Windowed {
     fn global<'a, E: Element>(given: &Given<'a>) -> Result<Option<Inputs<'a, E, E>>> {
         match given.optional(3) {
             None => Ok(None),
-            Some(_) => Ok(Some(Inputs {
-                q: given.tensor(3)?,
-                k: given.tensor(4)?,
-                v: given.tensor(5)?,
-            })),
+            Some(_) => {
+                Ok(Some(Inputs { q: given.tensor(3)?, k: given.tensor(4)?, v: given.tensor(5)? }))
+            }
         }
     }
 }
@@ -312,7 +309,8 @@ impl Mechanism for Native {
 
     fn forward<E: Element>(&self, given: &Given<'_>) -> Result<Vec<Output>> {
         let gates = given.tensor(GATES)?;
-        let forward = self.branches::<E, _>(given, |inputs| Ok(self.0.forward(inputs, gates)?))?;
+        let forward =
+            self.branches::<E, _>(given, |inputs| Ok(self.0.forward(inputs, gates)?))?;
         Ok(vec![Output::tensor(forward.out)])
     }
 

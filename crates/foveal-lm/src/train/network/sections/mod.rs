@@ -1,10 +1,13 @@
 //! The mechanisms by name, as training computes them.
 
+mod chosen;
 mod exact;
 mod infini;
 mod linear;
+mod linformer;
 mod memorizing;
 mod recurring;
+mod rounded;
 mod transformer_xl;
 
 use foveal::Scale;
@@ -58,6 +61,13 @@ pub(super) fn named(
     section: &SectionConfig,
     place: SectionPlace<'_>,
 ) -> Result<Box<dyn TrainedSection>, Error> {
+    let name = section.mechanism.name();
+    if !place.causal && !WITHOUT_ORDER.contains(&name) {
+        return Err(Error::MaskedMechanism { name });
+    }
+    if let Some(chosen) = chosen::Chosen::new(&section.mechanism, place)? {
+        return Ok(Box::new(chosen));
+    }
     Ok(match &section.mechanism {
         Mechanism::Full {}
         | Mechanism::Window { .. }
@@ -71,6 +81,9 @@ pub(super) fn named(
         | Mechanism::Gla { .. }
         | Mechanism::Delta { .. }
         | Mechanism::GatedDelta { .. } => recurrence(&section.mechanism, place)?,
+        &Mechanism::Linformer { rank, shared } => {
+            Box::new(linformer::Mixtures::new(rank, shared, place)?)
+        }
         Mechanism::TransformerXl { .. } => {
             Box::new(transformer_xl::TransformerXl::new(&section.mechanism, place)?)
         }
@@ -78,10 +91,7 @@ pub(super) fn named(
         Mechanism::Memorizing { .. } => {
             Box::new(memorizing::Remembered::new(&section.mechanism, place)?)
         }
-        other => {
-            let name = other.name();
-            return Err(Error::UntrainedMechanism { name });
-        }
+        _ => return Err(Error::UntrainedMechanism { name }),
     })
 }
 
@@ -97,3 +107,7 @@ fn recurrence(
     }
     Ok(Box::new(recurring::Recurring::new(mechanism, rule, place)?))
 }
+
+/// Mechanisms through which tokens may see later ones.
+const WITHOUT_ORDER: [&str; 8] =
+    ["full", "window", "longformer", "bigbird", "linear", "performer", "efficient", "linformer"];
