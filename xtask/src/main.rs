@@ -9,6 +9,7 @@ mod docs;
 mod fuzz;
 mod header;
 mod pictures;
+mod python;
 mod rules;
 mod run;
 mod test;
@@ -20,13 +21,14 @@ cargo xtask COMMAND
 
   test [FILTER...]           all tests: the workspace, its examples in the documentation, the kernels without threads,
                              the kernels with each forced level, the example in C; with FILTER, the workspace's tests
-                             of these names
+                             of these names; with --torch or FOVEAL_TORCH=1 the wheel's tests with PyTorch and Transformers too
   ci                         what .ci/run runs: format, lints, documentation, rules, package, tests
   rules                      what no lint checks: where intrinsics, unsafe and machine paths may be, how long files are
   docs [--check]             write the README's table of mechanisms and the header of the C interface (or only
                              compare them)
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
+  python                     build the wheel, install it into a fresh environment, test what was installed
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
   pictures MODEL             write the README's pictures of the terminal, with SmolLM2's file
 ";
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Some("docs") => docs::run(&rest),
         Some("fuzz") => fuzz::run(&rest),
         Some("pictures") => pictures::run(&rest),
+        Some("python") => python::run(&rest),
         Some("bench") => bench::run(&rest),
         Some("help" | "--help" | "-h") | None => {
             print!("{USAGE}");

@@ -1,11 +1,17 @@
 //! `cargo xtask test`: every test there is, with cargo alone, or with nextest where that is installed.
 
 use crate::c;
+use crate::python;
 use crate::run::{self, cargo};
 use anyhow::{Result, bail};
 
-pub(crate) fn run(filters: &[String]) -> Result<()> {
-    workspace(filters)?;
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
+    let (flags, filters): (Vec<_>, Vec<_>) =
+        arguments.iter().cloned().partition(|argument| argument == "--torch");
+    if !flags.is_empty() {
+        return python::torch();
+    }
+    workspace(&filters)?;
     if !filters.is_empty() {
         return Ok(());
     }
@@ -22,7 +28,12 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
         let mut command = cargo(&["test", "--release", "-p", "foveal", "--test", "dispatch"]);
         run::run(command.env("FOVEAL_SIMD", level.name()))?;
     }
-    c::run()
+    c::run()?;
+    if python::torch_is_wanted() {
+        return python::torch();
+    }
+    python::say_skipped();
+    Ok(())
 }
 
 /// Unit and integration tests.

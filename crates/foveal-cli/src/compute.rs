@@ -28,16 +28,24 @@ fn activations() -> impl TypedValueParser<Value = Activations> {
     names.map(|name| Activations::named(&name).unwrap_or_default())
 }
 
+/// Runs `work` on so many threads; on all processors for `None`.
+pub(crate) fn with_threads<T: Send>(
+    threads: Option<NonZeroUsize>,
+    work: impl FnOnce() -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    let threads = threads.map_or(0, NonZeroUsize::get);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.context("cannot start the threads; ask for fewer with --threads")?;
+    pool.install(work)
+}
+
 impl ComputeArguments {
     /// Runs `work` on so many threads.
     pub(crate) fn install<T: Send>(
         &self,
         work: impl FnOnce() -> anyhow::Result<T> + Send,
     ) -> anyhow::Result<T> {
-        let threads = self.threads.map_or(0, NonZeroUsize::get);
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        let pool = pool.context("cannot start the threads; ask for fewer with --threads")?;
-        pool.install(work)
+        with_threads(self.threads, work)
     }
 
     /// The model as it is to run.

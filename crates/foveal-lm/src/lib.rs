@@ -3,7 +3,7 @@
 //! [`weights`] opens model files, [`config`] says what is in them, [`Model`] assembles them, [`tokenizer`] turns text
 //! into tokens and back, [`sample`] chooses tokens, and [`generate`] puts all of it together; [`chat`] keeps a conversation,
 //! [`evaluate`] says how well a model predicts a text, [`quantize`] writes models in other formats,
-//! [`prompt_cache`] keeps what was read of a text on disk. [`train`] learns models.
+//! [`prompt_cache`] keeps what was read of a text on disk, [`train`] trains models, and [`convert`] gives them another attention.
 
 #![deny(unsafe_code)]
 
@@ -11,8 +11,10 @@ pub mod atomic_file;
 mod block;
 pub mod chat;
 pub mod config;
+pub mod convert;
 mod error;
 pub mod evaluate;
+pub mod folder;
 pub mod generate;
 mod linear;
 pub mod look;

@@ -19,6 +19,8 @@ const HEADS: usize = 8;
 
 fn main() -> foveal::Result<()> {
     let mut numbers = std::env::args().skip(1).filter_map(|x| x.parse::<usize>().ok());
+    let names: Vec<String> =
+        std::env::args().skip(1).filter(|x| x.parse::<usize>().is_err()).collect();
     let tokens = numbers.next().unwrap_or(16384);
     let dims: Vec<usize> = numbers.collect();
     let rounds = ((1 << 18) / tokens.max(1)).clamp(5, 400);
@@ -36,6 +38,7 @@ fn main() -> foveal::Result<()> {
             case("delta", Delta::new(), shape(dim), cpu)?,
             case("gated_delta", Delta::gated(), shape(dim), cpu)?,
         ];
+        cases.retain(|case| names.is_empty() || names.iter().any(|name| name == case.name()));
         let (mut peak, mut in_place) = (0.0f64, 0.0f64);
         for _ in 0..rounds {
             peak = peak.max(flops(cpu.level));
@@ -81,6 +84,7 @@ fn update_bandwidth(level: Level, numbers: usize) -> f64 {
 }
 
 trait Measure {
+    fn name(&self) -> &str;
     fn round(&mut self) -> foveal::Result<()>;
     fn print(&self, peak: f64, in_place: f64);
 }
@@ -245,6 +249,10 @@ impl<R: Recurrence> Case<R> {
 }
 
 impl<R: Recurrence> Measure for Case<R> {
+    fn name(&self) -> &str {
+        self.name
+    }
+
     fn round(&mut self) -> foveal::Result<()> {
         let (forward, both) = self.prompt()?;
         let tokens = (self.tensors[0].shape().seq * HEADS) as f64 / 1e6;

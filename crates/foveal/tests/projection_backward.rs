@@ -3,8 +3,9 @@
 mod support;
 
 use foveal::projection::{
-    Format, Input, Matrix, MatrixShape, Output, ProjectionBackward, ProjectionGradients,
-    backward_workspace_bytes, dequantize_row, project_backward,
+    Activations, Format, Input, Matrix, MatrixShape, Output, ProjectionBackward,
+    ProjectionGradients, backward_workspace_bytes, dequantize_row, project_backward,
+    project_backward_as,
 };
 use foveal::{Cpu, Error, Gradient, Level, Threads, Workspace};
 use half::{bf16, f16};
@@ -20,6 +21,7 @@ struct Case {
     weights: Vec<f32>,
     x: Vec<f32>,
     d_y: Vec<f32>,
+    activations: Activations,
 }
 
 /// Numbers between rows, which nothing may read or write.
@@ -65,7 +67,8 @@ impl Case {
         };
         let (x, d_y) = (padded(in_features), padded(out_features));
         let shape = MatrixShape { out_features, in_features };
-        Case { format, shape, rows, bytes, weights, x, d_y }
+        let activations = Activations::F32;
+        Case { format, shape, rows, bytes, weights, x, d_y, activations }
     }
 
     fn backward(&self) -> ProjectionBackward<'_> {
@@ -102,7 +105,8 @@ impl Case {
                 d_bias: Gradient::Write(&mut d_bias),
             }
         };
-        project_backward(self.backward(), gradients, cpu, &mut workspace).unwrap();
+        let how = (cpu, self.activations);
+        project_backward_as(self.backward(), gradients, how, &mut workspace).unwrap();
         let bits = fill.to_bits();
         let untouched = |row: &[f32]| row[in_features..].iter().all(|x| x.to_bits() == bits);
         assert!(d_x.chunks(stride).all(untouched), "numbers between rows were written");
@@ -146,7 +150,10 @@ impl Case {
             for (i, (&got, (sum, magnitude))) in got.iter().zip(expected).enumerate() {
                 let before = if add { f64::from(BEFORE) } else { 0.0 };
                 let error = (f64::from(got) - sum - before).abs();
-                let bound = steps * 2f64.powi(-24) * (magnitude + before);
+                // Both factors rounded to bf16, as `projection` says; the bias is a sum of what comes.
+                let rounded = self.activations != Activations::F32 && name != "d_bias";
+                let rounding = if rounded { 2f64.powi(-7) + 2f64.powi(-16) } else { 0.0 };
+                let bound = steps * 2f64.powi(-24) * (magnitude + before) + rounding * magnitude;
                 assert!(
                     error <= bound,
                     "{} {} {name}[{i}] of [{}, {out_features}, {in_features}], add {add}: \
@@ -209,10 +216,39 @@ fn every_format_of_weights_is_within_its_bound() {
 }
 
 #[test]
+fn rounded_factors_are_within_their_bound_and_exact_where_they_are_bf16() {
+    for cpu in cpus() {
+        for shape in
+            [[1, 1, 1], [3, 5, 7], [95, 63, 64], [97, 17, 255], [257, 66, 259], [513, 31, 15]]
+        {
+            for add in [false, true] {
+                let case = Case::new(Format::F32, shape);
+                Case { activations: Activations::Bf16, ..case }.check(add, cpu);
+            }
+        }
+        // Numbers that bf16 holds: rounding does nothing, and products are those of f32 but for the order of sums.
+        let mut case = Case::new(Format::BF16, [40, 33, 70]);
+        for x in case.x.iter_mut().chain(&mut case.d_y) {
+            *x = bf16::from_f32(*x).to_f32();
+        }
+        case.check(false, cpu);
+        let exact = case.run(false, cpu);
+        let rounded = Case { activations: Activations::Bf16, ..case }.run(false, cpu);
+        for (a, b) in exact.iter().flatten().zip(rounded.iter().flatten()) {
+            assert!((a - b).abs() < 1e-5 * (1.0 + a.abs()), "{} {a} {b}", cpu.level);
+        }
+    }
+}
+
+#[test]
 fn threads_change_no_bit() {
     for level in Level::available() {
-        for shape in [[300, 200, 600], [64, 700, 130]] {
-            let case = Case::new(Format::F32, shape);
+        for (shape, activations) in [
+            ([300, 200, 600], Activations::F32),
+            ([64, 700, 130], Activations::F32),
+            ([300, 200, 601], Activations::Bf16),
+        ] {
+            let case = Case { activations, ..Case::new(Format::F32, shape) };
             let run = |threads| {
                 let threads = Threads::at_most(NonZeroUsize::new(threads).unwrap());
                 let results = case.run(true, Cpu { level, threads });

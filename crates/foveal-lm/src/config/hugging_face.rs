@@ -4,12 +4,15 @@ use foveal::position::{Yarn, YarnAmplitude};
 use serde_json::Value;
 
 mod latent;
+mod writer;
 
 use super::{
     Activation, Architecture, AttentionConfig, LayerConfig, ModelConfig, Reach, RopeConfig,
     RopeLayout, RopeScaling,
 };
 use crate::Error;
+
+pub(crate) use writer::to_json;
 
 const FULL: &str = "full_attention";
 const WINDOWED: &str = "sliding_attention";

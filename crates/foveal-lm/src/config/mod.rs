@@ -13,6 +13,7 @@ use foveal::position::{Yarn, YarnAmplitude};
 use crate::Error;
 use crate::weights::{Description, Weights};
 
+pub(crate) use hugging_face::to_json;
 pub use sections::{
     CombineHeads, Factorised, KernelMap, Mechanism, MemoryUpdate, NearWindow, SectionConfig,
 };
@@ -304,7 +305,7 @@ impl ModelConfig {
     pub fn read(weights: &Weights) -> Result<ModelConfig, Error> {
         let config = match weights.description() {
             Description::Gguf(metadata) => gguf::read(metadata, weights)?,
-            Description::Config(json) => hugging_face::read(json)?,
+            Description::Config(json) => return ModelConfig::from_json(json),
             Description::None => return Err(Error::NoConfig),
         };
         config.check()?;

@@ -8,7 +8,7 @@
 pub(super) const ESCAPED_SPACE: char = '▁';
 
 /// The character that stands for `byte` in GPT-2's alphabet.
-pub(super) fn to_byte_level(byte: u8) -> char {
+pub(crate) fn to_byte_level(byte: u8) -> char {
     let shift = match byte {
         0..=0x20 => 0x100,
         0x7f..=0xa0 => 0x100 - 0x7f + 0x21,

@@ -14,7 +14,7 @@ use super::{Encode, Ends, Error, GgufVocabulary, Marks, Tokenizer};
 use crate::weights::gguf::OwnedValue;
 
 /// Text on which tokenizers differ: cases, contractions, digits, spaces, lines, marks, scripts, emoji.
-const PROBE: &str = "Hello, WORLD! I'm sure they've gone; it'S 1,234,567.89 or 2026.\n\n\n  Two  spaces,\ttabs\t\tand \
+pub(super) const PROBE: &str = "Hello, WORLD! I'm sure they've gone; it'S 1,234,567.89 or 2026.\n\n\n  Two  spaces,\ttabs\t\tand \
     trailing ones   \n--> x=y+z*(a/b)_c #!? camelCase snake_case\r\n\u{e9}t\u{e9} na\u{ef}ve \u{3a9}\u{3b1} \
     \u{4e2d}\u{6587}\u{ff0c}\u{65e5}\u{672c}\u{8a9e} \u{43f}\u{440}\u{438}\u{432}\u{435}\u{442} \u{1f680}\u{1f44d}\u{1f3fd} \
     \u{ac00}\u{b098} \u{e01}\u{e33} e\u{301} ''' \"q\" don't DON'T 3 33 333 3333 \u{a0}\u{3000} ";

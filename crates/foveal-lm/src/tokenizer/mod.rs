@@ -26,6 +26,7 @@ mod bytes;
 mod error;
 mod export;
 mod gguf;
+mod gguf_to_json;
 mod hugging_face;
 mod merges;
 mod patterns;
@@ -35,7 +36,9 @@ mod special;
 mod stream;
 mod vocabulary;
 
+pub(crate) use bytes::to_byte_level as byte_level_character;
 pub use error::Error;
+pub(crate) use gguf_to_json::gguf_to_json;
 pub use stream::StreamDecoder;
 pub use vocabulary::{GgufVocabulary, TokenKind};
 

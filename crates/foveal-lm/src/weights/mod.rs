@@ -19,7 +19,7 @@
 mod error;
 pub mod gguf;
 pub(crate) mod mapping;
-mod safetensors;
+pub(crate) mod safetensors;
 mod tensor;
 
 use std::path::Path;

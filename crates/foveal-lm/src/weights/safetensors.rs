@@ -7,6 +7,8 @@
 //!
 //! Shapes are in row-major order already. The header is read by the `safetensors` crate.
 
+pub(crate) mod writer;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
@@ -118,6 +120,12 @@ impl Safetensors {
             tensors.insert(info)?;
         }
         Ok(Safetensors { config: None, tensors })
+    }
+
+    /// The same tensors as those of a folder with this `config.json`.
+    #[must_use]
+    pub fn with_config(self, config: serde_json::Value) -> Safetensors {
+        Safetensors { config: Some(config), ..self }
     }
 
     /// The `config.json` of the folder; `None` for a lone file.

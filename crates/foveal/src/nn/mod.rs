@@ -1,5 +1,5 @@
 //! The other parts of a transformer layer, on plain slices of f32: normalisation, gates, short convolutions, residual
-//! sums, the softmax of a row of logits, and cross-entropy.
+//! sums, the softmax of a row of logits, and cross-entropy; and the step of an optimizer.
 //!
 //! Every operator works in place or into a given slice and allocates nothing (but a number a row for a loss); a row's bits do not
 //! depend on the rows beside it. Embeddings are rows of a stored matrix: [`crate::projection::embed`].
@@ -11,6 +11,7 @@ mod gate;
 mod heads;
 mod loss;
 mod norm;
+mod optimizer;
 mod softmax;
 
 pub use activation::{
@@ -31,6 +32,7 @@ pub use norm::{
     LayerNorm, NormBackward, NormGradients, RmsNorm, layer_norm, layer_norm_backward, rms_norm,
     rms_norm_backward, rms_norm_in_place,
 };
+pub use optimizer::{AdamW, adamw, sum_of_squares};
 pub use softmax::{log_softmax, softmax};
 
 use crate::error::{Error, Result};

@@ -7,15 +7,18 @@
 //! 4 · rows · N · K operations; W may be stored in any format and is never expanded as a whole, gradients
 //! are f32. Both products run through the panels of the forward pass. Results are cut into blocks of up
 //! to 384 × 256, each computed whole by one thread, in an order that no cut changes.
+//!
+//! With [`Activations`] other than f32, both factors of both products are rounded to pairs of bf16 where the level has an
+//! instruction for them: twice as fast, with the error that [the module](super) states. Bias gradients are not rounded.
 
-use super::project::{Input, Output, check_input, check_output};
+use super::project::{Activations, Input, Output, check_input, check_output};
 use super::{Matrix, MatrixShape};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::gradient::Gradient;
 use crate::parallel::for_each_part;
-use crate::simd::Level;
 use crate::simd::norm::add_column_sums;
+use crate::simd::pairs;
 use crate::simd::product::Form;
 use crate::simd::projection::Columns;
 use crate::simd::projection::dequantize::dequantize;
@@ -36,8 +39,10 @@ const MOST_STRIPS: usize = 4;
 const BLOCKS_PER_THREAD: usize = 4;
 /// Columns of results of a block: whole panels, and a multiple of every block length.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
-/// A strip of the left factor, then the panels of the right factor, then a widened row of that.
-const SCRATCH: usize = DEPTH * (STRIP + BLOCK_COLUMNS) + BLOCK_COLUMNS;
+/// A strip of the left factor, then the panels of the right factor, then a widened row of that, then its rows as cells.
+const SCRATCH: usize = DEPTH * (STRIP + BLOCK_COLUMNS) + BLOCK_COLUMNS + DEPTH * CELLS;
+/// Cells of a row of a block's right factor.
+const CELLS: usize = BLOCK_COLUMNS / 2;
 /// Less than this many multiplications are not worth waking threads for.
 const SPLIT_PRODUCTS: usize = 2 << 20;
 
@@ -104,7 +109,21 @@ pub fn project_backward(
     cpu: Cpu,
     workspace: &mut Workspace,
 ) -> Result<()> {
+    project_backward_as(projection, gradients, (cpu, Activations::F32), workspace)
+}
+
+/// [`project_backward`] with factors that are rounded first.
+///
+/// # Errors
+/// Those of [`project_backward`].
+pub fn project_backward_as(
+    projection: ProjectionBackward<'_>,
+    gradients: ProjectionGradients<'_>,
+    (cpu, activations): (Cpu, Activations),
+    workspace: &mut Workspace,
+) -> Result<()> {
     check(&projection, &gradients)?;
+    let form = activations.form(cpu.level);
     let scratch = workspace.floats(backward_workspace_bytes(cpu) / 4)?;
     let ProjectionBackward { weights, x, d_y } = projection;
     let MatrixShape { out_features, in_features } = weights.shape();
@@ -112,13 +131,14 @@ pub fn project_backward(
         let out = Columns::new(data, d_y.rows, in_features, stride).expect("checked before");
         let sizes = Sizes { rows: d_y.rows, columns: in_features, depth: out_features };
         let (left, right) = (Left::Rows(d_y), Right::Stored(weights));
-        Product { left, right, sizes, out, add }.run(cpu, scratch);
+        Product { left, right, sizes, out, add, form }.run(cpu, scratch);
     }
     if let Some((data, add)) = gradients.d_weights.into_place() {
         let out = Columns::new(data, out_features, in_features, in_features);
         let sizes = Sizes { rows: out_features, columns: in_features, depth: d_y.rows };
         let (left, right) = (Left::Columns(d_y), Right::Rows(x));
-        Product { left, right, sizes, out: out.expect("checked before"), add }.run(cpu, scratch);
+        let out = out.expect("checked before");
+        Product { left, right, sizes, out, add, form }.run(cpu, scratch);
     }
     if let Some((d_bias, add)) = gradients.d_bias.into_place() {
         if !add {
@@ -182,6 +202,7 @@ struct Product<'a> {
     sizes: Sizes,
     out: Columns<'a>,
     add: bool,
+    form: Form,
 }
 
 impl Product<'_> {
@@ -198,58 +219,107 @@ impl Product<'_> {
         let work = |part: usize, scratch: &mut &mut [f32]| {
             let (row, column) = (part / across * block * STRIP, part % across * BLOCK_COLUMNS);
             let rows = row..rows.min(row + block * STRIP);
-            self.block(rows, column..columns.min(column + BLOCK_COLUMNS), cpu.level, scratch);
+            self.block(rows, column..columns.min(column + BLOCK_COLUMNS), scratch);
         };
         let threads = threads.min(parts).max(1);
         for_each_part(parts, scratch.chunks_exact_mut(SCRATCH).take(threads), work);
     }
 
-    fn block(&self, rows: Range<usize>, columns: Range<usize>, level: Level, scratch: &mut [f32]) {
+    fn block(&self, rows: Range<usize>, columns: Range<usize>, scratch: &mut [f32]) {
         let (left, rest) = scratch.split_at_mut(DEPTH * STRIP);
-        let (panels, widened) = rest.split_at_mut(DEPTH * BLOCK_COLUMNS);
+        let (panels, rest) = rest.split_at_mut(DEPTH * BLOCK_COLUMNS);
         // A product over nothing still has results, zeros.
         for start in (0..self.sizes.depth.max(1)).step_by(DEPTH) {
             let depth = start..self.sizes.depth.min(start + DEPTH);
-            for (at, k) in depth.clone().enumerate() {
-                let row = self.right_row(k, columns.clone(), level, widened);
-                spread(row, &mut panels[at * PANEL..]);
-            }
+            self.right_panels(depth.clone(), columns.clone(), panels, rest);
             for first in rows.clone().step_by(STRIP) {
                 let rows = first..rows.end.min(first + STRIP);
-                let (x, x_stride) = self.left_strip(rows.clone(), depth.clone(), level, left);
+                let (x, x_stride) = self.left_cells(rows.clone(), depth.clone(), left);
                 let starts = columns.clone().step_by(PANEL);
                 for (start, weights) in starts.zip(panels.chunks_exact(DEPTH * PANEL)) {
                     let call = PanelCall {
                         x,
                         x_stride,
-                        depth: depth.len(),
+                        depth: self.form.cells(depth.len()),
                         weights,
                         out: &self.out,
                         rows: rows.clone(),
                         columns: start..columns.end.min(start + PANEL),
                         add: self.add || depth.start > 0,
                     };
-                    panel(Form::Numbers(level), &call);
+                    panel(self.form, &call);
                 }
             }
         }
     }
 
-    /// Rows of the left factor from `depth.start` on, and their stride.
-    fn left_strip<'a>(
+    /// Packs a run of the right factor into panels of cells.
+    fn right_panels(
+        &self,
+        depth: Range<usize>,
+        columns: Range<usize>,
+        panels: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (widened, rounded) = scratch.split_at_mut(BLOCK_COLUMNS);
+        let count = depth.len();
+        for (at, k) in depth.enumerate() {
+            let row = self.right_row(k, columns.clone(), widened);
+            match self.form {
+                Form::Numbers(_) => spread(row, &mut panels[at * PANEL..]),
+                Form::Pairs(token) => {
+                    for (part, cells) in
+                        row.chunks(PANEL).zip(rounded.chunks_mut(DEPTH * PANEL / 2))
+                    {
+                        let cells = &mut cells[at * PANEL / 2..(at + 1) * PANEL / 2];
+                        let (filled, rest) = cells.split_at_mut(part.len().div_ceil(2));
+                        pairs::round_row(token, part, filled);
+                        rest.fill(0.0);
+                    }
+                }
+            }
+        }
+        let Form::Pairs(token) = self.form else { return };
+        let all = columns.len().div_ceil(PANEL);
+        let rounded = rounded.chunks(DEPTH * PANEL / 2).take(all);
+        for (cells, panel) in rounded.zip(panels.chunks_exact_mut(DEPTH * PANEL)) {
+            let rows = Rows::new(cells, PANEL / 2, count, PANEL / 2).expect("rows of cells");
+            pairs::pack_rows(token, rows, PANEL, &mut panel[..count.div_ceil(2) * PANEL]);
+        }
+    }
+
+    /// Rows of cells of the left factor from `depth.start` on, and their stride.
+    fn left_cells<'a>(
         &'a self,
         rows: Range<usize>,
         depth: Range<usize>,
-        level: Level,
         scratch: &'a mut [f32],
     ) -> (&'a [f32], usize) {
-        match self.left {
+        let level = self.form.level();
+        let width = depth.len();
+        match (self.left, self.form) {
             _ if depth.is_empty() => (&[], 0),
-            Left::Rows(x) => (&x.data[rows.start * x.stride + depth.start..], x.stride),
-            Left::Columns(x) => {
+            (Left::Rows(x), Form::Numbers(_)) => {
+                (&x.data[rows.start * x.stride + depth.start..], x.stride)
+            }
+            (Left::Rows(x), Form::Pairs(token)) => {
+                for (row, cells) in rows.zip(scratch.chunks_exact_mut(DEPTH)) {
+                    let row = &x.data[row * x.stride..][depth.clone()];
+                    pairs::round_row(token, row, &mut cells[..width.div_ceil(2)]);
+                }
+                (scratch, DEPTH)
+            }
+            (Left::Columns(x), form) => {
                 let first = &x.data[depth.start * x.stride + rows.start..];
-                let block = Rows::new(first, x.stride, depth.len(), rows.len());
+                let block = Rows::new(first, x.stride, width, rows.len());
                 transpose(level, block.expect("checked before"), scratch, DEPTH);
+                if let Form::Pairs(token) = form {
+                    let mut numbers = [0.0; DEPTH];
+                    for cells in scratch.chunks_exact_mut(DEPTH).take(rows.len()) {
+                        numbers[..width].copy_from_slice(&cells[..width]);
+                        pairs::round_row(token, &numbers[..width], &mut cells[..width.div_ceil(2)]);
+                    }
+                }
                 (scratch, DEPTH)
             }
         }
@@ -260,7 +330,6 @@ impl Product<'_> {
         &'a self,
         k: usize,
         columns: Range<usize>,
-        level: Level,
         widened: &'a mut [f32],
     ) -> &'a [f32] {
         match self.right {
@@ -270,7 +339,7 @@ impl Product<'_> {
                 let bytes = |k: usize| k / format.block_len() * format.block_bytes();
                 let row = &matrix.rows(k..k + 1)[bytes(columns.start)..bytes(columns.end)];
                 let widened = &mut widened[..columns.len()];
-                dequantize(level, format, row, widened);
+                dequantize(self.form.level(), format, row, widened);
                 widened
             }
         }

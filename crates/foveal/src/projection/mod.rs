@@ -35,6 +35,7 @@ mod quantize;
 
 pub use backward::{
     ProjectionBackward, ProjectionGradients, backward_workspace_bytes, project_backward,
+    project_backward_as,
 };
 pub use dequantize::{RowError, dequantize_row};
 pub use embed::embed;

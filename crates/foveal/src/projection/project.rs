@@ -8,12 +8,12 @@ use super::{Format, Matrix, MatrixShape};
 use crate::cpu::{Cpu, MAX_GENERATED_ROWS, Phase};
 use crate::error::{Error, Result};
 use crate::parallel::for_each_part;
-use crate::simd::pairs;
 use crate::simd::product::Form;
 use crate::simd::projection::dequantize::dequantize;
 use crate::simd::projection::panel::{PanelCall, panel};
 use crate::simd::projection::{Columns, RowCall, RowInputs, pack, packed_len, rows};
 use crate::simd::tile::{PANEL, pack_keys};
+use crate::simd::{Level, pairs};
 use crate::tensor::{Rows, Shape};
 use crate::workspace::Workspace;
 use std::ops::Range;
@@ -99,6 +99,14 @@ impl Activations {
         }
     }
 
+    /// What many rows are multiplied as.
+    pub(super) fn form(self, level: Level) -> Form {
+        match (self, level.pairs()) {
+            (Activations::F32, _) | (_, None) => Form::Numbers(level),
+            (Activations::Bf16 | Activations::Int8, Some(pairs)) => Form::Pairs(pairs),
+        }
+    }
+
     /// Those of this name.
     pub fn named(name: &str) -> Option<Activations> {
         Activations::ALL.into_iter().find(|activations| activations.name() == name)
@@ -107,10 +115,7 @@ impl Activations {
 
 impl Call {
     fn form(&self) -> Form {
-        match (self.activations, self.cpu.level.pairs()) {
-            (Activations::F32, _) | (_, None) => Form::Numbers(self.cpu.level),
-            (Activations::Bf16 | Activations::Int8, Some(pairs)) => Form::Pairs(pairs),
-        }
+        self.activations.form(self.cpu.level)
     }
 
     fn row_inputs(&self, format: Format) -> RowInputs {

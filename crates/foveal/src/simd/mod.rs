@@ -39,6 +39,7 @@ pub(crate) mod math;
 pub(crate) mod near;
 pub(crate) mod nn;
 pub(crate) mod norm;
+pub(crate) mod optimizer;
 pub(crate) mod pairs;
 pub(crate) mod peak;
 pub(crate) mod product;
@@ -133,6 +134,8 @@ pub trait Simd: Copy {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// Lanewise quotient.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Lanewise square root.
+    fn sqrt(self, a: Self::F) -> Self::F;
     /// `a * b + c`, rounded once where the processor can.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Lanewise larger; where `a` is NaN, `b`.

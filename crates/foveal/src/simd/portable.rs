@@ -143,6 +143,10 @@ impl Simd for Portable {
         a.zip(b, |a, b| a / b)
     }
     #[inline(always)]
+    fn sqrt(self, a: Lanes8) -> Lanes8 {
+        a.zip(a, |a, _| a.sqrt())
+    }
+    #[inline(always)]
     fn fma(self, a: Lanes8, b: Lanes8, c: Lanes8) -> Lanes8 {
         self.add(self.mul(a, b), c)
     }

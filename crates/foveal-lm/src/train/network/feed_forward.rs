@@ -101,9 +101,9 @@ impl FeedForward {
             }
         });
         // What `d` holds now are the gated numbers themselves.
-        self.down.weight_gradient(gradients, (&d, d_y), tools)?;
+        self.down.weight_gradient((parameters, &mut *gradients), (&d, d_y), tools)?;
         tools.pool.give(d);
-        self.gate_up.weight_gradient(gradients, (x, &gate_up), tools)?;
+        self.gate_up.weight_gradient((parameters, gradients), (x, &gate_up), tools)?;
         self.gate_up.input_gradient(parameters, &gate_up, Gradient::Write(d_x), tools)?;
         tools.pool.give(gate_up);
         Ok(())

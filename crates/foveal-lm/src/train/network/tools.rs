@@ -6,7 +6,7 @@ use std::ops::Range;
 use foveal::nn::{self, NormBackward, NormGradients, RmsNorm, rms_norm, rms_norm_backward};
 use foveal::projection::{
     Activations, Input, Matrix, MatrixShape, Output, ProjectionBackward, ProjectionGradients,
-    backward_workspace_bytes, project_backward,
+    backward_workspace_bytes, project_backward_as,
 };
 use foveal::{Cpu, Gradient, Phase, Workspace};
 
@@ -28,6 +28,11 @@ pub(crate) struct Tools<'a> {
 }
 
 impl Tools<'_> {
+    /// Whether factors are rounded to bf16 before they are multiplied.
+    pub(crate) fn rounds(&self) -> bool {
+        self.activations != Activations::F32 && self.cpu.level.multiplies_bf16()
+    }
+
     /// The same as models that are run take it.
     pub(crate) fn run(&mut self) -> Run<'_> {
         Run {
@@ -116,7 +121,7 @@ impl Projected {
         tools: &mut Tools<'_>,
     ) -> Result<(), Error> {
         self.input_gradient(parameters, d_y, d_x, tools)?;
-        self.weight_gradient(gradients, (x, d_y), tools)
+        self.weight_gradient((parameters, gradients), (x, d_y), tools)
     }
 
     /// The gradient of inputs alone.
@@ -136,7 +141,7 @@ impl Projected {
     /// The gradients of the matrix and of the bias are added to `gradients`.
     pub(crate) fn weight_gradient(
         &self,
-        gradients: &mut [f32],
+        (parameters, gradients): (&[f32], &mut [f32]),
         (x, d_y): (&[f32], &[f32]),
         tools: &mut Tools<'_>,
     ) -> Result<(), Error> {
@@ -149,8 +154,7 @@ impl Projected {
             d_bias: if self.bias.is_some() { Gradient::Add(d_bias) } else { Gradient::Skip },
             ..ProjectionGradients::default()
         };
-        // The matrix itself is not read, but has to have its shape.
-        self.gradient(&[], (x, d_y), places, tools)
+        self.gradient(parameters, (x, d_y), places, tools)
     }
 
     fn gradient(
@@ -167,7 +171,8 @@ impl Projected {
         let weights = self.view(parameters)?.weight;
         tools.workspace.reserve(backward_workspace_bytes(tools.cpu));
         let projection = ProjectionBackward { weights, x, d_y };
-        Ok(project_backward(projection, places, tools.cpu, tools.workspace)?)
+        let how = (tools.cpu, tools.activations);
+        Ok(project_backward_as(projection, places, how, tools.workspace)?)
     }
 }
 

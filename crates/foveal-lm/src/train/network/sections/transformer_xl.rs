@@ -261,7 +261,7 @@ impl TrainedSection for TransformerXl {
         nn::add(&mut arena[self.content.clone()], &d_content, level)?;
         nn::add(&mut arena[self.position.clone()], &d_position, level)?;
         let rows = (&self.table[..], d_keys.as_slice());
-        self.projection.weight_gradient(arena, rows, tools)?;
+        self.projection.weight_gradient((call.parameters, arena), rows, tools)?;
         tools.pool.give(keys);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The `foveal` command: runs and inspects language models.
+//! The `foveal` command: runs, inspects and trains language models. The binary and the Python wheel's entry point call [`main`].
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod completions;
 mod compute;
+mod convert;
 mod evaluate;
 mod generate;
 mod input;
@@ -22,10 +23,12 @@ mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod session;
 mod source;
+mod train;
 
-use std::process::ExitCode;
+use std::ffi::OsString;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -43,6 +46,7 @@ enum Command {
     Bench(bench::Arguments),
     Chat(chat::Arguments),
     Completions(completions::Arguments),
+    Convert(convert::Arguments),
     Eval(evaluate::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
@@ -50,6 +54,8 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Serve(serve::Arguments),
+    Train(train::Arguments),
 }
 
 impl Command {
@@ -59,6 +65,7 @@ impl Command {
             Command::Bench(arguments) => bench::run(arguments),
             Command::Chat(arguments) => chat::run(arguments),
             Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
+            Command::Convert(arguments) => convert::run(arguments),
             Command::Eval(arguments) => evaluate::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
@@ -66,40 +73,46 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Serve(arguments) => serve::run(arguments),
+            Command::Train(arguments) => train::run(arguments),
         }
     }
 }
 
+/// The exit code of a command that did what it was told.
+const SUCCESS: u8 = 0;
 /// The exit code of a failure at run time. Usage errors have clap's 2.
 const FAILURE: u8 = 1;
 /// The exit code of a fault of the program itself, as in BSD's `sysexits.h`.
 const INTERNAL: u8 = 70;
 
-fn main() -> ExitCode {
+/// Runs the command with its name and arguments; the exit code.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     std::panic::set_hook(Box::new(|fault| {
         let fault = output::one_line(&fault.to_string());
         output::note(&format!("foveal: internal error, please report it: {fault}"));
     }));
-    std::panic::catch_unwind(run).unwrap_or(ExitCode::from(INTERNAL))
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    std::panic::catch_unwind(|| run(arguments)).unwrap_or(INTERNAL)
 }
 
-fn run() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+fn run(arguments: Vec<OsString>) -> u8 {
+    let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(error) => {
             // A closed pipe is nothing to complain about to it.
             let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(FAILURE));
+            return u8::try_from(error.exit_code()).unwrap_or(FAILURE);
         }
     };
     match arguments.command.run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => SUCCESS,
         // Whoever read the output has seen enough.
-        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) if interrupt::is_cause_of(&error) => ExitCode::from(interrupt::EXIT),
+        Err(error) if output::is_closed_pipe(&error) => SUCCESS,
+        Err(error) if interrupt::is_cause_of(&error) => interrupt::EXIT,
         Err(error) => {
             output::note(&format!("foveal: {}", output::sentence(&error)));
-            ExitCode::from(FAILURE)
+            FAILURE
         }
     }
 }

@@ -1,0 +1,89 @@
+//! What a run begins with: a new model or one that exists, and its tokenizer.
+
+use serde_json::Value;
+
+use super::config::{Config, Objective};
+use super::{Error, Parameters, Vocabulary};
+use crate::config::ModelConfig;
+use crate::folder::Folder;
+use crate::weights::Weights;
+
+/// The tokenizer of a run: what the configuration names, else that of the model it begins with, else bytes.
+pub(super) fn vocabulary(config: &Config, documents: &[String]) -> Result<Vocabulary, Error> {
+    let mask = config.train.objective == Objective::Masked;
+    let vocabulary = match (config.data.tokenizer.as_deref(), &config.model.from) {
+        (Some(name), _) => Vocabulary::new(name, (config.data.vocab, mask), documents)?,
+        (None, Some(model)) => Vocabulary::open(model)?,
+        (None, None) => Vocabulary::new("bytes", (config.data.vocab, mask), documents)?,
+    };
+    if mask && vocabulary.mask().is_none() {
+        let expected =
+            "one with a token <|mask|>, [MASK] or <mask>, for train.objective = \"masked\"";
+        return Err(Error::config("data.tokenizer", "without such a token", expected));
+    }
+    Ok(vocabulary)
+}
+
+/// The model of a run and its `config.json`, at the beginning. `known` is the latter where a checkpoint has the numbers.
+pub(super) fn model(
+    config: &Config,
+    vocabulary: &Vocabulary,
+    known: Option<Value>,
+) -> Result<(Value, Parameters), Error> {
+    if let Some(json) = known {
+        let parameters = Parameters::initial(&ModelConfig::from_json(&json)?, config.train.seed)?;
+        return Ok((json, parameters));
+    }
+    let tokens = vocabulary.tokenizer.vocab_size();
+    let Some(path) = &config.model.from else {
+        let json = config.model.to_json(tokens, config.data.sequence)?;
+        let parameters = Parameters::initial(&ModelConfig::from_json(&json)?, config.train.seed)?;
+        return Ok((json, parameters));
+    };
+    let folder = Folder::of(&Weights::open(path)?)?;
+    let model = ModelConfig::from_json(&folder.config)?;
+    if tokens > model.vocab {
+        let expected = format!("{} tokens at most, as many as the model has", model.vocab);
+        return Err(Error::config("data.tokenizer", format!("one with {tokens}"), expected));
+    }
+    let mut parameters = Parameters::initial(&model, config.train.seed)?;
+    let new = fill(&mut parameters, &folder, &model)?;
+    match new.first() {
+        Some(name) => {
+            let name = name.clone();
+            Err(crate::weights::Error::MissingTensor { name }.into())
+        }
+        None => Ok((folder.config, parameters)),
+    }
+}
+
+/// Puts the numbers of a folder's tensors to their places; returns the names of parameters that it has none for.
+///
+/// # Errors
+///
+/// For a tensor of another shape, and one that the model does not have.
+pub(crate) fn fill(
+    parameters: &mut Parameters,
+    folder: &Folder,
+    model: &ModelConfig,
+) -> Result<Vec<String>, crate::Error> {
+    let entries = parameters.entries().to_vec();
+    let mut missing: Vec<String> = entries.iter().map(|entry| entry.name.clone()).collect();
+    for tensor in &folder.tensors {
+        let Some(entry) = entries.iter().find(|entry| entry.name == tensor.name) else {
+            let tied = model.tied_head && tensor.name == "lm_head.weight";
+            if tied || tensor.name.ends_with(".rotary_emb.inv_freq") {
+                continue;
+            }
+            return Err(crate::Error::ForeignTensor { name: tensor.name.clone() });
+        };
+        if tensor.shape != entry.shape {
+            let (name, expected, found) =
+                (tensor.name.clone(), entry.shape.clone(), tensor.shape.clone());
+            return Err(crate::weights::Error::WrongShape { name, expected, found }.into());
+        }
+        parameters.values_mut()[entry.range.clone()].copy_from_slice(&tensor.content.values());
+        missing.retain(|name| *name != tensor.name);
+    }
+    Ok(missing)
+}

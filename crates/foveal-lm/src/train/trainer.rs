@@ -1,0 +1,541 @@
+//! A training run between two steps: model, text, optimizer and place, and what one step does with them.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::time::Instant;
+
+use foveal::{Cpu, Dropout};
+use serde_json::Value;
+
+use super::checkpoint::{self, Numbers, State};
+use super::config::{Config, Objective as Wanted, Order, Precision as Wide};
+use super::data::{Batches, Sequences, Tokens};
+use super::optimizer::{Move, Optimizer, length};
+use super::random::{Use, seed};
+use super::{
+    Carried, Error, Network, Objective, Parameters, Precision, Scratch, StepOptions, Vocabulary,
+    corpus, sample, schedule, start,
+};
+use crate::config::ModelConfig;
+use crate::folder;
+
+/// What a run keeps besides its checkpoint: the configuration, with all settings in it.
+pub const CONFIG: &str = "train.toml";
+/// The measurements of every step.
+pub const METRICS: &str = "metrics.jsonl";
+
+/// A run.
+#[derive(Debug)]
+pub struct Trainer {
+    config: Config,
+    json: Value,
+    vocabulary: Vocabulary,
+    train: Batches,
+    validation: Option<Batches>,
+    network: Network,
+    parameters: Parameters,
+    optimizer: Optimizer,
+    gradients: Vec<f32>,
+    /// What is carried of the sequences of each call of a step.
+    carried: Vec<Carried>,
+    scratch: Scratch,
+    cpu: Cpu,
+    pub(super) state: State,
+    /// The step of the last checkpoint.
+    saved: Option<u64>,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// Its number, from 1.
+    pub step: u64,
+    /// The mean over its tokens, in nats.
+    pub loss: f64,
+    /// The length of the gradient before it was clipped.
+    pub gradient: f64,
+    /// η.
+    pub learning_rate: f64,
+    /// Tokens that were predicted.
+    pub tokens: usize,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// How well the model predicts text that it is not trained on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Steps that were done.
+    pub step: u64,
+    /// The mean over the tokens, in nats.
+    pub loss: f64,
+    /// How many.
+    pub tokens: usize,
+    /// Whether no evaluation before was better.
+    pub best: bool,
+}
+
+impl Trainer {
+    /// A run from its beginning. `builtin` is the text where the configuration names none.
+    ///
+    /// # Errors
+    ///
+    /// Those of the texts, the tokenizer and the model that `config` asks for.
+    pub fn new(config: Config, builtin: Option<&str>) -> Result<Trainer, Error> {
+        Trainer::assemble(config, builtin, (None, None))
+    }
+
+    /// The run in `folder`, from its last checkpoint; from its beginning if it has none yet.
+    ///
+    /// `settings` may change what a run does from here on: the sections `optimizer`, `schedule` and `train`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRun`], [`Error::Fixed`], [`Error::Checkpoint`], [`Error::OtherText`], and those of [`Trainer::new`].
+    pub fn resume(
+        folder: &Path,
+        settings: &[String],
+        builtin: Option<&str>,
+    ) -> Result<Trainer, Error> {
+        let text = match std::fs::read_to_string(folder.join(CONFIG)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::NoRun { path: folder.to_owned() });
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                return Err(Error::Text { path: folder.join(CONFIG), reason });
+            }
+        };
+        let fixed = |setting: &&String| {
+            let key = setting.split('=').next().unwrap_or_default().trim();
+            let free = ["optimizer.", "schedule.", "train."];
+            let kept = ["train.seed", "train.accumulate", "train.objective"];
+            !free.iter().any(|free| key.starts_with(free)) || kept.contains(&key)
+        };
+        if let Some(setting) = settings.iter().find(fixed) {
+            let key = setting.split('=').next().unwrap_or_default().trim().to_owned();
+            return Err(Error::Fixed { key });
+        }
+        let config = Config::parse(&text, settings, folder)?;
+        let vocabulary = match folder.join("tokenizer.json").exists() {
+            true => Some(Vocabulary::open(folder)?),
+            false => None,
+        };
+        let checkpoint = checkpoint::open(folder)?;
+        let json = checkpoint.as_ref().map(|_| config_json(folder)).transpose()?;
+        let mut trainer = Trainer::assemble(config, builtin, (vocabulary, json))?;
+        if let Some(checkpoint) = checkpoint {
+            trainer.restore(&checkpoint)?;
+        }
+        Ok(trainer)
+    }
+
+    fn assemble(
+        config: Config,
+        builtin: Option<&str>,
+        (vocabulary, json): (Option<Vocabulary>, Option<Value>),
+    ) -> Result<Trainer, Error> {
+        let mut documents = corpus::read(&config.data.train, &config.data)?;
+        match builtin {
+            Some(text) if config.data.train.is_empty() => documents.push(text.to_owned()),
+            _ => {}
+        }
+        if documents.is_empty() {
+            return Err(Error::NoText);
+        }
+        let vocabulary = match vocabulary {
+            Some(vocabulary) => vocabulary,
+            None => start::vocabulary(&config, &documents)?,
+        };
+        let tokens = Tokens::encode(&documents, &vocabulary.tokenizer)?;
+        drop(documents);
+        let (train, validation, digest) = texts(&config, tokens, &vocabulary)?;
+        let (json, parameters) = start::model(&config, &vocabulary, json)?;
+        let model = ModelConfig::from_json(&json)?;
+        let objective = match config.train.objective {
+            Wanted::Causal => Objective::Causal,
+            Wanted::Masked => Objective::Masked,
+        };
+        let network = Network::new(&model, objective)?;
+        let mut trainer = Trainer {
+            optimizer: Optimizer::new(&parameters),
+            gradients: parameters.zeros(),
+            carried: vec![],
+            scratch: Scratch::new(),
+            cpu: Cpu::detect()?,
+            state: State { digest, position: train.position().clone(), ..State::default() },
+            saved: None,
+            config,
+            json,
+            vocabulary,
+            train,
+            validation,
+            network,
+            parameters,
+        };
+        trainer.carried = trainer.nothing_carried(&trainer.train)?;
+        Ok(trainer)
+    }
+
+    fn restore(&mut self, checkpoint: &checkpoint::Checkpoint) -> Result<(), Error> {
+        if checkpoint.state.digest != self.state.digest {
+            return Err(Error::OtherText);
+        }
+        checkpoint.read("parameters", self.parameters.values_mut())?;
+        checkpoint.read("first", &mut self.optimizer.first)?;
+        checkpoint.read("second", &mut self.optimizer.second)?;
+        for (n, carried) in self.carried.iter_mut().enumerate() {
+            carried.restore(checkpoint.bytes_of(&format!("carried.{n}"))?)?;
+        }
+        self.train.set_position(checkpoint.state.position.clone())?;
+        self.state = checkpoint.state.clone();
+        self.saved = Some(self.state.step);
+        // More steps may have been asked for.
+        self.state.done &= self.state.step >= self.config.schedule.steps;
+        Ok(())
+    }
+
+    /// What it does.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The model's `config.json`.
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+
+    /// All that is learned.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The tokenizer.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// Steps that are done, and what else a checkpoint has.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The step of the last checkpoint, if there is one.
+    pub fn saved_step(&self) -> Option<u64> {
+        self.saved
+    }
+
+    /// Whether there is text to evaluate on.
+    pub fn has_validation(&self) -> bool {
+        self.validation.is_some()
+    }
+
+    /// The share of the text that the current epoch has read.
+    pub fn epoch_progress(&self) -> f64 {
+        self.train.progress()
+    }
+
+    /// Sequences of one call of the network.
+    fn per_call(&self, text: &Batches) -> usize {
+        let (batch, streams) = (self.config.data.batch, text.position().streams.len());
+        // Texts that end at different times are carried apart.
+        match text.in_step() {
+            true if streams > 0 => batch.min(streams),
+            true => batch,
+            false => 1,
+        }
+    }
+
+    fn nothing_carried(&self, text: &Batches) -> Result<Vec<Carried>, Error> {
+        if self.config.data.order == Order::Shuffled {
+            return Ok(vec![]);
+        }
+        let per_call = self.per_call(text);
+        let calls = text.position().streams.len() / per_call;
+        Ok((0..calls).map(|_| self.network.carried(per_call)).collect::<Result<_, _>>()?)
+    }
+
+    /// One step: gradients of its batches, their length, and a move of all parameters.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFinite`] with a diagnosis; the parameters have not moved then.
+    pub fn step(&mut self) -> Result<Step, Error> {
+        let begin = Instant::now();
+        let number = self.state.step + 1;
+        let all = self.config.data.batch * self.config.train.accumulate;
+        let per_call = self.per_call(&self.train);
+        let batches: Vec<Sequences> = (0..all / per_call)
+            .map(|n| self.batch(n * per_call..(n + 1) * per_call, number))
+            .collect();
+        let targets: usize = batches.iter().map(Sequences::predicted).sum();
+        self.gradients.fill(0.0);
+        let mut sum = 0.0;
+        for (n, batch) in batches.iter().enumerate() {
+            sum += self.add_gradients(batch, (n, number), targets)?;
+        }
+        let loss = sum / targets.max(1) as f64;
+        let gradient = length(&self.gradients, self.cpu);
+        if !(loss.is_finite() && gradient.is_finite()) {
+            return Err(self.diagnosis(number, loss, gradient));
+        }
+        let share = schedule::share(&self.config.schedule, self.state.step);
+        let settings = &self.config.optimizer;
+        let by = Move { settings, step: number, share, length: gradient };
+        self.optimizer.step(&by, &mut self.parameters, &self.gradients, self.cpu)?;
+        let seconds = begin.elapsed().as_secs_f64();
+        self.state.step = number;
+        self.state.tokens += targets as u64;
+        self.state.seconds += seconds;
+        self.state.position.clone_from(self.train.position());
+        let learning_rate = share * self.config.optimizer.learning_rate;
+        Ok(Step { step: number, loss, gradient, learning_rate, tokens: targets, seconds })
+    }
+
+    /// The sequences of some places of a step.
+    fn batch(&mut self, places: std::ops::Range<usize>, step: u64) -> Sequences {
+        let first = places.start as u64;
+        let batch = self.train.next(places);
+        self.hidden(batch, [step, first])
+    }
+
+    /// The same with some tokens hidden, where those are to be predicted.
+    fn hidden(&self, batch: Sequences, place: [u64; 2]) -> Sequences {
+        let train = &self.config.train;
+        match (train.objective, self.vocabulary.mask()) {
+            (Wanted::Masked, Some(mask)) => {
+                let vocab = self.vocabulary.tokenizer.vocab_size();
+                batch.hide(mask, vocab, train.mask_share, seed(train.seed, Use::Mask, place))
+            }
+            _ => batch,
+        }
+    }
+
+    /// Adds the gradients of one batch; returns the sum of its losses.
+    fn add_gradients(
+        &mut self,
+        batch: &Sequences,
+        (call, step): (usize, u64),
+        targets: usize,
+    ) -> Result<f64, Error> {
+        let train = &self.config.train;
+        let mut carried = self.carried.get_mut(call);
+        if let Some(carried) = carried.as_mut().filter(|_| batch.fresh.first() == Some(&true)) {
+            carried.clear();
+        }
+        let mut options = StepOptions::new(self.cpu, &mut self.scratch);
+        options.recompute = train.recompute;
+        options.precision = precision(train.precision);
+        options.scale = (batch.predicted() as f64 / targets.max(1) as f64) as f32;
+        if train.dropout > 0.0 {
+            let seed = seed(train.seed, Use::Dropout, [step, call as u64]);
+            options.dropout = Some(Dropout { rate: train.dropout as f32, seed });
+        }
+        let values = self.parameters.values();
+        let loss = self.network.gradients(
+            values,
+            &batch.view(),
+            carried,
+            &mut self.gradients,
+            &mut options,
+        );
+        match loss {
+            Ok(loss) => Ok(loss.sum),
+            Err(crate::Error::NotFinite { place }) => {
+                Err(not_finite(step, ("the loss", f64::NAN), format!("it began with {place}")))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn diagnosis(&self, step: u64, loss: f64, gradient: f64) -> Error {
+        let place = match self.parameters.not_finite(&self.gradients) {
+            Some(entry) => {
+                format!("the gradient of {} is the first that is not finite", entry.name)
+            }
+            None => "its numbers are finite, but their squares are not".to_owned(),
+        };
+        let what = if loss.is_finite() { ("the gradient", gradient) } else { ("the loss", loss) };
+        not_finite(step, what, place)
+    }
+
+    /// The loss on the text that is kept back: of the same sequences each time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`] with what the network refuses.
+    pub fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+        let Some(mut text) = self.validation.take() else { return Ok(None) };
+        let found = self.loss_over(&mut text);
+        self.validation = Some(text);
+        let (sum, tokens) = found?;
+        let loss = sum / tokens.max(1) as f64;
+        let step = self.state.step;
+        let best = self.state.best_loss().is_none_or(|best| loss < best);
+        if best {
+            self.state.set_best(loss, step);
+        } else {
+            self.state.stale += 1;
+        }
+        Ok(Some(Evaluation { step, loss, tokens, best }))
+    }
+
+    fn loss_over(&mut self, text: &mut Batches) -> Result<(f64, usize), Error> {
+        text.rewind();
+        let mut carried = self.nothing_carried(text)?;
+        let (streams, per_call) = (text.position().streams.len(), self.per_call(text));
+        let limit = match self.config.train.evaluate_batches {
+            0 => u64::MAX,
+            limit => limit as u64,
+        };
+        let (mut sum, mut tokens, mut n) = (0.0, 0, 0);
+        while n < limit && text.position().epoch == 0 {
+            for call in 0..streams.max(per_call) / per_call {
+                let batch = text.next(call * per_call..(call + 1) * per_call);
+                // The same tokens are hidden each time.
+                let batch = self.hidden(batch, [0, n]);
+                let mut own = carried.get_mut(call);
+                if let Some(own) = own.as_mut().filter(|_| batch.fresh.first() == Some(&true)) {
+                    own.clear();
+                }
+                let mut options = StepOptions::new(self.cpu, &mut self.scratch);
+                options.precision = precision(self.config.train.precision);
+                let values = self.parameters.values();
+                let loss = self.network.loss(values, &batch.view(), own, &mut options)?;
+                sum += loss.sum;
+                tokens += loss.targets;
+            }
+            n += 1;
+        }
+        Ok((sum, tokens))
+    }
+
+    /// Text that the model makes, after the prompt of the configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`].
+    pub fn sample(&self) -> Result<String, Error> {
+        let train = &self.config.train;
+        let seed = seed(train.seed, Use::Sample, [self.state.step, 0]);
+        sample::text(self, &train.prompt, (train.sample_tokens, seed))
+    }
+
+    /// Writes a checkpoint into `folder`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Write`]; the last one is as it was.
+    pub fn save(&mut self, folder: &Path) -> Result<(), Error> {
+        let numbers = Numbers {
+            parameters: self.parameters.values(),
+            first: &self.optimizer.first,
+            second: &self.optimizer.second,
+            carried: self.carried.iter().map(Carried::snapshot).collect(),
+        };
+        checkpoint::save(folder, &self.state, &numbers)?;
+        self.saved = Some(self.state.step);
+        Ok(())
+    }
+
+    /// Writes the model into `folder`: `config.json`, `model.safetensors`, and the tokenizer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Write`].
+    pub fn export(&self, folder: &Path) -> Result<(), Error> {
+        self.write_description(folder)?;
+        let values = |n: usize| Cow::Borrowed(self.entry_values(n));
+        folder::write(folder, &self.json, folder::Numbers::F32, (&self.shapes(), &values))
+            .map_err(write_error)
+    }
+
+    /// Writes what of the model does not change.
+    pub(super) fn write_description(&self, folder: &Path) -> Result<(), Error> {
+        let text = format!("{:#}\n", self.json);
+        folder::save_bytes(&folder.join("config.json"), text.as_bytes()).map_err(write_error)?;
+        let named = [
+            ("tokenizer.json", Some(&self.vocabulary.json)),
+            ("tokenizer_config.json", self.vocabulary.config.as_ref()),
+        ];
+        for (name, bytes) in named {
+            if let Some(bytes) = bytes {
+                folder::save_bytes(&folder.join(name), bytes).map_err(write_error)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names and shapes of the model's tensors.
+    pub(super) fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let entries = self.parameters.entries().iter();
+        entries.map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+    }
+
+    /// The numbers of the tensor `n`.
+    pub(super) fn entry_values(&self, n: usize) -> &[f32] {
+        let entry = self.parameters.entries().get(n);
+        entry.and_then(|entry| self.parameters.values().get(entry.range.clone())).unwrap_or(&[])
+    }
+}
+
+/// The `config.json` of a run.
+fn config_json(folder: &Path) -> Result<Value, Error> {
+    let path = folder.join("config.json");
+    let wrong = |reason: String| Error::Checkpoint { path: path.clone(), reason };
+    let text = std::fs::read(&path).map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
+/// A file that can't be written says so in the words of training.
+pub(super) fn write_error(error: crate::Error) -> Error {
+    match error {
+        crate::Error::Weights(crate::weights::Error::Io { path, source, .. }) => {
+            Error::Write { path, source }
+        }
+        error => error.into(),
+    }
+}
+
+fn not_finite(step: u64, (what, found): (&'static str, f64), place: String) -> Error {
+    let advice =
+        "Lower optimizer.learning_rate, or set optimizer.clip, and resume from the last checkpoint";
+    Error::NotFinite { step, what, found, place, advice }
+}
+
+fn precision(wanted: Wide) -> Precision {
+    match wanted {
+        Wide::F32 => Precision::F32,
+        Wide::Bf16 => Precision::Bf16,
+    }
+}
+
+/// The text to train on, that to evaluate on, and what tells them from others.
+fn texts(
+    config: &Config,
+    mut tokens: Tokens,
+    vocabulary: &Vocabulary,
+) -> Result<(Batches, Option<Batches>, String), Error> {
+    let digest = tokens.digest();
+    let data = &config.data;
+    let streams = data.batch * config.train.accumulate;
+    let kept = if data.validation.is_empty() {
+        let least = 2 * data.sequence + 1;
+        let share = (tokens.len() as f64 * data.validation_share) as usize;
+        let wanted = data.validation_share > 0.0 && least <= tokens.len() / 2;
+        tokens.split_off(if wanted { share.max(least) } else { 0 })
+    } else {
+        let documents = corpus::read(&data.validation, data)?;
+        Tokens::encode(&documents, &vocabulary.tokenizer)?
+    };
+    let validation = match kept.is_empty() {
+        true => None,
+        false => {
+            let streams = (kept.len() / (data.sequence + 1)).clamp(1, data.batch);
+            Some(Batches::new(kept, data, 0, streams, "text to evaluate on")?)
+        }
+    };
+    let train = Batches::new(tokens, data, config.train.seed, streams, "text to train on")?;
+    Ok((train, validation, digest))
+}

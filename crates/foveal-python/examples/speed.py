@@ -1,0 +1,138 @@
+"""Speed next to PyTorch's, side by side with the same threads: alternating rounds, best of each and median of ratios.
+
+    python crates/foveal-python/examples/speed.py [calls] [attention] [models] [linear]
+"""
+
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import foveal
+import foveal.torch
+
+
+def compare(name, own, other, rounds=7, least=0.02):
+    """Times two functions in turn; both have run once before."""
+    own(), other()
+    start = time.perf_counter()
+    own()
+    times = max(1, int(least / (time.perf_counter() - start)))
+    samples = ([], [])
+    for _ in range(rounds):
+        for function, list_ in zip((own, other), samples):
+            start = time.perf_counter()
+            for _ in range(times):
+                function()
+            list_.append((time.perf_counter() - start) / times)
+    best = [min(s) for s in samples]
+    ratio = statistics.median(b / a for a, b in zip(*samples))
+    unit, factor = ("µs", 1e6) if best[0] < 1e-3 else ("ms", 1e3)
+    print(f"{name:58} {best[0] * factor:9.2f} {unit} {best[1] * factor:9.2f} {unit}   {best[1] / best[0]:5.2f} [{ratio:5.2f}]", flush=True)
+    return best[1] / best[0]
+
+
+def calls():
+    a = np.zeros((1, 1, 8, 64), np.float32)
+    t = torch.zeros(1, 1, 8, 64)
+    y = torch.zeros(1, 8, 1, 64)
+    with torch.no_grad():
+        sdpa = lambda: F.scaled_dot_product_attention(y, y, y)  # noqa: E731
+        compare("one token, 8 heads of 64: attention(NumPy)", lambda: foveal.attention(a, a, a), sdpa)
+        compare("one token: attention(tensors), no grad", lambda: foveal.attention(t, t, t), sdpa)
+        compare("one token: foveal.torch.scaled_dot_product_attention", lambda: foveal.torch.scaled_dot_product_attention(y, y, y), sdpa)
+    g, h = t.clone().requires_grad_(), y.clone().requires_grad_()
+    compare("one token, gradients recorded", lambda: foveal.attention(g, g, g), lambda: F.scaled_dot_product_attention(h, h, h))
+
+
+def attention():
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            ratios = []
+            for n, heads in ((128, 8), (512, 8), (2048, 4), (4096, 2)):
+                for causal in (False, True):
+                    x = [torch.randn(1, heads, n, 64, dtype=dtype, requires_grad=backward) for _ in range(3)]
+                    d = torch.randn(1, heads, n, 64, dtype=dtype)
+
+                    def step(function):
+                        out = function(*x, is_causal=causal)
+                        if backward:
+                            torch.autograd.grad(out, x, d)
+
+                    name = f"{'training step' if backward else 'forward'}, {str(dtype)[6:]}, N {n}, {heads} heads, {'causal' if causal else 'full'}"
+                    own = lambda: step(foveal.torch.scaled_dot_product_attention)  # noqa: E731
+                    ratios.append(compare(name, own, lambda: step(F.scaled_dot_product_attention)))
+            print(f"geometric mean: {statistics.geometric_mean(ratios):.2f}\n")
+
+
+def models():
+    import transformers
+
+    import foveal.hf  # noqa: F401
+
+    small = {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    }
+
+    def model(implementation, dtype, window=None, layers=30):
+        torch.manual_seed(0)
+        kind = transformers.LlamaConfig if window is None else transformers.MistralConfig
+        more = {} if window is None else {"sliding_window": window}
+        config = kind(**small, num_hidden_layers=layers, **more)
+        made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        return made.to(dtype).eval()
+
+    def prefill(name, length, dtype, window=None, layers=30):
+        pair = [model(i, dtype, window, layers) for i in ("foveal", "sdpa")]
+        tokens = torch.randint(0, 49152, (1, length))
+        runs = [lambda m=m: m(tokens, logits_to_keep=1, use_cache=False) for m in pair]
+        with torch.no_grad():
+            compare(name, *runs, rounds=3)
+
+    prefill("SmolLM2's shape, prompt of 4096, f32", 4096, torch.float32, layers=6)
+    prefill("SmolLM2's shape, prompt of 4096, bf16", 4096, torch.bfloat16, layers=6)
+    prefill("window of 512, prompt of 8192, f32", 8192, torch.float32, window=512, layers=4)
+    pair = [model(i, torch.float32, layers=4).train() for i in ("foveal", "sdpa")]
+    tokens = torch.randint(0, 49152, (1, 2048))
+
+    def step(m):
+        m.zero_grad()
+        m(tokens, labels=tokens, use_cache=False).loss.backward()
+
+    compare("training step, 2048 tokens, f32 (4 layers)", *(lambda m=m: step(m) for m in pair), rounds=3)
+
+
+def linear():
+    def unfused(q, k, v, g, beta, chunk=64):
+        """The gated delta rule in chunks by PyTorch's own operators, as Transformers has it."""
+        from transformers.models.qwen3_next import modeling_qwen3_next as home
+
+        rule = home.torch_chunk_gated_delta_rule
+        return getattr(rule, "__wrapped__", rule)(q, k, v, g, beta, chunk_size=chunk)[0]
+
+    q, k, v = (torch.randn(1, 2048, 8, 64) for _ in range(3))
+    k = F.normalize(k, dim=-1)
+    g, beta = -torch.rand(1, 2048, 8), torch.rand(1, 2048, 8)
+    with torch.no_grad():
+        compare("gated delta, 2048 tokens, 8 heads of 64 (Transformers')", lambda: foveal.linear.gated_delta(q, k, v, g, beta), lambda: unfused(q, k, v, g, beta), rounds=5)
+        try:
+            from fla.ops.gla.naive import naive_recurrent_gla
+        except Exception as error:  # fla may want a GPU.
+            print(f"fla's pure PyTorch forms: {error}")
+            return
+        decay = -torch.rand(1, 2048, 8, 64)
+        try:
+            compare("gla, 2048 tokens, 8 heads of 64 (fla's naive form)", lambda: foveal.linear.gla(q, k, v, decay), lambda: naive_recurrent_gla(q, k, v, decay), rounds=3)
+        except Exception as error:
+            print(f"fla's naive gla: {type(error).__name__} {error}")
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or ["calls", "attention", "models", "linear"]
+    print(f"{torch.get_num_threads()} threads; ours, PyTorch's, PyTorch ÷ ours: best ÷ best [median]")
+    for name in chosen:
+        globals()[name]()

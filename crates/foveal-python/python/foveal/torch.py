@@ -1,0 +1,163 @@
+"""PyTorch: attention in its layout, and in place of its own.
+
+Every function of ``foveal`` takes tensors; those that want gradients go through operators of ``torch.library``
+(``torch.ops.foveal``), which ``torch.compile`` and ``torch.export`` understand. Tensors are on the CPU, float32, float16
+or bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal import _core, _native
+from foveal._operators import OPERATORS, ready, ready_all
+
+__all__ = ["merge", "replace_sdpa", "scaled_dot_product_attention"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _wants_gradients(arrays: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arrays)
+
+
+def _share_threads() -> None:
+    threads = torch.get_num_threads()
+    if _core.limit:
+        threads = min(threads, _core.limit)
+    if threads != _core.current:
+        _core.current = threads
+        _native.set_threads(threads)
+
+
+def run(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The results of a mechanism."""
+    if torch.compiler.is_compiling() or type(arrays[0]) not in _PLAIN or _wants_gradients(arrays):
+        if not torch.compiler.is_compiling():
+            _share_threads()
+        results = OPERATORS[name](*arrays, _text(options))
+        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+    _share_threads()
+    return _native.forward(name, ready_all(name, arrays), options)
+
+
+def _text(options: tuple[Any, ...]) -> str:
+    return repr(options)
+
+
+def attention_into(arrays: tuple[Tensor | None, ...], out: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """Attention into a tensor; the log-sum-exp."""
+    if _wants_gradients((*arrays, out)):
+        raise RuntimeError("attention with out=... has no gradients; call it under torch.no_grad()")
+    _share_threads()
+    return _native.attention_into(ready_all("attention", arrays), out, options)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """``foveal.merge`` with gradients."""
+    arrays = (out_a, lse_a, out_b, lse_b)
+    if not torch.compiler.is_compiling() and not _wants_gradients(arrays):
+        out, lse = _native.forward("merge", tuple(ready(x) for x in arrays), ())
+        return out, lse
+    lse = torch.logaddexp(lse_a, lse_b)
+    # Rows that see nothing in either part stay 0.
+    safe = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
+    weight_a, weight_b = (torch.exp(x - safe).unsqueeze(-1) for x in (lse_a, lse_b))
+    out = weight_a * out_a.float() + weight_b * out_b.float()
+    return out.to(out_a.dtype), lse
+
+
+def _bias(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A float mask as a bias ``[1 or B, 1 or H, T, S]``."""
+    bias = attn_mask.float()
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(0)
+    seq, keys = query.shape[-2], key.shape[-2]
+    return bias.expand(bias.shape[0], bias.shape[1], seq, keys)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` on Foveal's kernels: ``[B, H, T, D]`` (or ``[H, T, D]``),
+    causal from the top left, truth values True where seen, float masks added to scores.
+
+    >>> import torch
+    >>> x = torch.ones(1, 2, 3, 4)
+    >>> foveal.torch.scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    torch.Size([1, 2, 3, 4])
+    """
+    if query.dim() == 3:
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+        return out.squeeze(0)
+    if query.dim() != 4:
+        raise ValueError(f"query: expected [batch, heads, seq, dim] or [heads, seq, dim], got {query.dim()} axes")
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        heads = (query.shape[1], key.shape[1])
+        raise ValueError(f"{heads[0]} query heads and {heads[1]} key heads: expected the same, or enable_gqa=True")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask and is_causal exclude each other")
+    seq, keys = query.shape[2], key.shape[2]
+    ahead = None
+    if is_causal:
+        # Keys after the last query are seen by none; after that, positions count from the bottom right.
+        if keys > seq:
+            key, value, keys = key[:, :, :seq], value[:, :, :seq], seq
+        ahead = seq - keys
+    mask = bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            bias = _bias(attn_mask, query, key)
+    seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
+    options = (None, ahead, scale, None, False, dropout_p, seed, False)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, _ = run("attention", (q, k, v, mask, bias, *(None,) * 8), options)
+    return out.transpose(1, 2)
+
+
+_KINDS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def replace_sdpa() -> Iterator[None]:
+    """Within it, ``torch.nn.functional.scaled_dot_product_attention`` is Foveal's where that takes the tensors (on the
+    CPU, of three or four axes, float32, float16 or bfloat16), and PyTorch's elsewhere.
+
+    >>> with foveal.torch.replace_sdpa():
+    ...     y = torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 3, 4)] * 3)
+    """
+    functional = torch.nn.functional
+    own = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        ours = (
+            query.device.type == "cpu"
+            and query.dim() in (3, 4)
+            and query.dim() == key.dim() == value.dim()
+            and query.dtype in _KINDS
+            and query.shape[: query.dim() - 3] == key.shape[: key.dim() - 3]
+        )
+        return (scaled_dot_product_attention if ours else own)(query, key, value, *rest, **options)
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
