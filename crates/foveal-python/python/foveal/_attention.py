@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from foveal import _native
@@ -182,11 +181,3 @@ def flash_attn_varlen_func(
     arrays = (q[None], k[None], v[None], None, None, _slopes(alibi_slopes), None, cu_seqlens_q, cu_seqlens_k, *nothing)
     out, lse = run("attention", arrays, options)
     return (out[0], _by_heads(lse[0]), None) if return_attn_probs else out[0]
-
-
-def standard_slopes(heads: int) -> list[float]:
-    """The slopes of ALiBi (Press et al. 2022) for so many heads."""
-    largest = 2 ** math.floor(math.log2(heads))
-    own = [2 ** (-8 * (n + 1) / largest) for n in range(largest)]
-    more = [2 ** (-4 * (2 * n + 1) / largest) for n in range(heads - largest)]
-    return own + more
