@@ -54,8 +54,8 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
-    Train(train::Arguments),
     Serve(serve::Arguments),
+    Train(train::Arguments),
 }
 
 impl Command {
@@ -73,8 +73,8 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
-            Command::Train(arguments) => train::run(arguments),
             Command::Serve(arguments) => serve::run(arguments),
+            Command::Train(arguments) => train::run(arguments),
         }
     }
 }

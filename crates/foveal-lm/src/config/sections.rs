@@ -281,7 +281,7 @@ const fn sixteen() -> usize {
 
 impl Mechanism {
     /// All names, as `foveal list` has them.
-    pub const NAMES: [&str; 19] = [
+    pub const NAMES: [&str; 20] = [
         "full",
         "window",
         "sparse_transformer",

@@ -287,7 +287,9 @@ fn pieces_come_as_they_are_made_and_make_up_the_texts() {
     let (model, tokenizer) = (small::model(), small::tokenizer());
     let mut batcher = up_to(&model, &tokenizer, 3);
     let requests: Vec<_> = (0..7).map(|n| request(n, 12)).collect();
-    requests.iter().for_each(|request| drop(batcher.push(request.clone())));
+    for request in &requests {
+        batcher.push(request.clone());
+    }
     let (results, seen) = watched(&mut batcher, &[]);
     assert_eq!(results.len(), 7);
     for (id, text) in results {
@@ -304,7 +306,9 @@ fn what_is_taken_back_leaves_the_others_as_they_are_and_frees_its_pages() {
     let mut requests: Vec<_> = (0..8).map(|n| request(n, 40)).collect();
     // The sixth is still being read when it is taken back.
     requests[3].prompt = tokens(9 * CHUNK, 5, 1020);
-    requests.iter().for_each(|request| drop(batcher.push(request.clone())));
+    for request in &requests {
+        batcher.push(request.clone());
+    }
     // One that runs, one that is read, one that waits, and one that would be the last of a batch.
     let (results, seen) = watched(&mut batcher, &[(3, 0), (4, 3), (3, 7), (9, 2)]);
     let ids: Vec<usize> = results.iter().map(|(id, _)| *id).collect();
@@ -351,7 +355,9 @@ fn what_another_prompt_is_about_to_read_is_waited_for() {
             Request { prompt: [&*prompt, &own].concat(), options: options.clone() }
         })
         .collect();
-    requests.iter().for_each(|request| drop(batcher.push(request.clone())));
+    for request in &requests {
+        batcher.push(request.clone());
+    }
     let (results, _) = watched(&mut batcher, &[]);
     assert_eq!(results.len(), 6);
     assert_eq!(batcher.shared(), 5 * prompt.len());

@@ -161,7 +161,7 @@ fn reversing_is_learned_and_not_by_heart() {
         [source, tokens, targets]
     };
     let mut loss = f64::INFINITY;
-    for step in 0..600 {
+    for step in 0..1500 {
         let [source, tokens, targets] = &batch(1000 + step);
         let pairs = Pairs { sequences: 32, source, tokens, targets };
         let mut options = StepOptions::new(Cpu::detect().unwrap(), &mut scratch);

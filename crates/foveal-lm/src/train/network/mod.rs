@@ -287,6 +287,9 @@ impl Work<'_> {
     ) -> Result<Loss, Error> {
         let Work { network, parameters, batch } = *self;
         network.check(parameters, batch, carried.as_deref())?;
+        if batch.tokens.is_empty() {
+            return Ok(Loss { sum: 0.0, targets: 0 });
+        }
         let training = gradients.is_some();
         let start = carried.as_ref().map_or(0, |carried| carried.tokens);
         let tokens = batch.tokens.len() / batch.sequences.max(1);

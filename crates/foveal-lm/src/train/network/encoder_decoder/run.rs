@@ -91,6 +91,9 @@ impl EncoderDecoder {
         options: &mut StepOptions<'_>,
     ) -> Result<Loss, Error> {
         self.check(parameters, pairs)?;
+        if pairs.tokens.is_empty() {
+            return Ok(Loss { sum: 0.0, targets: 0 });
+        }
         let training = gradients.is_some();
         let Scratch { workspace, pool, .. } = &mut *options.scratch;
         pool.forget_lent();
