@@ -150,10 +150,18 @@ def _names(arrays: str) -> _Names:
     )
 
 
-def ready_all(name: str, arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def ready_all(name: str, arrays: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The arrays of a mechanism as the native module takes them."""
+    try:
+        for array in arrays:
+            if array is not None and not array.is_contiguous():
+                break
+        else:
+            return arrays
+    except AttributeError:
+        pass  # No tensor: `ready` says so.
     names = NAMES[name].all
-    return tuple(ready(array, whole=n in _WHOLE) for n, array in zip(names, arrays))
+    return tuple([ready(array, whole=n in _WHOLE) for n, array in zip(names, arrays)])
 
 
 NAMES = {name: _names(spec.arrays) for name, spec in SPECS.items()}
@@ -170,7 +178,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         *tensors, options = arguments
-        results = _native.forward(name, ready_all(name, tensors), _decode(options))
+        results = _native.forward(name, tuple(ready_all(name, tensors)), _decode(options))
         return results if len(results) > 1 else results[0]
 
     def fake(*arguments: Any) -> Any:
@@ -196,7 +204,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
         inputs, results, d = tensors[:count], tensors[count : count + example], tensors[count + example :]
         gradients = _native.backward(
             name,
-            ready_all(name, inputs),
+            tuple(ready_all(name, inputs)),
             tuple(results),
             tuple(ready(x, whole=n in (1, 2) and len(spec.gradients) > 2) for n, x in enumerate(d)),
             _decode(options),

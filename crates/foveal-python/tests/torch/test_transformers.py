@@ -1,5 +1,8 @@
 """Transformers' models on Foveal against their own eager attention: logits, gradients, generation, training."""
 
+import os
+import pathlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -257,3 +260,32 @@ def test_gated_delta_rules(monkeypatch):
     for a, b in zip(d_got, d_expected):
         if b is not None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-2)
+
+
+def smollm2():
+    """The file of SmolLM2-135M-Instruct that the project's other tests have fetched by its hash."""
+    cache = pathlib.Path(os.environ.get("FOVEAL_CACHE") or pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "foveal")
+    folder = cache / "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return next(iter(sorted(folder.rglob("*.gguf"))), None) if folder.is_dir() else None
+
+
+def test_smollm2():
+    pytest.importorskip("gguf")
+    file = smollm2()
+    if file is None:
+        pytest.skip("SmolLM2's file has not been fetched; cargo xtask test does it")
+    tokens = torch.tensor([[504, 3575, 282, 4649, 314]])
+    logits = []
+    for implementation in ("eager", "foveal"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, attn_implementation=implementation, dtype=torch.float32
+        )
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-3, rtol=1e-3)
+    best = logits[1][0, -1].topk(3)
+    assert best.indices.tolist() == [7042, 260, 4528]
+    assert best.values.tolist() == pytest.approx([17.371, 14.889, 13.245], abs=0.02)
+    with torch.no_grad():
+        text = model.generate(tokens, max_new_tokens=8, do_sample=False)
+    assert text[0, 5].item() == 7042
