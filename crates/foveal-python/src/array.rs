@@ -369,10 +369,7 @@ impl<'a> View<'a> {
         let skip = AXES - self.memory.axes;
         shape[skip..].copy_from_slice(self.shape());
         strides[skip..].copy_from_slice(&self.memory.strides[..self.memory.axes]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         let data = self.memory.data;
         let row = move |[a, b, c]: [usize; 3]| {
             assert!(a < shape[0] && b < shape[1] && c < shape[2]);
@@ -406,20 +403,29 @@ impl<'a> View<'a> {
         }
     }
 
-    fn forwards(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+    /// Refuses strides that kernels do not take. Those of arrays without elements say nothing.
+    fn ordered(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+        if shape.contains(&0) {
+            return Ok(());
+        }
         let negative = shape.iter().zip(strides).find(|(n, stride)| **n > 1 && *stride < 0);
-        negative.map_or(Ok(()), |(_, got)| Err(Error::Backwards { what: self.what, got }))
+        if let Some((_, got)) = negative {
+            return Err(Error::Backwards { what: self.what, got });
+        }
+        if shape[3] > 1 && strides[3] != 1 {
+            return Err(Error::LastAxis { what: self.what, got: strides[3] });
+        }
+        Ok(())
     }
 
     fn layout(&self, order: [usize; 4]) -> Result<(Shape, Strides)> {
         let shape = order.map(|axis| self.memory.shape[axis]);
         let strides = order.map(|axis| self.memory.strides[axis]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         // The stride of an axis of one element says nothing.
-        let stride = |axis: usize| if shape[axis] > 1 { strides[axis] as usize } else { 0 };
+        let empty = shape.contains(&0);
+        let stride =
+            |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
         let [batch, seq, heads, dim] = shape;
         let strides = Strides { batch: stride(0), seq: stride(1), heads: stride(2) };
         Ok((Shape { batch, seq, heads, dim }, strides))
@@ -451,6 +457,9 @@ impl<'a> View<'a> {
     /// Elements of an array that lie one after the other.
     fn contiguous(&self) -> Result<usize> {
         let mut dense = 1;
+        if self.shape().contains(&0) {
+            return Ok(0);
+        }
         for axis in (0..self.memory.axes).rev() {
             let n = self.memory.shape[axis];
             if n > 1 && self.memory.strides[axis] != dense as i64 {

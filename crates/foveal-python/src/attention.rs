@@ -305,7 +305,8 @@ pub(crate) fn dense(seen: &View<'_>, extent: Extent) -> Result<Dense> {
     }
     let words = keys.div_ceil(64);
     let mut bits = vec![0u64; b * h * queries * words];
-    for (n, to) in bits.chunks_exact_mut(words.max(1)).enumerate() {
+    let rows = if words == 0 { &mut [][..] } else { &mut bits[..] };
+    for (n, to) in rows.chunks_exact_mut(words.max(1)).enumerate() {
         let (site, t_row) = (n / queries, n % queries);
         let from = row([site / h, site % h, t_row.min(t - 1)]);
         match s == keys {

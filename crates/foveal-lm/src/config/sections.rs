@@ -121,6 +121,15 @@ pub enum Mechanism {
     },
     /// [`Efficient`](foveal::linear::Efficient), over the keys so far.
     Efficient {},
+    /// [`Linformer`](foveal::linear::Linformer), with matrices for as many tokens as the context has: for encoders, since it
+    /// is not causal. Models that continue texts refuse it.
+    Linformer {
+        /// Mixtures of keys.
+        rank: usize,
+        /// Whether keys and values share one matrix.
+        #[serde(default)]
+        shared: bool,
+    },
     /// [`Retention`](foveal::linear::Retention).
     Retention {},
     /// [`ScalarDecay`](foveal::linear::ScalarDecay).
@@ -272,7 +281,7 @@ const fn sixteen() -> usize {
 
 impl Mechanism {
     /// All names, as `foveal list` has them.
-    pub const NAMES: [&str; 19] = [
+    pub const NAMES: [&str; 20] = [
         "full",
         "window",
         "sparse_transformer",
@@ -284,6 +293,7 @@ impl Mechanism {
         "linear",
         "performer",
         "efficient",
+        "linformer",
         "retention",
         "scalar_decay",
         "gla",
@@ -308,6 +318,7 @@ impl Mechanism {
             Mechanism::Linear { .. } => "linear",
             Mechanism::Performer { .. } => "performer",
             Mechanism::Efficient {} => "efficient",
+            Mechanism::Linformer { .. } => "linformer",
             Mechanism::Retention {} => "retention",
             Mechanism::ScalarDecay { .. } => "scalar_decay",
             Mechanism::Gla { .. } => "gla",

@@ -320,13 +320,10 @@ impl Trainer {
         targets: usize,
     ) -> Result<f64, Error> {
         let train = &self.config.train;
-        let carried = self.carried.get_mut(call);
-        let carried = carried.map(|carried| {
-            if batch.fresh.first() == Some(&true) {
-                carried.clear();
-            }
-            carried
-        });
+        let mut carried = self.carried.get_mut(call);
+        if let Some(carried) = carried.as_mut().filter(|_| batch.fresh.first() == Some(&true)) {
+            carried.clear();
+        }
         let mut options = StepOptions::new(self.cpu, &mut self.scratch);
         options.recompute = train.recompute;
         options.precision = precision(train.precision);

@@ -309,8 +309,9 @@ fn names_are_those_of_the_registry() {
     let known: Vec<_> = registry::MECHANISMS.iter().map(|mechanism| mechanism.name).collect();
     assert!(Mechanism::NAMES.iter().all(|name| known.contains(name)));
     let tested = |name: &str| mixers().iter().any(|mixer| mixer.to_string().contains(name));
-    // Random features have no definition without their draws: laws hold them.
-    assert!(Mechanism::NAMES.iter().all(|name| *name == "performer" || tested(name)));
+    // Random features have no definition without their draws: laws hold them. Linformer is for encoders.
+    let others = ["performer", "linformer"];
+    assert!(Mechanism::NAMES.iter().all(|name| others.contains(name) || tested(name)));
 }
 
 #[test]
@@ -444,6 +445,7 @@ fn configurations_that_make_no_sense_are_refused() {
         ),
         (json!({"name": "sparse_transformer", "pattern": "round", "stride": 3}), "unknown variant"),
         (json!({"name": "longformer", "reach": 3, "gap": 0}), "gap"),
+        (json!({"name": "linformer", "rank": 8}), "not causal"),
         (json!({"name": "bigbird", "block": 0, "random": 1}), "block"),
         (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
         (json!({"name": "transformer_xl", "segment": 0, "memory": 3}), "at least 1 token"),

@@ -74,6 +74,9 @@ impl Case {
             for x in &mut parameters.values_mut()[entry.range] {
                 // Large enough that softmax is far from even, and every vector matters.
                 *x = match entry.group {
+                    // Mixtures are large enough.
+                    Group::Matrix if entry.name.ends_with(".e_proj.weight") => *x,
+                    Group::Matrix if entry.name.ends_with(".f_proj.weight") => *x,
                     Group::Matrix => *x * 12.0,
                     _ => *x + 0.3 * noise(),
                 };

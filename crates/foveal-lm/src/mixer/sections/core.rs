@@ -118,6 +118,12 @@ impl Core {
                 let (layer, hash) = lsh(mechanism, [sizes.heads, sizes.kv_heads, sizes.dims.0])?;
                 Kind::Lsh(layer, Box::new(hash))
             }
+            Mechanism::Linformer { .. } => {
+                return Err(Error::UnsupportedConfig {
+                    key: "\"foveal\" mixer".to_owned(),
+                    found: "\"linformer\", which is not causal and so continues no text".to_owned(),
+                });
+            }
             // Made above.
             _ => return Err(Error::SectionState),
         };

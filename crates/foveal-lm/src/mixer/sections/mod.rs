@@ -15,6 +15,7 @@ mod core;
 mod entries;
 mod global;
 mod recurrent;
+mod rule;
 mod state;
 
 use foveal::nn::{RmsNorm, rms_norm_in_place};
@@ -33,6 +34,7 @@ use self::core::Core;
 pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
 pub(crate) use chosen::{lsh, native_sparse, sparse_transformer};
 pub(crate) use entries::Rows;
+pub(crate) use rule::{Rule, TAU, UNIT_EPSILON, with_rule};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.

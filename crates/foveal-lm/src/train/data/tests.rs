@@ -71,7 +71,7 @@ fn streams_go_on_and_end_with_their_documents() {
         }
     }
     // Tokens 0 to 6 are a document, 7 another, 8 to 14 the beginning of a third.
-    let part = vec![
+    let part = [
         (vec![1, 2, 3, 4], true),
         (vec![5, 6], false),
         (vec![], true),

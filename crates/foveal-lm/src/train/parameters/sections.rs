@@ -25,6 +25,14 @@ pub(super) fn declared(
                 global("v_global.weight", section.kv_heads),
             ]
         }
+        Mechanism::Linformer { rank, shared } => {
+            let matrix = |name| {
+                let matrix = tensors.matrix(name, [rank, config.context]);
+                Declared { initial: Initial::Normal(1.0 / (rank as f32).sqrt()), ..matrix }
+            };
+            let both = [matrix("e_proj.weight"), matrix("f_proj.weight")];
+            both.into_iter().take(if shared { 1 } else { 2 }).collect()
+        }
         Mechanism::Retention {} => tensors.gated(),
         Mechanism::ScalarDecay { conv } => {
             let decay = tensors.decay();
