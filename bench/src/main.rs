@@ -15,6 +15,7 @@ mod backward;
 mod case;
 mod contender;
 mod data;
+mod growth;
 mod machine;
 mod mask;
 mod model;
@@ -89,6 +90,10 @@ struct Arguments {
     #[arg(long, value_name = "FOLDER")]
     plot: Option<PathBuf>,
 
+    /// Draw a record of `sparse_speed csv` into the folder of --plot, and measure nothing.
+    #[arg(long, value_name = "FILE", requires = "plot")]
+    growth: Option<PathBuf>,
+
     /// Take results from this record and measure nothing; may be given several times.
     #[arg(long = "from", value_name = "FILE")]
     records: Vec<PathBuf>,
@@ -100,6 +105,9 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    if let (Some(record), Some(folder)) = (&arguments.growth, &arguments.plot) {
+        return growth::write(record, folder);
+    }
     if !arguments.records.is_empty() {
         return show(&arguments, &record::read(&arguments.records)?);
     }

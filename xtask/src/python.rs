@@ -17,7 +17,10 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         bail!("python takes no arguments, got {first:?}");
     }
     let Some(python) = python() else {
-        return Ok(skip("the wheel", "there is no Python 3.10 or newer with venv ($PYTHON names one)"));
+        return Ok(skip(
+            "the wheel",
+            "there is no Python 3.10 or newer with venv ($PYTHON names one)",
+        ));
     };
     let folder = folder()?;
     let Some(environment) = environment(&python, &folder.join("environment"), None)? else {
@@ -32,7 +35,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
 /// The tests that need PyTorch, in an environment that finds it where an interpreter has it.
 pub(crate) fn torch() -> Result<()> {
     let Some(python) = with_torch() else {
-        bail!("no Python has PyTorch; bench/peers/setup.sh torch installs it, or $FOVEAL_PYTHON names one");
+        bail!(
+            "no Python has PyTorch; bench/peers/setup.sh torch installs it, or $FOVEAL_PYTHON names one"
+        );
     };
     let packages = packages(&python)?;
     let folder = folder()?;
@@ -61,7 +66,8 @@ fn skip(what: &str, why: &str) {
 
 /// `target/python`, made.
 fn folder() -> Result<PathBuf> {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| run::root().join("target"), PathBuf::from);
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| run::root().join("target"), PathBuf::from);
     let folder = run::root().join(target).join("python");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     Ok(folder)
@@ -83,11 +89,13 @@ fn with_torch() -> Option<PathBuf> {
         let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or(home)?;
         Some(base.join("foveal"))
     });
-    let peers = cache.and_then(|cache| fs::read_dir(cache.join("peers")).ok()).into_iter().flatten();
+    let peers =
+        cache.and_then(|cache| fs::read_dir(cache.join("peers")).ok()).into_iter().flatten();
     let peers = peers.flatten().map(|entry| entry.path()).filter(|path| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("torch-"))
     });
-    let mut names = named.into_iter().chain(peers.map(|path| path.join("bin/python"))).chain(python());
+    let mut names =
+        named.into_iter().chain(peers.map(|path| path.join("bin/python"))).chain(python());
     let check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)";
     names.find(|name| run::works(Command::new(name).args(["-c", check])))
 }
@@ -132,11 +140,15 @@ fn wheel(environment: &Path, folder: &Path) -> Result<PathBuf> {
         fs::remove_dir_all(&wheels)?;
     }
     let mut build = Command::new(environment.join("bin/maturin"));
-    build.args(["build", "--release", "--quiet", "--interpreter"]).arg(environment.join("bin/python"));
+    build
+        .args(["build", "--release", "--quiet", "--interpreter"])
+        .arg(environment.join("bin/python"));
     build.arg("--out").arg(&wheels).current_dir(run::root());
     run::run(&mut build)?;
     let mut files = fs::read_dir(&wheels)?.flatten().map(|entry| entry.path());
-    files.find(|file| file.extension().is_some_and(|end| end == "whl")).context("maturin made no wheel")
+    files
+        .find(|file| file.extension().is_some_and(|end| end == "whl"))
+        .context("maturin made no wheel")
 }
 
 fn install(environment: &Path, wheel: &Path) -> Result<()> {

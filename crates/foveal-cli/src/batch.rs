@@ -112,7 +112,8 @@ impl Line {
             Stop::One(stop) => vec![stop.clone()],
             Stop::Several(stops) => stops.clone(),
         };
-        Options { max_tokens: self.max_tokens.unwrap_or(max_tokens), stop, sampling }
+        let max_tokens = self.max_tokens.unwrap_or(max_tokens);
+        Options { max_tokens, stop, sampling, logprobs: None }
     }
 }
 

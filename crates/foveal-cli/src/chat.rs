@@ -93,7 +93,7 @@ impl Arguments {
         let mut sampling = self.sampling.sampling();
         // Another answer to the same message is another one.
         sampling.seed = sampling.seed.wrapping_add(answer);
-        Options { max_tokens: self.max_tokens, stop: Vec::new(), sampling }
+        Options { max_tokens: self.max_tokens, sampling, ..Options::default() }
     }
 }
 

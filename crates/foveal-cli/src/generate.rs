@@ -117,7 +117,7 @@ fn continue_prompt(
     let start = Instant::now();
     let mut tokens = Vec::new();
     for piece in &mut generator {
-        let Piece { token, text } = piece?;
+        let Piece { token, text, .. } = piece?;
         tokens.push(token);
         give(&text)?;
         if interrupt::asked() {
@@ -211,7 +211,7 @@ fn prompt(argument: &str) -> anyhow::Result<String> {
 impl Arguments {
     fn options(&self) -> Options {
         let (max_tokens, sampling) = (self.max_tokens, self.sampling.sampling());
-        Options { max_tokens, stop: self.stop.clone(), sampling }
+        Options { max_tokens, stop: self.stop.clone(), sampling, logprobs: None }
     }
 }
 

@@ -23,6 +23,7 @@ mod pattern;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod session;
 mod source;
 mod train;
@@ -53,6 +54,7 @@ enum Command {
     Look(look::Arguments),
     Quantize(quantize::Arguments),
     Pattern(pattern::Arguments),
+    Serve(serve::Arguments),
     Train(train::Arguments),
 }
 
@@ -71,6 +73,7 @@ impl Command {
             Command::Look(arguments) => look::run(arguments),
             Command::Quantize(arguments) => quantize::run(arguments),
             Command::Pattern(arguments) => pattern::run(arguments),
+            Command::Serve(arguments) => serve::run(arguments),
             Command::Train(arguments) => train::run(arguments),
         }
     }

@@ -15,7 +15,7 @@ use crate::output;
 
 /// Show which tokens see which, how many pairs that are, and after how many layers all is reached.
 ///
-/// `reformer`, `moba` and `native_sparse` choose by content: queries and keys are random vectors of 64 numbers. The compressed
+/// `lsh`, `moba` and `native_sparse` choose by content: queries and keys are random vectors of 64 numbers. The compressed
 /// tokens of `native_sparse` are not in its picture: they are means of the blocks.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -49,14 +49,14 @@ pub(crate) struct Arguments {
     /// Global tokens of `longformer`.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     global: Vec<usize>,
-    /// Tokens of a block of `bigbird`, `moba` and `native_sparse`, and of a chunk of `reformer`.
+    /// Tokens of a block of `bigbird`, `moba` and `native_sparse`, and of a chunk of `lsh`.
     #[arg(long, default_value_t = 4)]
     block: usize,
     /// Blocks that a row sees: of `moba`, its own included (3), or of `native_sparse`, the first, its own and the one
     /// before included (5).
     #[arg(long)]
     top: Option<usize>,
-    /// Rounds of hashing of `reformer`.
+    /// Rounds of hashing of `lsh`.
     #[arg(long, default_value_t = 2)]
     rounds: usize,
     /// Random blocks of each row of `bigbird`.
@@ -81,7 +81,7 @@ enum Name {
     Fixed,
     Longformer,
     Bigbird,
-    Reformer,
+    Lsh,
     Moba,
     #[value(name = "native_sparse")]
     NativeSparse,
@@ -165,7 +165,7 @@ fn masks(arguments: &Arguments) -> anyhow::Result<Vec<Mask>> {
             let plan = BlockPlan::published([heads, n.div_ceil(block), random], seed)?;
             vec![BigBird { block, plan, causal }.mask()?]
         }
-        Name::Reformer | Name::Moba | Name::NativeSparse => vec![chosen(arguments)?],
+        Name::Lsh | Name::Moba | Name::NativeSparse => vec![chosen(arguments)?],
     })
 }
 

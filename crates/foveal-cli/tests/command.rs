@@ -367,7 +367,7 @@ fn pattern_draws_counts_and_says_what_is_reached() {
         "fixed",
         "longformer",
         "bigbird",
-        "reformer",
+        "lsh",
         "moba",
         "native_sparse",
     ] {
@@ -382,8 +382,8 @@ fn pattern_draws_counts_and_says_what_is_reached() {
         (&["pattern", "moba", "--block", "0"], "tokens of a block"),
         (&["pattern", "native_sparse", "--top", "2"], "at least 3"),
         (&["pattern", "native_sparse", "--block", "0"], "at least 1"),
-        (&["pattern", "reformer", "--block", "0"], "tokens of a chunk"),
-        (&["pattern", "reformer", "--rounds", "0"], "rounds of hashing"),
+        (&["pattern", "lsh", "--block", "0"], "tokens of a chunk"),
+        (&["pattern", "lsh", "--rounds", "0"], "rounds of hashing"),
         (&["pattern", "window", "--n", "5000"], "at most 4096"),
         (&["pattern", "full", "--n", "0"], "0 tokens"),
     ];

@@ -84,8 +84,9 @@ fn mixer(name: &str) -> &'static str {
         "bigbird" => "{name = 'bigbird', block = 8, random = 1}",
         "moba" => "{name = 'moba', block = 8, top = 2}",
         "native_sparse" => {
-            "{name = 'native_sparse', length = 8, stride = 4, block = 8, top = 2, window = 8}"
+            "{name = 'native_sparse', length = 8, stride = 4, block = 8, top = 4, window = 8}"
         }
+        "lsh" => "{name = 'lsh', chunk = 8, buckets = 4}",
         "performer" => "{name = 'performer', features = 16}",
         "transformer_xl" => "{name = 'transformer_xl', segment = 16, memory = 16}",
         "infini" => "{name = 'infini', segment = 16}",

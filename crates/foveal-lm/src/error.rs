@@ -127,6 +127,11 @@ pub enum Error {
     /// A mechanism that has no gradients yet.
     #[error("the mixer {name:?} can't be trained")]
     UntrainedMechanism { name: &'static str },
+    /// A mechanism that shows no later tokens, where those are to be seen.
+    #[error(
+        "the mixer {name:?} is causal and can't be trained with hidden tokens; take one without order"
+    )]
+    MaskedMechanism { name: &'static str },
     /// A loss that is no number.
     #[error(
         "the loss is not finite; it arose in {place}; a lower learning rate or a smaller clip helps where it is not the data"

@@ -6,7 +6,8 @@ use foveal::{DType, Element, Shape, Strides, TensorMut, TensorRef};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyCapsule};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{IntoPyDict, PyCapsule, PyDict};
 use std::marker::PhantomData;
 use std::ptr::{NonNull, null_mut};
 
@@ -66,8 +67,11 @@ impl<'py> Array<'py> {
             ))
         };
         let export = object.getattr(intern!(py, "__dlpack__")).map_err(no_array)?;
-        let version = [(intern!(py, "max_version"), (1, 0))].into_py_dict(py)?;
-        let capsule = export.call((), Some(&version))?;
+        static VERSION: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
+        let version = VERSION.get_or_try_init(py, || -> PyResult<Py<PyDict>> {
+            Ok([(intern!(py, "max_version"), (1, 0))].into_py_dict(py)?.unbind())
+        })?;
+        let capsule = export.call((), Some(version.bind(py)))?;
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let pointer = capsule.pointer_checked(Some(dlpack::VERSIONED)).map_err(|_| {
             let text =
@@ -125,8 +129,43 @@ impl Drop for Array<'_> {
     }
 }
 
-/// The exchange API of an object's type, of the version that is understood.
+/// NumPy's type of arrays, which has no exchange API: asking for one costs more than a call.
+pub(crate) fn is_numpy(object: &Bound<'_, PyAny>) -> bool {
+    static ARRAY: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
+    let py = object.py();
+    let array = ARRAY.get_or_init(py, || {
+        let numpy = py.import(intern!(py, "numpy")).ok()?;
+        Some(numpy.getattr(intern!(py, "ndarray")).ok()?.unbind())
+    });
+    array.as_ref().is_some_and(|array| object.get_type().is(array.bind(py)))
+}
+
+/// The exchange API of an object's type, of the version that is understood. That of the first type that has one is
+/// remembered.
 fn exchange(object: &Bound<'_, PyAny>) -> Option<NonNull<Exchange>> {
+    static FIRST: PyOnceLock<(Py<PyAny>, Found)> = PyOnceLock::new();
+    if is_numpy(object) {
+        return None;
+    }
+    let (py, own) = (object.py(), object.get_type());
+    if let Some((_, found)) = FIRST.get(py).filter(|(first, _)| own.is(first.bind(py))) {
+        return Some(found.0);
+    }
+    let found = exchange_of(object)?;
+    // Another thread may have been first with another type.
+    let _ = FIRST.set(py, (own.into_any().unbind(), Found(found)));
+    Some(found)
+}
+
+/// A static struct of functions.
+struct Found(NonNull<Exchange>);
+
+// SAFETY: the struct is static and never changes.
+unsafe impl Send for Found {}
+// SAFETY: as above.
+unsafe impl Sync for Found {}
+
+fn exchange_of(object: &Bound<'_, PyAny>) -> Option<NonNull<Exchange>> {
     let name = intern!(object.py(), "__dlpack_c_exchange_api__");
     let capsule = object.get_type().getattr_opt(name).ok()??.cast_into::<PyCapsule>().ok()?;
     let pointer = capsule.pointer_checked(Some(dlpack::EXCHANGE)).ok()?;
@@ -369,10 +408,7 @@ impl<'a> View<'a> {
         let skip = AXES - self.memory.axes;
         shape[skip..].copy_from_slice(self.shape());
         strides[skip..].copy_from_slice(&self.memory.strides[..self.memory.axes]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         let data = self.memory.data;
         let row = move |[a, b, c]: [usize; 3]| {
             assert!(a < shape[0] && b < shape[1] && c < shape[2]);
@@ -406,20 +442,29 @@ impl<'a> View<'a> {
         }
     }
 
-    fn forwards(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+    /// Refuses strides that kernels do not take. Those of arrays without elements say nothing.
+    fn ordered(&self, shape: [usize; 4], strides: [i64; 4]) -> Result<()> {
+        if shape.contains(&0) {
+            return Ok(());
+        }
         let negative = shape.iter().zip(strides).find(|(n, stride)| **n > 1 && *stride < 0);
-        negative.map_or(Ok(()), |(_, got)| Err(Error::Backwards { what: self.what, got }))
+        if let Some((_, got)) = negative {
+            return Err(Error::Backwards { what: self.what, got });
+        }
+        if shape[3] > 1 && strides[3] != 1 {
+            return Err(Error::LastAxis { what: self.what, got: strides[3] });
+        }
+        Ok(())
     }
 
     fn layout(&self, order: [usize; 4]) -> Result<(Shape, Strides)> {
         let shape = order.map(|axis| self.memory.shape[axis]);
         let strides = order.map(|axis| self.memory.strides[axis]);
-        self.forwards(shape, strides)?;
-        if shape[3] > 1 && strides[3] != 1 {
-            return Err(Error::LastAxis { what: self.what, got: strides[3] });
-        }
+        self.ordered(shape, strides)?;
         // The stride of an axis of one element says nothing.
-        let stride = |axis: usize| if shape[axis] > 1 { strides[axis] as usize } else { 0 };
+        let empty = shape.contains(&0);
+        let stride =
+            |axis: usize| if shape[axis] > 1 && !empty { strides[axis] as usize } else { 0 };
         let [batch, seq, heads, dim] = shape;
         let strides = Strides { batch: stride(0), seq: stride(1), heads: stride(2) };
         Ok((Shape { batch, seq, heads, dim }, strides))
@@ -451,6 +496,9 @@ impl<'a> View<'a> {
     /// Elements of an array that lie one after the other.
     fn contiguous(&self) -> Result<usize> {
         let mut dense = 1;
+        if self.shape().contains(&0) {
+            return Ok(0);
+        }
         for axis in (0..self.memory.axes).rev() {
             let n = self.memory.shape[axis];
             if n > 1 && self.memory.strides[axis] != dense as i64 {

@@ -40,13 +40,16 @@ pub(crate) struct Exact {
     pub(crate) seed: u64,
     /// Whether rows are generated ones.
     pub(crate) generated: bool,
+    /// Whether the log-sum-exp is a result.
+    pub(crate) lse: bool,
 }
 
 impl Exact {
     /// The fields, in order.
     pub(crate) fn from_options(options: &Bound<'_, PyTuple>) -> PyResult<Exact> {
-        let (behind, ahead, scale, softcap, alibi, dropout, seed, generated) = options.extract()?;
-        Ok(Exact { behind, ahead, scale, softcap, alibi, dropout, seed, generated })
+        let (behind, ahead, scale, softcap, alibi, dropout, seed, generated, lse) =
+            options.extract()?;
+        Ok(Exact { behind, ahead, scale, softcap, alibi, dropout, seed, generated, lse })
     }
 
     /// The mask that options and arrays describe, but for the arrays of truth values.
@@ -175,6 +178,10 @@ impl Mechanism for Exact {
     fn forward<E: Element>(&self, given: &Given<'_>) -> Result<Vec<Output>> {
         let (q, v) = (given.tensor::<E>(0)?.shape(), given.tensor::<E>(2)?.shape());
         let mut out = Tensor::<E>::zeros(Shape { dim: v.dim, ..q })?;
+        if !self.lse {
+            self.forward_into(given, out.view_mut(), None)?;
+            return Ok(vec![Output::tensor(out)]);
+        }
         let mut lse = Tensor::zeros(q.per_row())?;
         self.forward_into(given, out.view_mut(), Some(lse.view_mut()))?;
         Ok(vec![Output::tensor(out), Output::per_row(lse)])
@@ -305,7 +312,8 @@ pub(crate) fn dense(seen: &View<'_>, extent: Extent) -> Result<Dense> {
     }
     let words = keys.div_ceil(64);
     let mut bits = vec![0u64; b * h * queries * words];
-    for (n, to) in bits.chunks_exact_mut(words.max(1)).enumerate() {
+    let rows = if words == 0 { &mut [][..] } else { &mut bits[..] };
+    for (n, to) in rows.chunks_exact_mut(words.max(1)).enumerate() {
         let (site, t_row) = (n / queries, n % queries);
         let from = row([site / h, site % h, t_row.min(t - 1)]);
         match s == keys {

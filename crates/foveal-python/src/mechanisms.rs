@@ -63,7 +63,7 @@ fn run<'py>(
             job.run(&Rotary { theta, rotary_dim, interleaved })
         }
         "merge" => job.run(&Join),
-        "sparse_transformer" | "longformer" | "bigbird" | "reformer" | "moba" | "native_sparse" => {
+        "sparse_transformer" | "longformer" | "bigbird" | "lsh" | "moba" | "native_sparse" => {
             sparse(name, job, options)
         }
         "infini" | "memorizing" => memory(name, job, options),
@@ -102,7 +102,7 @@ fn sparse<'py>(
             let (block, random, seed, causal, scale) = options.extract()?;
             job.run(&RandomBlocks { block, random, seed, causal, scale })
         }
-        "reformer" => {
+        "lsh" => {
             type Options = (usize, usize, usize, u64, bool, bool, Option<f32>, f32);
             let (chunk, buckets, rounds, seed, causal, strict, self_logit, by): Options =
                 options.extract()?;

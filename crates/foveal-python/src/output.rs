@@ -1,11 +1,12 @@
 //! Results as arrays of the library that the inputs came from: the memory is handed over, not copied.
 
-use crate::array::{AXES, Array, data_type};
+use crate::array::{AXES, Array, data_type, is_numpy};
 use crate::dlpack::{self, Device, DlTensor, Managed};
 use foveal::{DType, Element, Tensor};
 use pyo3::exceptions::PyBufferError;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 use std::any::Any;
 use std::ffi::c_void;
@@ -83,12 +84,7 @@ impl Output {
             };
         }
         let buffer = Bound::new(py, Buffer { managed: AtomicPtr::new(managed.as_ptr()) })?;
-        let module = like.object().get_type().module()?.to_string();
-        let library = match module.split('.').next() {
-            Some("torch") => py.import(intern!(py, "torch"))?,
-            _ => py.import(intern!(py, "numpy"))?,
-        };
-        library.call_method1(intern!(py, "from_dlpack"), (buffer,))
+        importer(like.object())?.call1((buffer,))
     }
 
     fn into_managed(self) -> NonNull<Managed> {
@@ -118,6 +114,20 @@ impl Output {
         };
         NonNull::from(Box::leak(Box::new(managed)))
     }
+}
+
+/// The function that makes an array of an exported tensor: PyTorch's for its tensors, NumPy's for everything else.
+fn importer<'py>(like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    static NUMPY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = like.py();
+    let name = intern!(py, "from_dlpack");
+    if !is_numpy(like) && like.get_type().module()?.to_string().starts_with("torch") {
+        return py.import(intern!(py, "torch"))?.getattr(name);
+    }
+    let numpy = NUMPY.get_or_try_init(py, || -> PyResult<Py<PyAny>> {
+        Ok(py.import(intern!(py, "numpy"))?.getattr(name)?.unbind())
+    })?;
+    Ok(numpy.bind(py).clone())
 }
 
 /// What the pointers of an exported tensor point to.

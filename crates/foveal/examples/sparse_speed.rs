@@ -24,7 +24,9 @@ fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.is_empty() || wanted.iter().any(|x| x == name);
     let cpu = Cpu { level: Level::detect()?, threads: Threads::ONE };
-    println!("{}, one thread, D {DIM}", cpu.level);
+    if !wanted.iter().any(|x| x == "csv") {
+        println!("{}, one thread, D {DIM}", cpu.level);
+    }
     if has("ratio") {
         for n in [16384, 32768] {
             let cases = PATTERNS.iter().chain(FIXED).map(|(name, make)| make(name, n, cpu));
@@ -33,8 +35,11 @@ fn main() -> Result<()> {
             compare(n, cases.collect(), 7, cpu)?;
         }
     }
+    if wanted.iter().any(|x| x == "csv") {
+        return growth(cpu, true);
+    }
     if has("growth") {
-        growth(cpu)?;
+        growth(cpu, false)?;
     }
     if has("layer") {
         layer(cpu)?;
@@ -275,7 +280,24 @@ fn layer(cpu: Cpu) -> Result<()> {
         timed(|| reformer.forward(x.q, x.v, &buckets), backward)
     };
     // Queries are keys: an output and two gradients.
-    show("Reformer, chunks of 128, 2 rounds", &run, results - shape.seq * 8 * DIM * 4)
+    show("Reformer, chunks of 128, 2 rounds", &run, results - shape.seq * 8 * DIM * 4)?;
+    let plan = BlockPlan::published([8, shape.seq.div_ceil(64), 3], 1)?;
+    let mask = BigBird { block: 64, plan, causal: false }.mask()?;
+    let bigbird = Attention::new().mask(mask).cpu(cpu);
+    let run = || timed(|| bigbird.forward(x.q, x.k, x.v), |f| bigbird.backward(x, f, d_out));
+    show("BigBird, blocks of 64, 3 random", &run, results)?;
+    let native = NativeSparse::new(NativeSizes::default())?.cpu(cpu);
+    let (k, v) = (native.pool(x.k)?, native.pool(x.v)?);
+    let gates = normal(Shape { dim: 3, ..shape }, 9)?;
+    let compressed = Inputs { q: x.q, k: k.view(), v: v.view() };
+    let inputs = Branches { compressed, selected: x, window: x };
+    let run = || {
+        let forward = || native.forward(inputs, gates.view());
+        timed(forward, |f| native.backward(inputs, gates.view(), f, d_out))
+    };
+    // An output, and gradients of the three branches.
+    let tokens = (1 + 3 + 2 + 2) * shape.seq + 2 * k.shape().seq;
+    show("Native Sparse Attention, as published", &run, tokens * 8 * DIM * 4)
 }
 
 /// What the system says about the memory of the process, bytes.
@@ -326,11 +348,15 @@ fn compare(n: usize, mut cases: Vec<Case>, rounds: usize, cpu: Cpu) -> Result<()
     Ok(())
 }
 
-/// Times of lengths from 2k to 64k, and the slope of the line through their logarithms.
-fn growth(cpu: Cpu) -> Result<()> {
+/// Times of lengths from 2k to 64k, and the slope of the line through their logarithms; or the times alone, as a record.
+fn growth(cpu: Cpu, csv: bool) -> Result<()> {
     let lengths = [2048, 4096, 8192, 16384, 32768, 65536];
-    println!("\n| pattern | forward, ms at {lengths:?} | exponent | backward, ms | exponent |");
-    println!("|---|---|---|---|---|");
+    if csv {
+        println!("pattern,way,tokens,seconds");
+    } else {
+        println!("\n| pattern | forward, ms at {lengths:?} | exponent | backward, ms | exponent |");
+        println!("|---|---|---|---|---|");
+    }
     for (name, make) in PATTERNS {
         let mut times = [vec![], vec![]];
         for n in lengths {
@@ -339,6 +365,14 @@ fn growth(cpu: Cpu) -> Result<()> {
                 case.round(&x)?;
             }
             (0..2).for_each(|way| times[way].push(case.best[way]));
+        }
+        if csv {
+            for (way, times) in ["forward", "backward"].into_iter().zip(&times) {
+                for (n, seconds) in lengths.iter().zip(times) {
+                    println!("{name},{way},{n},{seconds}");
+                }
+            }
+            continue;
         }
         let show = |times: &[f64]| {
             times.iter().map(|t| format!("{:.2}", t * 1e3)).collect::<Vec<_>>().join(", ")

@@ -4,8 +4,10 @@ mod support;
 
 use foveal::mask::{Dense, Extent, Site};
 use foveal::reference::{Input, Options, attention_backward, attention_with};
-use foveal::sparse::{AngularHash, Buckets, Reformer, ReformerForward, SelfLogit};
-use foveal::{Cpu, Error, Level, Mask, Scale, Shape, Tensor, Threads};
+use foveal::sparse::{
+    AngularHash, Buckets, LshState, LshTokens, Reformer, ReformerForward, SelfLogit, StateHeads,
+};
+use foveal::{Cpu, Error, Level, Mask, Phase, Scale, Shape, Tensor, Threads};
 use std::num::NonZeroUsize;
 use support::golden::cases;
 use support::{Random, cpus};
@@ -14,9 +16,29 @@ fn one() -> Cpu {
     Cpu { level: Level::detect().unwrap(), threads: Threads::ONE }
 }
 
+/// Causal, strict, and buckets cut by themselves.
+type Ways = (bool, bool, bool);
+
+/// How often each row sees each key where each bucket is cut by itself.
+fn counts_apart(rounds: &[&[u32]], chunk: usize, causal: bool) -> Vec<Vec<usize>> {
+    let tokens = rounds[0].len();
+    let mut counts = vec![vec![0; tokens]; tokens];
+    for own in rounds {
+        let place = |t: usize| own[..t].iter().filter(|&&other| other == own[t]).count() / chunk;
+        for (i, j) in (0..tokens).flat_map(|i| (0..tokens).map(move |j| (i, j))) {
+            let near = place(j) == place(i) || place(j) + 1 == place(i);
+            counts[i][j] += usize::from(own[i] == own[j] && near && (j <= i || !causal));
+        }
+    }
+    counts
+}
+
 /// How often each row sees each key, in the words of the paper: sort, cut, look one chunk back. The chunks of all
 /// rounds lie in a ring.
-fn counts(rounds: &[&[u32]], chunk: usize, causal: bool, strict: bool) -> Vec<Vec<usize>> {
+fn counts(rounds: &[&[u32]], chunk: usize, (causal, strict, apart): Ways) -> Vec<Vec<usize>> {
+    if apart {
+        return counts_apart(rounds, chunk, causal);
+    }
     let tokens = rounds[0].len();
     let mut ring: Vec<Vec<(usize, (usize, u32))>> = vec![];
     for (round, buckets) in rounds.iter().enumerate() {
@@ -44,12 +66,11 @@ struct Case {
     d_out: Tensor<f32>,
     buckets: Buckets,
     chunk: usize,
-    causal: bool,
-    strict: bool,
+    ways: Ways,
 }
 
 impl Case {
-    fn random(shape: Shape, rounds: usize, chunk: usize, (causal, strict): (bool, bool)) -> Case {
+    fn random(shape: Shape, rounds: usize, chunk: usize, ways: Ways) -> Case {
         let mut random = Random::new((shape.seq * 31 + rounds * 7 + chunk) as u64);
         let Shape { batch, seq, heads, .. } = shape;
         let most = seq.div_ceil(chunk).max(2);
@@ -60,15 +81,16 @@ impl Case {
             d_out: random.tensor(Shape { dim: 5, ..shape }, 1.0),
             buckets: Buckets::given([batch, heads, rounds, seq], data).unwrap(),
             chunk,
-            causal,
-            strict,
+            ways,
         }
     }
 
     fn layer(&self) -> Reformer {
-        let layer = Reformer::new(self.chunk).unwrap().causal(self.causal).cpu(one());
+        let (causal, strict, apart) = self.ways;
+        let layer = Reformer::new(self.chunk).unwrap().causal(causal).cpu(one());
         let layer = layer.scale(Scale::Value(1.5));
-        if self.strict { layer.strict_buckets() } else { layer }
+        let layer = if strict { layer.strict_buckets() } else { layer };
+        if apart { layer.bucket_chunks() } else { layer }
     }
 
     fn run(&self, layer: &Reformer) -> (ReformerForward<f32>, Tensor<f32>, Tensor<f32>) {
@@ -92,7 +114,7 @@ impl Case {
         for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
             let rounds: Vec<_> =
                 (0..self.buckets.rounds()).map(|r| self.buckets.of(b, head, r)).collect();
-            seen.extend(counts(&rounds, self.chunk, self.causal, self.strict));
+            seen.extend(counts(&rounds, self.chunk, self.ways));
         }
         let visible: Vec<bool> = seen.iter().flatten().map(|&n| n > 0).collect();
         let extent = Extent { batch, heads, queries: seq, keys: seq };
@@ -128,18 +150,25 @@ impl Case {
             ["out", "lse", "d_qk", "d_v"].into_iter().zip(got.into_iter().zip(self.define()))
         {
             let worst = support::error(got.as_slice(), &expected);
-            let Case { chunk, causal, strict, .. } = self;
+            let Case { chunk, ways, .. } = self;
             let shape = self.qk.shape();
             let rounds = self.buckets.rounds();
             assert!(
                 worst < bound,
-                "{name} {shape} {rounds} rounds, chunks of {chunk} {causal} {strict}: {worst:e}"
+                "{name} {shape} {rounds} rounds, chunks of {chunk} {ways:?}: {worst:e}"
             );
         }
     }
 }
 
-const WAYS: [(bool, bool); 4] = [(true, false), (false, false), (true, true), (false, true)];
+const WAYS: [Ways; 6] = [
+    (true, false, false),
+    (false, false, false),
+    (true, true, false),
+    (false, true, false),
+    (true, false, true),
+    (false, true, true),
+];
 
 #[test]
 fn every_small_size_agrees_with_the_definition() {
@@ -157,14 +186,14 @@ fn every_small_size_agrees_with_the_definition() {
 fn the_mask_is_what_some_round_shows() {
     use foveal::mask::Pattern;
     for (seq, chunk, rounds) in [(9, 3, 1), (30, 4, 2), (31, 8, 3), (5, 40, 2), (0, 3, 1)] {
-        for (causal, strict) in WAYS {
+        for ways in WAYS {
             let shape = Shape { batch: 2, seq, heads: 2, dim: 4 };
-            let case = Case::random(shape, rounds, chunk, (causal, strict));
+            let case = Case::random(shape, rounds, chunk, ways);
             let mask = case.layer().mask(&case.buckets);
             for (batch, q_head) in (0..2).flat_map(|b| (0..2).map(move |h| (b, h))) {
                 let rounds: Vec<_> =
                     (0..rounds).map(|r| case.buckets.of(batch, q_head, r)).collect();
-                let counts = counts(&rounds, chunk, causal, strict);
+                let counts = counts(&rounds, chunk, ways);
                 let site = Site { batch, q_head, kv_head: q_head };
                 for (i, j) in (0..seq).flat_map(|i| (0..seq).map(move |j| (i, j))) {
                     assert_eq!(mask.allows(site, i as isize, j), counts[i][j] > 0, "{i} {j}");
@@ -196,10 +225,10 @@ fn every_level_and_number_of_threads_agrees_over_several_tiles() {
 #[test]
 fn many_thousand_tokens_sorted_by_and_by_agree_with_one_row_at_a_time() {
     let shape = Shape { batch: 1, seq: 9001, heads: 1, dim: 4 };
-    let case = Case::random(shape, 2, 32, (true, false));
+    let case = Case::random(shape, 2, 32, (true, false, false));
     let (forward, _, d_v) = case.run(&case.layer());
     let rounds: Vec<_> = (0..2).map(|r| case.buckets.of(0, 0, r)).collect();
-    let seen = counts(&rounds, 32, true, false);
+    let seen = counts(&rounds, 32, (true, false, false));
     let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
     let rows: Vec<Vec<f64>> = case.qk.as_slice().chunks(4).map(wide).collect();
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -232,7 +261,12 @@ fn many_thousand_tokens_sorted_by_and_by_agree_with_one_row_at_a_time() {
 #[test]
 fn later_tokens_change_no_bit_of_earlier_rows() {
     let shape = Shape { batch: 1, seq: 300, heads: 2, dim: 8 };
-    let mut case = Case::random(shape, 2, 16, (true, false));
+    for apart in [false, true] {
+        check_no_leak(Case::random(shape, 2, 16, (true, false, apart)));
+    }
+}
+
+fn check_no_leak(mut case: Case) {
     let before = case.run(&case.layer()).0.result;
     for from in [299, 200, 1] {
         for x in [&mut case.qk, &mut case.v] {
@@ -384,4 +418,110 @@ fn bad_parameters_are_refused_with_the_rule() {
     let forward = layer.forward(x.view(), x.view(), &own).unwrap();
     let (d_qk, _) = layer.backward((x.view(), x.view()), &own, &forward, x.view()).unwrap();
     assert!(d_qk.as_slice().iter().all(|x| x.is_finite()));
+}
+
+/// Tokens of a text, its queries before and after something like a rotation, and its values.
+fn tokens(seq: usize, heads: usize) -> [Tensor<f32>; 3] {
+    let mut random = Random::new(seq as u64);
+    let shape = Shape { batch: 1, seq, heads, dim: 8 };
+    [
+        random.tensor(shape, 1.0),
+        random.tensor(shape, 1.0),
+        random.tensor(Shape { dim: 5, ..shape }, 1.0),
+    ]
+}
+
+fn of(x: &[Tensor<f32>; 3], range: std::ops::Range<usize>) -> LshTokens<'_, f32> {
+    let [hashed, qk, v] = x.each_ref().map(|x| support::tokens(x, range.clone()));
+    LshTokens { hashed, qk, v }
+}
+
+fn state(cpu: Cpu, heads: usize, chunk: usize, buckets: usize) -> LshState<f32> {
+    let layer = Reformer::new(chunk).unwrap().bucket_chunks().cpu(cpu);
+    let heads = StateHeads { heads, kv_heads: heads, key_dim: 8, value_dim: 5 };
+    layer.state(AngularHash::new(8, buckets, 2, 3).unwrap(), heads).unwrap()
+}
+
+#[test]
+fn a_prompt_has_the_bits_of_whole_sequences_however_it_is_cut() {
+    for cpu in cpus() {
+        for (seq, chunk, buckets) in
+            [(0, 2, 2), (40, 1, 4), (40, 3, 4), (900, 40, 4), (900, 7, 200)]
+        {
+            let x = tokens(seq, 2);
+            let hash = AngularHash::new(8, buckets, 2, 3).unwrap();
+            let layer = Reformer::new(chunk).unwrap().bucket_chunks().cpu(cpu);
+            let own = hash.buckets(x[0].view(), cpu).unwrap();
+            let whole = layer.forward(x[1].view(), x[2].view(), &own).unwrap().result;
+            for step in [900, 300, 13, 1] {
+                let mut state = state(cpu, 2, chunk, buckets);
+                for start in (0..seq).step_by(step) {
+                    let range = start..(start + step).min(seq);
+                    let got = state.forward(of(&x, range.clone()), Phase::Prompt).unwrap();
+                    for (t, h) in range.clone().flat_map(|t| [(t, 0), (t, 1)]) {
+                        let at = t - start;
+                        assert_eq!(got.out.view().row(0, at, h), whole.out.view().row(0, t, h));
+                        assert_eq!(got.lse.view().row(0, at, h), whole.lse.view().row(0, t, h));
+                    }
+                }
+                assert_eq!(state.tokens(), seq);
+            }
+        }
+    }
+}
+
+#[test]
+fn generated_tokens_agree_with_the_prompt_and_only_what_is_seen_is_held() {
+    for (chunk, buckets, prompt) in [(1, 4, 0), (3, 4, 17), (5, 2, 60)] {
+        let x = tokens(150, 2);
+        let (mut expected, mut got) =
+            (state(one(), 2, chunk, buckets), state(one(), 2, chunk, buckets));
+        let all = expected.forward(of(&x, 0..150), Phase::Prompt).unwrap();
+        got.forward(of(&x, 0..prompt), Phase::Prompt).unwrap();
+        let hash = AngularHash::new(8, buckets, 2, 3).unwrap();
+        let own = hash.buckets(x[0].view(), one()).unwrap();
+        for t in prompt..150 {
+            let one = got.forward(of(&x, t..t + 1), Phase::Generated).unwrap();
+            for h in 0..2 {
+                let pairs = one.out.view().row(0, 0, h).iter().zip(all.out.view().row(0, t, h));
+                pairs.for_each(|(a, b)| assert!((a - b).abs() < 1e-5, "token {t}: {a} {b}"));
+            }
+            // The next token of a bucket sees the tokens of its own chunk so far and of the one before.
+            let seen = |head: usize, token: usize| {
+                (0..2).any(|round| {
+                    let own = &own.of(0, head, round)[..=t];
+                    let count =
+                        |end: usize| own[..end].iter().filter(|&&b| b == own[token]).count();
+                    count(token) / chunk + 1 >= count(t + 1) / chunk
+                })
+            };
+            let held = (0..2).flat_map(|h| (0..=t).filter(move |&token| seen(h, token))).count();
+            assert_eq!(got.entries(), held, "token {t}, chunks of {chunk}");
+            assert!(got.entries() <= 2 * 2 * buckets * (2 * chunk - 1).max(1) + 2);
+        }
+        got.clear();
+        assert_eq!((got.tokens(), got.entries(), got.bytes()), (0, 0, 0));
+    }
+}
+
+#[test]
+fn a_state_asks_for_chunks_that_later_tokens_leave_alone() {
+    let hash = || AngularHash::new(8, 4, 2, 3).unwrap();
+    let heads = StateHeads { heads: 2, kv_heads: 2, key_dim: 8, value_dim: 5 };
+    let layer = Reformer::new(4).unwrap();
+    let shared = StateHeads { kv_heads: 1, ..heads };
+    for (refused, rule) in [
+        (layer.state::<f32>(hash(), heads), "chunks of buckets"),
+        (layer.bucket_chunks().causal(false).state(hash(), heads), "causal"),
+        (layer.bucket_chunks().state(hash(), shared), "one for each query head"),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::InvalidParameter { .. }));
+        assert!(error.to_string().contains(rule), "{error}");
+    }
+    let mut state = state(one(), 2, 4, 4);
+    let x = tokens(5, 3);
+    let refused = state.forward(of(&x, 0..5), Phase::Prompt);
+    assert!(matches!(refused, Err(Error::ShapeMismatch { .. })));
+    assert_eq!(state.tokens(), 0);
 }

@@ -13,18 +13,19 @@
 mod functions;
 mod literal;
 mod template;
+mod transcript;
 
 use std::ops::ControlFlow;
 
 use serde::Serialize;
 
 pub use template::ChatTemplate;
+pub use transcript::Transcript;
 
 use crate::Error;
 use crate::generate::{Generator, Options, Prompt, StopReason, read};
 use crate::model::{Model, State};
 use crate::tokenizer::Tokenizer;
-use literal::Literal;
 
 /// Who said something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -92,7 +93,7 @@ pub struct Conversation<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
     template: &'a ChatTemplate,
-    literal: Literal,
+    transcript: Transcript,
     state: State,
     messages: Vec<Message>,
     held: Held,
@@ -118,8 +119,8 @@ impl<'a> Conversation<'a> {
         mut state: State,
     ) -> Conversation<'a> {
         state.reset();
-        let (literal, held) = (Literal::new(tokenizer), Held::default());
-        Conversation { model, tokenizer, template, literal, state, messages: Vec::new(), held }
+        let (transcript, held) = (Transcript::new(tokenizer), Held::default());
+        Conversation { model, tokenizer, template, transcript, state, messages: Vec::new(), held }
     }
 
     /// What was said so far.
@@ -207,23 +208,14 @@ impl<'a> Conversation<'a> {
 
     /// The conversation's text, and what of its tokens the state has to read; the state has gone back where it had to.
     fn prepare(&mut self) -> Result<(String, Vec<u32>), Error> {
-        let seamed = self.messages.iter().map(|message| Message {
-            content: self.literal.seam(&message.content),
-            ..message.clone()
-        });
-        let text = self.template.render(&seamed.collect::<Vec<_>>(), true)?;
+        let text = self.transcript.text(self.template, &self.messages)?;
         let rest = self.held.text.as_deref().and_then(|held| text.strip_prefix(held));
         if let Some(rest) = rest.filter(|rest| !rest.is_empty()) {
             let mut new = self.held.pending.clone();
             new.extend(literal::encode(self.tokenizer, rest)?);
             return Ok((text, new));
         }
-        let mut tokens = literal::encode(self.tokenizer, &text)?;
-        if let Some(bos) = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
-            && tokens.first() != Some(&bos)
-        {
-            tokens.insert(0, bos);
-        }
+        let mut tokens = transcript::tokens(self.tokenizer, &text)?;
         let equal = self.held.tokens.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         // The last token is always read: its logits are the first of the answer.
         let keep = equal.min(tokens.len().saturating_sub(1));
@@ -279,7 +271,7 @@ impl<'a> Conversation<'a> {
         self.held.pending = said.get(read..).unwrap_or_default().to_vec();
         let bytes = said.iter().flat_map(|&token| self.tokenizer.token_bytes(token).unwrap_or(&[]));
         let to_the_letter = bytes.eq(made.text.as_bytes()) && read <= said.len();
-        text.push_str(&self.literal.seam(&made.text));
+        text.push_str(&self.transcript.seam(&made.text));
         self.held.text = to_the_letter.then_some(text);
     }
 }

@@ -46,7 +46,7 @@ pub enum Mechanism {
         #[serde(default)]
         combine: CombineHeads,
     },
-    /// [`Longformer`](foveal::sparse::Longformer), keys at or before the query, with one projection for all tokens.
+    /// [`Longformer`](foveal::sparse::Longformer), keys at or before the query.
     Longformer {
         /// Keys before the query that it sees.
         reach: usize,
@@ -56,6 +56,9 @@ pub enum Mechanism {
         /// Positions that see all and are seen by all.
         #[serde(default)]
         global: Vec<usize>,
+        /// Whether the rows of global tokens have projections of their own.
+        #[serde(default)]
+        global_projections: bool,
     },
     /// [`BigBird`](foveal::sparse::BigBird) with the published plan, keys at or before the query.
     Bigbird {
@@ -88,6 +91,20 @@ pub enum Mechanism {
         /// Newest tokens.
         window: usize,
     },
+    /// [`Reformer`](foveal::sparse::Reformer) with chunks of buckets: queries are keys, hashed before they are rotated, and
+    /// scores aren't scaled.
+    Lsh {
+        /// Tokens of a chunk of a bucket; a query sees its own chunk and the one before it.
+        chunk: usize,
+        /// Buckets of a round.
+        buckets: usize,
+        /// Rounds of hashing.
+        #[serde(default = "two")]
+        rounds: usize,
+        /// What directions are drawn with.
+        #[serde(default)]
+        seed: u64,
+    },
     /// [`Linear`](foveal::linear::Linear).
     Linear {
         /// What queries and keys go through.
@@ -104,6 +121,15 @@ pub enum Mechanism {
     },
     /// [`Efficient`](foveal::linear::Efficient), over the keys so far.
     Efficient {},
+    /// [`Linformer`](foveal::linear::Linformer), with matrices for as many tokens as the context has: for encoders, since it
+    /// is not causal. Models that continue texts refuse it.
+    Linformer {
+        /// Mixtures of keys.
+        rank: usize,
+        /// Whether keys and values share one matrix.
+        #[serde(default)]
+        shared: bool,
+    },
     /// [`Retention`](foveal::linear::Retention).
     Retention {},
     /// [`ScalarDecay`](foveal::linear::ScalarDecay).
@@ -237,6 +263,10 @@ const fn one() -> usize {
     1
 }
 
+const fn two() -> usize {
+    2
+}
+
 const fn yes() -> bool {
     true
 }
@@ -251,7 +281,7 @@ const fn sixteen() -> usize {
 
 impl Mechanism {
     /// All names, as `foveal list` has them.
-    pub const NAMES: [&str; 18] = [
+    pub const NAMES: [&str; 20] = [
         "full",
         "window",
         "sparse_transformer",
@@ -259,9 +289,11 @@ impl Mechanism {
         "bigbird",
         "moba",
         "native_sparse",
+        "lsh",
         "linear",
         "performer",
         "efficient",
+        "linformer",
         "retention",
         "scalar_decay",
         "gla",
@@ -282,9 +314,11 @@ impl Mechanism {
             Mechanism::Bigbird { .. } => "bigbird",
             Mechanism::Moba { .. } => "moba",
             Mechanism::NativeSparse { .. } => "native_sparse",
+            Mechanism::Lsh { .. } => "lsh",
             Mechanism::Linear { .. } => "linear",
             Mechanism::Performer { .. } => "performer",
             Mechanism::Efficient {} => "efficient",
+            Mechanism::Linformer { .. } => "linformer",
             Mechanism::Retention {} => "retention",
             Mechanism::ScalarDecay { .. } => "scalar_decay",
             Mechanism::Gla { .. } => "gla",

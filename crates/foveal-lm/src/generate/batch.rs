@@ -1,24 +1,27 @@
 //! Many texts at once: texts join and leave a batch between any two tokens (Yu et al. 2022, "Orca", OSDI).
 //!
 //! ```text
-//! step:  read at most CHUNK tokens of prompts, one after the other      then one token of every text that has its prompt
+//! step:  one token of every text that has its prompt      then read at most CHUNK tokens of prompts
 //! ```
 //!
-//! So a long prompt holds the others up for one chunk at a time. A text's tokens are those that it has alone: they depend
+//! So a long prompt holds the others up for one chunk at a time, and short prompts pass it. A text's tokens are those that it has alone: they depend
 //! on its prompt, options and seed, and not on when it came or what ran beside it. Keys and values lie in pages, and what a
-//! prompt has in common with an earlier one is read once. A text begins when there are pages for all that it may become:
+//! prompt has in common with an earlier one, or with one that is just being read, is read once. A text begins when there are pages for all that it may become:
 //! none runs out of them half way. (Codes of a few bits, and what mixers keep that are named in
 //! the configuration, lie in memory of each text's own.)
+
+mod reading;
 
 use std::collections::VecDeque;
 
 use super::prefixes::Prefixes;
 use super::writing::Writing;
-use super::{Options, Prompt, StopReason};
+use super::{Options, Piece, Prompt, StopReason};
 use crate::Error;
 use crate::mixer::{CacheOptions, Demand, Keep, Pages};
 use crate::model::{Batch, CHUNK, Logits, MAX_TEXTS, Model, Scratch, State, Step};
 use crate::tokenizer::Tokenizer;
+use reading::Reading;
 
 /// A text to be made.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub struct Request {
 pub struct Finished {
     /// The number that [`Batcher::push`] gave it.
     pub id: usize,
+    /// Tokens of its prompt that needed no reading.
+    pub shared: usize,
     /// Its tokens, and the text that they make.
     pub text: Result<Text, Error>,
 }
@@ -94,7 +99,8 @@ pub struct Batcher<'a> {
     options: BatchOptions,
     pushed: usize,
     waiting: VecDeque<(usize, Request)>,
-    reading: Option<Reading<'a>>,
+    /// In the order in which they came.
+    readings: Vec<Reading<'a>>,
     /// The texts of `batch`, in its order.
     running: Vec<Running<'a>>,
     batch: Batch,
@@ -106,18 +112,11 @@ pub struct Batcher<'a> {
     scratch: Scratch,
 }
 
-/// A text whose prompt is being read.
-#[derive(Debug)]
-struct Reading<'a> {
-    running: Running<'a>,
-    prompt: Vec<u32>,
-    state: State,
-}
-
 /// A text that goes on.
 #[derive(Debug)]
 struct Running<'a> {
     id: usize,
+    shared: usize,
     writing: Writing<'a>,
     tokens: Vec<u32>,
     text: String,
@@ -125,10 +124,14 @@ struct Running<'a> {
     promised: Demand,
 }
 
+/// Sees each token of each text as it is made, with the text's number.
+type Watch<'w> = dyn FnMut(usize, &Piece) + 'w;
+
 impl Running<'_> {
-    /// Chooses a token; whether the text goes on.
-    fn next(&mut self, logits: &[f32]) -> Result<bool, Error> {
+    /// Chooses a token and shows it; whether the text goes on.
+    fn next(&mut self, logits: &[f32], watch: &mut Watch<'_>) -> Result<bool, Error> {
         let piece = self.writing.next(logits)?;
+        watch(self.id, &piece);
         self.tokens.push(piece.token);
         self.text.push_str(&piece.text);
         Ok(self.writing.stopped().is_none())
@@ -137,7 +140,7 @@ impl Running<'_> {
     fn finish(self) -> Finished {
         let stopped = self.writing.stopped().unwrap_or(StopReason::MaxTokens);
         let text = Text { tokens: self.tokens, text: self.text, stopped };
-        Finished { id: self.id, text: Ok(text) }
+        Finished { id: self.id, shared: self.shared, text: Ok(text) }
     }
 }
 
@@ -170,7 +173,7 @@ impl<'a> Batcher<'a> {
             options: BatchOptions { parallel, ..*options },
             pushed: 0,
             waiting: VecDeque::new(),
-            reading: None,
+            readings: vec![],
             running: vec![],
             batch: Batch::new(),
             pages,
@@ -193,6 +196,11 @@ impl<'a> Batcher<'a> {
         self.waiting.len()
     }
 
+    /// Texts whose prompts are being read.
+    pub fn reading(&self) -> usize {
+        self.readings.len()
+    }
+
     /// Texts that go on, with their prompts read.
     pub fn running(&self) -> usize {
         self.running.len()
@@ -200,7 +208,7 @@ impl<'a> Batcher<'a> {
 
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.reading.is_none() && self.running.is_empty()
+        self.waiting.is_empty() && self.readings.is_empty() && self.running.is_empty()
     }
 
     /// Tokens of prompts that needed no reading, because an earlier prompt began with them too.
@@ -215,40 +223,86 @@ impl<'a> Batcher<'a> {
 
     /// Bytes of the keys and values of the texts on their way, each counted for itself.
     pub fn kv_bytes(&self) -> usize {
-        let reading = self.reading.as_ref().map_or(0, |reading| reading.state.kv_bytes());
-        reading + self.batch.kv_bytes()
+        let reading = self.readings.iter().map(|reading| reading.state.kv_bytes());
+        reading.sum::<usize>() + self.batch.kv_bytes()
     }
 
-    /// Reads a piece of what waits, and makes one token of every text that goes on. What went wrong with one text is
-    /// that text's result.
+    /// Takes a request back, whatever has become of it: what it holds is free at once, and it gets no result. `false` if it
+    /// has ended already.
+    pub fn cancel(&mut self, id: usize) -> bool {
+        if let Some(at) = self.waiting.iter().position(|(waiting, _)| *waiting == id) {
+            self.waiting.remove(at);
+            return true;
+        }
+        if let Some(at) = self.readings.iter().position(|reading| reading.running.id == id) {
+            let Reading { running, .. } = self.readings.remove(at);
+            self.promised.remove(&running.promised);
+            return true;
+        }
+        let Some(at) = self.running.iter().position(|running| running.id == id) else {
+            return false;
+        };
+        let running = self.running.swap_remove(at);
+        self.batch.leave(at);
+        self.promised.remove(&running.promised);
+        true
+    }
+
+    /// [`Batcher::step_with`], without looking at tokens.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Batcher::step_with`].
+    pub fn step(&mut self) -> Result<Vec<Finished>, Error> {
+        self.step_with(&mut |_, _| {})
+    }
+
+    /// Makes one token of every text that goes on, and reads a piece of what waits. `watch` sees each token as it is made,
+    /// with the number of its text. What went wrong with one text is that text's result.
     ///
     /// # Errors
     ///
     /// [`Error::CacheOptions`]; [`Error::Kernel`] and [`Error::KeyValue`] when the whole batch cannot go on.
-    pub fn step(&mut self) -> Result<Vec<Finished>, Error> {
+    pub fn step_with(&mut self, watch: &mut Watch<'_>) -> Result<Vec<Finished>, Error> {
         let mut finished = vec![];
-        self.write(&mut finished)?;
+        self.write(&mut finished, watch)?;
         let mut left = CHUNK;
-        while left > 0 && self.take_next(&mut finished)? {
-            left -= self.read(left, &mut finished)?;
+        while left > 0 && self.take_waiting(&mut finished)? {
+            left -= self.read(left, &mut finished, watch)?;
         }
         Ok(finished)
     }
 
-    /// Makes sure that a prompt is being read, if there is one, a place for its text, and pages for what it may become.
-    fn take_next(&mut self, finished: &mut Vec<Finished>) -> Result<bool, Error> {
-        while self.reading.is_none() && self.running.len() < self.options.parallel {
-            let fits = self.waiting.front().is_some_and(|(_, request)| self.fits(request));
-            let Some((id, request)) = self.waiting.pop_front_if(|_| fits) else { break };
+    /// Begins what waits, as far as there are places for texts and pages for what they may become; whether there are prompts
+    /// to read.
+    fn take_waiting(&mut self, finished: &mut Vec<Finished>) -> Result<bool, Error> {
+        let mut at = 0;
+        while self.running.len() + self.readings.len() < self.options.parallel {
+            let Some((_, request)) = self.waiting.get(at) else { break };
+            if self.about_to_share(&request.prompt) {
+                at += 1;
+                continue;
+            }
+            if !self.fits(request) {
+                break;
+            }
+            let Some((id, request)) = self.waiting.remove(at) else { break };
             match self.begin(id, request)? {
                 Ok(reading) if reading.running.writing.stopped().is_some() => {
                     finished.push(self.end(reading.running, None));
                 }
-                Ok(reading) => self.reading = Some(reading),
-                Err(error) => finished.push(Finished { id, text: Err(error) }),
+                Ok(reading) => self.readings.push(reading),
+                Err(error) => finished.push(Finished { id, shared: 0, text: Err(error) }),
             }
         }
-        Ok(self.reading.is_some())
+        Ok(!self.readings.is_empty())
+    }
+
+    /// Whether a prompt in hand is about to read what this one begins with.
+    fn about_to_share(&self, prompt: &[u32]) -> bool {
+        let common = reading::about_to_share(&self.readings, prompt);
+        let Some(common) = common.filter(|_| self.pages.is_some()) else { return false };
+        common >= self.prefixes.known(self.model, prompt) + reading::WORTH
     }
 
     /// The most pages that a text will hold.
@@ -281,15 +335,26 @@ impl<'a> Batcher<'a> {
             Ok(writing) => writing,
             Err(error) => return Ok(Err(error)),
         };
-        let state = match (self.prefixes.longest(self.model, &prompt), &self.pages) {
-            (Some(state), _) => state,
-            (None, Some(pages)) => self.model.state_in(pages)?,
-            (None, None) => self.model.state_with(&self.options.cache)?,
-        };
-        self.shared += state.position();
+        let state = self.first_state(&prompt)?;
+        let shared = state.position();
+        self.shared += shared;
         self.promised.add(&promised);
-        let running = Running { id, writing, tokens: vec![], text: String::new(), promised };
+        let (tokens, text) = (vec![], String::new());
+        let running = Running { id, shared, writing, tokens, text, promised };
         Ok(Ok(Reading { running, prompt, state }))
+    }
+
+    /// A state of as many of the first tokens of `prompt` as have been read, by whomever.
+    fn first_state(&mut self, prompt: &[u32]) -> Result<State, Error> {
+        let known = self.prefixes.known(self.model, prompt);
+        if let Some(state) = reading::share(&self.readings, (self.model, prompt), known) {
+            return Ok(state);
+        }
+        match (self.prefixes.longest(self.model, prompt), &self.pages) {
+            (Some(state), _) => Ok(state),
+            (None, Some(pages)) => self.model.state_in(pages),
+            (None, None) => self.model.state_with(&self.options.cache),
+        }
     }
 
     /// The result of a text that has ended, or failed; its pages are promised no more.
@@ -297,16 +362,21 @@ impl<'a> Batcher<'a> {
         self.promised.remove(&running.promised);
         match failed {
             None => running.finish(),
-            Some(error) => Finished { id: running.id, text: Err(error) },
+            Some(error) => Finished { id: running.id, shared: running.shared, text: Err(error) },
         }
     }
 
-    /// Reads at most `left` tokens of the prompt in hand, and says how many; with its last one, the text goes on.
-    fn read(&mut self, left: usize, finished: &mut Vec<Finished>) -> Result<usize, Error> {
-        let Some(mut reading) = self.reading.take() else { return Ok(0) };
-        let Reading { prompt, state, .. } = &mut reading;
+    /// Reads at most `left` tokens of a prompt in hand, and says how many; with its last one, the text goes on.
+    fn read(
+        &mut self,
+        left: usize,
+        finished: &mut Vec<Finished>,
+        watch: &mut Watch<'_>,
+    ) -> Result<usize, Error> {
+        let (at, most) = reading::next(&self.readings, left);
+        let Reading { prompt, state, .. } = &mut self.readings[at];
         let done = state.position();
-        let end = prompt.len().min(done + left);
+        let end = prompt.len().min(done + most);
         let last = end == prompt.len();
         let logits = if last { Logits::Last } else { Logits::None };
         let step = Step { logits, ..Step::PROMPT };
@@ -315,16 +385,25 @@ impl<'a> Batcher<'a> {
         }
         let forward = self.model.forward(&prompt[done..end], step, state, &mut self.scratch);
         if let Err(error) = forward {
-            finished.push(self.end(reading.running, Some(error)));
-            return Ok(end - done);
+            let running = self.readings.remove(at).running;
+            finished.push(self.end(running, Some(error)));
+        } else if last {
+            let reading = self.readings.remove(at);
+            self.go_on(reading, finished, watch)?;
         }
-        if !last {
-            self.reading = Some(reading);
-            return Ok(end - done);
-        }
+        Ok(end - done)
+    }
+
+    /// A prompt has been read: its text gets its first token, and goes on.
+    fn go_on(
+        &mut self,
+        reading: Reading<'a>,
+        finished: &mut Vec<Finished>,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), Error> {
         let Reading { mut running, prompt, state } = reading;
         self.prefixes.keep(self.model, prompt, &state);
-        match running.next(self.scratch.logits()) {
+        match running.next(self.scratch.logits(), watch) {
             Ok(true) => {
                 self.batch.join(state)?;
                 self.running.push(running);
@@ -332,11 +411,11 @@ impl<'a> Batcher<'a> {
             Ok(false) => finished.push(self.end(running, None)),
             Err(error) => finished.push(self.end(running, Some(error))),
         }
-        Ok(end - done)
+        Ok(())
     }
 
     /// One token of every text that goes on.
-    fn write(&mut self, finished: &mut Vec<Finished>) -> Result<(), Error> {
+    fn write(&mut self, finished: &mut Vec<Finished>, watch: &mut Watch<'_>) -> Result<(), Error> {
         let last = |running: &Running<'_>| running.tokens.last().copied().unwrap_or(0);
         let tokens: Vec<u32> = self.running.iter().map(last).collect();
         if let Some((pages, needed)) = self.batch.needed() {
@@ -347,7 +426,7 @@ impl<'a> Batcher<'a> {
         // From the last: a text that leaves has the last one take its place.
         for text in (0..self.running.len()).rev() {
             let logits = &self.scratch.logits()[text * vocab..][..vocab];
-            let goes_on = self.running[text].next(logits);
+            let goes_on = self.running[text].next(logits, watch);
             if matches!(goes_on, Ok(true)) {
                 continue;
             }

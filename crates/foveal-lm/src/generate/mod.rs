@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 
 use crate::Error;
 use crate::model::{CHUNK, Logits, Model, Scratch, State, Step};
-use crate::sample::Sampling;
+use crate::sample::{Logprobs, Sampling};
 use crate::tokenizer::{Encode, Tokenizer};
 use writing::Writing;
 
@@ -24,6 +24,8 @@ pub struct Options {
     pub stop: Vec<String>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// With how many of the most probable tokens each token comes, and with its own probability; `None` for neither.
+    pub logprobs: Option<usize>,
 }
 
 /// Why a text ended.
@@ -50,12 +52,14 @@ impl StopReason {
 }
 
 /// One generated token.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
     /// The token.
     pub token: u32,
     /// The text that became certain with it, whole characters; may be empty, or more than the token's own.
     pub text: String,
+    /// Its probability, if [`Options::logprobs`] asks for it.
+    pub logprobs: Option<Logprobs>,
 }
 
 /// The tokens of `text` for a model to continue, with its begin token where it wants one.

@@ -24,16 +24,29 @@ impl Prefixes {
 
     /// A state of the most tokens of `prompt` that a kept one has read too, leaving one to read. It shares their pages.
     pub(super) fn longest(&mut self, model: &Model, prompt: &[u32]) -> Option<State> {
-        let limit = prompt.len().saturating_sub(1);
-        let common = self.kept.iter().enumerate().filter_map(|(n, (kept, state))| {
-            let common = common(kept, prompt).min(limit);
-            (common > 0 && state.can_fork(model, common)).then_some((common, n))
-        });
-        let (common, n) = common.max()?;
+        let (common, n) = self.candidates(model, prompt).max()?;
         let fork = self.kept[n].1.fork(model, common)?;
         let used = self.kept.remove(n);
         self.kept.extend(used);
         Some(fork)
+    }
+
+    /// What each kept prompt has in common with `prompt`, if that can be used, and its place.
+    fn candidates<'p>(
+        &'p self,
+        model: &'p Model,
+        prompt: &'p [u32],
+    ) -> impl Iterator<Item = (usize, usize)> + 'p {
+        let limit = prompt.len().saturating_sub(1);
+        self.kept.iter().enumerate().filter_map(move |(n, (kept, state))| {
+            let common = common(kept, prompt).min(limit);
+            (common > 0 && state.can_fork(model, common)).then_some((common, n))
+        })
+    }
+
+    /// How many tokens [`Prefixes::longest`] would have of `prompt`.
+    pub(super) fn known(&self, model: &Model, prompt: &[u32]) -> usize {
+        self.candidates(model, prompt).map(|(common, _)| common).max().unwrap_or(0)
     }
 
     /// Keeps the state after `prompt`, if it lies in pages.
@@ -56,6 +69,6 @@ impl Prefixes {
 }
 
 /// How many tokens both begin with.
-fn common(a: &[u32], b: &[u32]) -> usize {
+pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }

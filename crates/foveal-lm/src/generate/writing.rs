@@ -3,7 +3,7 @@
 use super::stop::Stops;
 use super::{Options, Piece, Prompt, StopReason};
 use crate::Error;
-use crate::sample::Sampler;
+use crate::sample::{Logprobs, Sampler};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
 /// What is known of a text beside what the model holds of it.
@@ -15,6 +15,7 @@ pub(super) struct Writing<'a> {
     stops: Stops,
     left: usize,
     stopped: Option<StopReason>,
+    logprobs: Option<usize>,
 }
 
 impl<'a> Writing<'a> {
@@ -35,6 +36,7 @@ impl<'a> Writing<'a> {
             decoder: StreamDecoder::after_prompt(tokenizer),
             stops: Stops::new(&options.stop),
             left: options.max_tokens,
+            logprobs: options.logprobs,
             stopped: (options.max_tokens == 0).then_some(StopReason::MaxTokens),
         })
     }
@@ -46,28 +48,30 @@ impl<'a> Writing<'a> {
     /// Chooses the next token. Not to be called once the text has stopped.
     pub(super) fn next(&mut self, logits: &[f32]) -> Result<Piece, Error> {
         let token = self.sampler.sample(logits)?;
+        let logprobs = self.logprobs.map(|top| Logprobs::new(logits, token, top)).transpose()?;
         self.sampler.accept(token);
         self.left -= 1;
         if self.tokenizer.is_end(token) {
-            return Ok(self.finish(token, StopReason::EndToken, String::new()));
+            let text = self.finish(StopReason::EndToken, String::new());
+            return Ok(Piece { token, text, logprobs });
         }
-        let (text, stop) = self.stops.push(&self.decoder.push(token)?);
+        let (mut text, stop) = self.stops.push(&self.decoder.push(token)?);
         if stop {
             self.stopped = Some(StopReason::StopString);
         } else if self.left == 0 {
-            return Ok(self.finish(token, StopReason::MaxTokens, text));
+            text = self.finish(StopReason::MaxTokens, text);
         }
-        Ok(Piece { token, text })
+        Ok(Piece { token, text, logprobs })
     }
 
-    /// The last piece, with all that was held back.
-    fn finish(&mut self, token: u32, reason: StopReason, mut text: String) -> Piece {
+    /// The last piece's text, with all that was held back.
+    fn finish(&mut self, reason: StopReason, mut text: String) -> String {
         let rest =
             std::mem::replace(&mut self.decoder, StreamDecoder::after_prompt(self.tokenizer));
         let (certain, stop) = self.stops.push(&rest.finish());
         text.push_str(&certain);
         text.push_str(&self.stops.finish());
         self.stopped = Some(if stop { StopReason::StopString } else { reason });
-        Piece { token, text }
+        text
     }
 }

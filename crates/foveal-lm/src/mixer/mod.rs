@@ -27,8 +27,9 @@ pub use attention::{
     Attended, AttentionParameters, GroupedQueryAttention, InputGradients, Inputs,
     MultiHeadAttention, Saved, Source, StateGradient, Upstream,
 };
-pub(crate) use sections::refuse as refuse_more;
 pub(crate) use sections::{MAX_REACH, MemoryState, SectionState, segments_mask};
+pub(crate) use sections::{Rule, TAU, UNIT_EPSILON, refuse as refuse_more, with_rule};
+pub(crate) use sections::{lsh, native_sparse, sparse_transformer};
 pub(crate) use state::{Array, Contents, Demand, Span, Store, Taken};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages, Retrieval};
 pub(crate) use stored::StoredMixer;

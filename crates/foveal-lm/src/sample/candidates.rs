@@ -63,7 +63,7 @@ pub(super) fn probabilities(candidates: &mut [Candidate], temperature: f32) {
 /// gives the same bits, which the system's mathematics library does not.
 ///
 /// `x = n·ln 2 + r` with `|r| ≤ ln 2 / 2`; the Taylor sum to `r¹³/13!` leaves less than 2⁻⁵⁷.
-fn exp(x: f64) -> f64 {
+pub(super) fn exp(x: f64) -> f64 {
     const LN_2_HIGH: f64 = f64::from_bits(0x3fe6_2e42_fee0_0000);
     const LN_2_LOW: f64 = f64::from_bits(0x3dea_39ef_3579_3c76);
     if x < -700.0 {

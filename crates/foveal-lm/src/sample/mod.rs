@@ -15,6 +15,7 @@
 //! under SplitMix64's mixing function (Steele et al. 2014), and the exponential is this module's own.
 
 mod candidates;
+mod logprobs;
 mod random;
 
 use std::collections::VecDeque;
@@ -22,6 +23,8 @@ use std::collections::VecDeque;
 use crate::Error;
 use candidates::{Candidate, largest, probabilities};
 use random::Random;
+
+pub use logprobs::Logprobs;
 
 /// How tokens are chosen. The default is meant for prose; [`Sampling::greedy`] takes the most probable token.
 #[derive(Clone, Copy, Debug, PartialEq)]

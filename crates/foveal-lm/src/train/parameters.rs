@@ -7,7 +7,7 @@
 //! that write to the residual stream (`o_proj`, `down_proj`) divided by √(2 · layers) (Radford et al. 2019, §2.3). Norms: what
 //! multiplies by 1. Biases, sinks and gates of memories: 0. Convolutions: uniform within ±1/√taps. Decays (`a_log`,
 //! `dt_bias`): logarithms of rates uniform in 1 to 16, and steps log-uniform in 0.001 to 0.1 through the inverse of softplus
-//! (Dao and Gu 2024). Scales of Memorizing Transformers: 1.
+//! (Dao and Gu 2024). Mixtures of Linformer: normal with variance 1 / rank. Scales of Memorizing Transformers: 1.
 
 mod initial;
 mod layout;
@@ -21,6 +21,7 @@ use crate::config::ModelConfig;
 use crate::names::Form;
 use crate::weights::{Description, Weights};
 
+pub(crate) use initial::Initial;
 pub(crate) use layout::Declared;
 
 /// What kind of parameter an entry is: what an optimizer does with it follows.
@@ -60,10 +61,14 @@ impl Parameters {
     /// # Errors
     /// [`Error::UnsupportedConfig`] for a model that can't be trained; [`Error::Config`] for one too large to address.
     pub fn initial(config: &ModelConfig, seed: u64) -> Result<Parameters, Error> {
-        let declared = layout::declared(config)?;
-        let entries = entries(&declared)?;
+        Parameters::of(&layout::declared(config)?, seed)
+    }
+
+    /// Initial values of what is declared.
+    pub(crate) fn of(declared: &[Declared], seed: u64) -> Result<Parameters, Error> {
+        let entries = entries(declared)?;
         let mut values = vec![0.0; entries.last().map_or(0, |last| last.range.end)];
-        for (entry, declared) in entries.iter().zip(&declared) {
+        for (entry, declared) in entries.iter().zip(declared) {
             declared.initial.fill(&mut values[entry.range.clone()], seed, &entry.name);
         }
         Ok(Parameters { entries, values })

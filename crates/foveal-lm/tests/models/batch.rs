@@ -157,7 +157,7 @@ fn request(n: usize, max_tokens: usize) -> Request {
     let sampling = Sampling { seed, temperature: 0.4 * (n % 3) as f32, ..Sampling::default() };
     let stop = if n % 4 == 1 { vec!["e".to_owned()] } else { vec![] };
     let prompt = tokens(1 + 37 * n % 290, n as u32, 1020);
-    Request { prompt, options: Options { max_tokens, stop, sampling } }
+    Request { prompt, options: Options { max_tokens, stop, sampling, logprobs: None } }
 }
 
 fn up_to<'a>(model: &'a Model, tokenizer: &'a Tokenizer, parallel: usize) -> Batcher<'a> {
@@ -261,4 +261,133 @@ fn a_bad_request_is_its_own_failure() {
     assert!(matches!(results[1].text, Err(Error::EmptyPrompt)));
     assert!(matches!(results[3].text, Err(Error::Token { found: 70_000, .. })));
     assert!(matches!(results[5].text, Err(Error::Sampling { name: "top-p", .. })));
+}
+
+/// Runs a batch to its end, taking back what `cancel` says after so many steps; every result, and all pieces that were seen.
+fn watched(
+    batcher: &mut Batcher<'_>,
+    cancel: &[(usize, usize)],
+) -> (Vec<(usize, Text)>, Vec<(usize, String)>) {
+    let (mut results, mut seen, mut step) = (vec![], vec![], 0);
+    while !batcher.is_idle() {
+        for (_, id) in cancel.iter().filter(|(at, _)| *at == step) {
+            assert!(batcher.cancel(*id));
+            assert!(!batcher.cancel(*id));
+        }
+        let finished = batcher.step_with(&mut |id, piece| seen.push((id, piece.text.clone())));
+        results.extend(finished.unwrap().into_iter().map(|done| (done.id, done.text.unwrap())));
+        step += 1;
+    }
+    results.sort_by_key(|(id, _)| *id);
+    (results, seen)
+}
+
+#[test]
+fn pieces_come_as_they_are_made_and_make_up_the_texts() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = up_to(&model, &tokenizer, 3);
+    let requests: Vec<_> = (0..7).map(|n| request(n, 12)).collect();
+    for request in &requests {
+        batcher.push(request.clone());
+    }
+    let (results, seen) = watched(&mut batcher, &[]);
+    assert_eq!(results.len(), 7);
+    for (id, text) in results {
+        assert_eq!(text, by_itself(&model, &requests[id]));
+        let pieces = seen.iter().filter(|(of, _)| *of == id);
+        assert_eq!(pieces.map(|(_, piece)| &**piece).collect::<String>(), text.text);
+    }
+}
+
+#[test]
+fn what_is_taken_back_leaves_the_others_as_they_are_and_frees_its_pages() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = up_to(&model, &tokenizer, 4);
+    let mut requests: Vec<_> = (0..8).map(|n| request(n, 40)).collect();
+    // The sixth is still being read when it is taken back.
+    requests[3].prompt = tokens(9 * CHUNK, 5, 1020);
+    for request in &requests {
+        batcher.push(request.clone());
+    }
+    // One that runs, one that is read, one that waits, and one that would be the last of a batch.
+    let (results, seen) = watched(&mut batcher, &[(3, 0), (4, 3), (3, 7), (9, 2)]);
+    let ids: Vec<usize> = results.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, [1, 4, 5, 6]);
+    for (id, text) in results {
+        assert_eq!(text, by_itself(&model, &requests[id]), "text {id}");
+    }
+    assert!(seen.iter().all(|(id, _)| ![3, 7].contains(id)) && !batcher.cancel(99));
+    assert_eq!(batcher.kv_bytes(), 0);
+    let pages = batcher.pages().unwrap();
+    // Only what prompts begin with is kept; pages for all texts are free for promises.
+    assert!(pages.free_pages() > pages.pages() / 2);
+}
+
+#[test]
+fn a_short_prompt_passes_a_long_one_which_goes_on() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = up_to(&model, &tokenizer, 4);
+    let long = Request { prompt: tokens(20 * CHUNK, 3, 1020), ..request(0, 2) };
+    batcher.push(long.clone());
+    batcher.step().unwrap();
+    let short = request(2, 3);
+    let ids: Vec<usize> = (0..3).map(|_| batcher.push(short.clone())).collect();
+    let mut first = vec![];
+    batcher.step_with(&mut |id, _| first.push(id)).unwrap();
+    assert_eq!((first, batcher.reading()), (vec![ids[0]], 1 + 2));
+    let (results, _) = watched(&mut batcher, &[]);
+    assert_eq!(results.len(), 4);
+    for (id, text) in results {
+        let request = if ids.contains(&id) { &short } else { &long };
+        assert_eq!(text, by_itself(&model, request), "text {id}");
+    }
+}
+
+#[test]
+fn what_another_prompt_is_about_to_read_is_waited_for() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = up_to(&model, &tokenizer, 8);
+    let prompt = tokens(3 * CHUNK + 17, 8, 1020);
+    let options = request(0, 6).options;
+    let requests: Vec<_> = (0..6)
+        .map(|n| {
+            let own = tokens(n, n as u32, 1020);
+            Request { prompt: [&*prompt, &own].concat(), options: options.clone() }
+        })
+        .collect();
+    for request in &requests {
+        batcher.push(request.clone());
+    }
+    let (results, _) = watched(&mut batcher, &[]);
+    assert_eq!(results.len(), 6);
+    assert_eq!(batcher.shared(), 5 * prompt.len());
+    for (id, text) in results {
+        assert_eq!(text, by_itself(&model, &requests[id]), "text {id}");
+    }
+}
+
+#[test]
+fn tokens_come_with_their_probabilities_where_asked() {
+    let (model, tokenizer) = (small::model(), small::tokenizer());
+    let mut batcher = up_to(&model, &tokenizer, 3);
+    let mut asked = request(2, 9);
+    asked.options.logprobs = Some(3);
+    let ids = [batcher.push(request(3, 9)), batcher.push(asked.clone())];
+    let mut found = vec![];
+    while !batcher.is_idle() {
+        let watch = &mut |id, piece: &foveal_lm::generate::Piece| {
+            assert_eq!(piece.logprobs.is_some(), id == ids[1]);
+            found.extend(piece.logprobs.clone());
+        };
+        batcher.step_with(watch).unwrap();
+    }
+    let mut state = model.state().unwrap();
+    let mut alone =
+        Generator::new(&model, &tokenizer, &mut state, &asked.prompt, &asked.options).unwrap();
+    let alone: Vec<_> = alone.by_ref().map(|piece| piece.unwrap().logprobs.unwrap()).collect();
+    assert_eq!(found, alone);
+    for logprobs in &found {
+        assert!(logprobs.chosen <= 0.0 && logprobs.top.len() == 3);
+        assert!(logprobs.top[0].1 >= logprobs.top[1].1 && logprobs.chosen <= logprobs.top[0].1);
+    }
 }

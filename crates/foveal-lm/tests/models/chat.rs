@@ -41,7 +41,7 @@ impl Parts {
 }
 
 fn greedy(max_tokens: usize) -> Options {
-    Options { max_tokens, stop: Vec::new(), sampling: Sampling::greedy() }
+    Options { max_tokens, sampling: Sampling::greedy(), ..Options::default() }
 }
 
 fn answer(conversation: &mut Conversation<'_>, max_tokens: usize) -> (Answer, String) {

@@ -23,7 +23,7 @@ fn generate(options: &Options) -> (Vec<Piece>, Option<StopReason>) {
 
 fn greedy(max_tokens: usize, stop: &[&str]) -> Options {
     let stop = stop.iter().map(|stop| (*stop).to_owned()).collect();
-    Options { max_tokens, stop, sampling: Sampling::greedy() }
+    Options { max_tokens, stop, sampling: Sampling::greedy(), logprobs: None }
 }
 
 fn text(pieces: &[Piece]) -> String {

@@ -3,9 +3,9 @@
 use std::ops::{ControlFlow, Range};
 
 use foveal_lm::Error;
-use foveal_lm::look::{Look, Row, Wanted, cell};
+use foveal_lm::look::{Look, Looking, Row, Wanted, cell};
 use foveal_lm::mixer::{Attended, CacheOptions};
-use foveal_lm::model::{Observer, Scratch, Step};
+use foveal_lm::model::{CHUNK, Observer, Scratch, Step};
 use foveal_lm::weights::Weights;
 
 use crate::laws::{assert_same, run, tokens};
@@ -235,4 +235,50 @@ fn what_there_is_not_is_refused_and_a_reading_can_be_broken_off() {
     });
     assert!(matches!(broken, Err(Error::Interrupted)));
     assert_eq!(seen, [0, 256]);
+}
+
+/// A look that is kept: the maps of one that is taken at once, any row when it is asked for, and rows of what comes next.
+#[test]
+fn a_look_that_is_kept_shows_what_one_at_once_shows() {
+    let model = small::model();
+    let options = CacheOptions { context: Some(4096), ..CacheOptions::default() };
+    let text = crate::batch::tokens(CHUNK + 90, 3, 1020);
+    let mut looking = Looking::new(&model, text.clone(), (9, 4), &options).unwrap();
+    while looking.step(&model).unwrap() {}
+    assert!(!looking.step(&model).unwrap() && looking.read() == text.len());
+    let asked = vec![1, 40, CHUNK, text.len() - 1];
+    let wanted = Wanted { cells: 9, rows: asked.clone(), kept: text.len() };
+    let mut state = model.state_with(&options).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let look = Look::with_state(&model, &text, &wanted, (&mut state, go_on)).unwrap();
+    for (kept, layer) in looking.look().layers.iter().zip(&look.layers) {
+        assert!(kept.heads.iter().zip(&layer.heads).all(|(a, b)| a.map == b.map));
+    }
+    for (n, &position) in asked.iter().enumerate() {
+        let row = looking.row(&model, position).unwrap();
+        for (l, layer) in look.layers.iter().enumerate() {
+            for (h, head) in layer.heads.iter().enumerate() {
+                let found = row.mean(Some(l), Some(h));
+                for &(at, weight) in &head.rows[n].weights {
+                    assert_eq!(found[at].to_bits(), weight.to_bits(), "{position} {l} {h} {at}");
+                }
+                assert_eq!(found.len(), position + 1);
+            }
+        }
+        let all = row.mean(None, None);
+        assert!((all.iter().sum::<f32>() - 1.0).abs() < 1e-3);
+    }
+    let habits = looking.habits();
+    assert_eq!(habits.len(), look.layers.len());
+    assert!(habits.iter().flatten().all(|h| (0.0..=1.001).contains(&(h.first + h.previous))));
+    // What comes next is the same text, read further.
+    let next = looking.append(&model, 7).unwrap();
+    let longer: Vec<u32> = text.iter().copied().chain([7]).collect();
+    let mut whole = Looking::new(&model, longer, (0, 0), &options).unwrap();
+    while whole.step(&model).unwrap() {}
+    assert_eq!(whole.logits(), looking.logits());
+    assert_eq!(whole.row(&model, text.len()).unwrap(), next);
+    let error = looking.row(&model, text.len() + 1).unwrap_err();
+    assert!(matches!(error, Error::Position { .. }), "{error}");
+    assert!(matches!(Looking::new(&model, vec![], (4, 0), &options), Err(Error::EmptyPrompt)));
 }

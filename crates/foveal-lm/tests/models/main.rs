@@ -5,6 +5,7 @@ mod activations;
 mod batch;
 mod caches;
 mod chat;
+mod chosen;
 mod convert;
 mod evaluate;
 mod formats;

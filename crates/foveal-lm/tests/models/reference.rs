@@ -139,6 +139,7 @@ impl Reference<'_> {
                 v: &v,
                 inputs: x,
                 project: &|part, x| self.project(&name(part), x),
+                rotate: &|rows| self.rotate(layer, rows),
                 vector: &|part| self.vector(&name(part)).unwrap_or_default(),
             };
             let mixed = crate::sections::mix(&sections, &tensors, (dim, scale), layer);

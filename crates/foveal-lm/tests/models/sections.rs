@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::across;
 use crate::batch::check_joining_and_leaving;
+use crate::chosen;
 use crate::formats::Folder;
 use crate::golden_case::difference;
 use crate::latent::{load, logits, tensor};
@@ -48,6 +49,8 @@ pub(crate) struct Tensors<'a> {
     pub(crate) v: &'a Rows,
     pub(crate) inputs: &'a Rows,
     pub(crate) project: &'a dyn Fn(&str, &Rows) -> Rows,
+    /// By the layer's positions.
+    pub(crate) rotate: &'a dyn Fn(Rows) -> Rows,
     pub(crate) vector: &'a dyn Fn(&str) -> Vec<f64>,
 }
 
@@ -64,7 +67,8 @@ pub(crate) fn mix(
     for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
         let own = [(first, *heads), (first_kv, *kv_heads)];
         let rows = recurrent::mix(section, tensors, (n, first), (*heads, dim));
-        if let Some(rows) = rows.or_else(|| across::mix(section, tensors, (n, own), (dim, scale))) {
+        let rows = rows.or_else(|| across::mix(section, tensors, (n, own), (dim, scale)));
+        if let Some(rows) = rows.or_else(|| chosen::mix(section, tensors, own[0], dim)) {
             out.iter_mut().zip(rows).for_each(|(out, row)| out.extend(row));
             (first, first_kv) = (first + heads, first_kv + kv_heads);
             continue;
@@ -73,14 +77,23 @@ pub(crate) fn mix(
             true => (tensors.project)(&format!("sections.{n}.gate_proj"), tensors.inputs),
             false => vec![],
         };
+        let global = chosen::global(section, tensors, n);
         for head in 0..*heads {
             let kv = first_kv + head * kv_heads / heads;
             let cut = |x: &Rows, head: usize| -> Rows {
                 x.iter().map(|row| row[head * dim..(head + 1) * dim].to_vec()).collect()
             };
             let own = Head { q: cut(q, first + head), k: cut(k, kv), v: cut(v, kv), scale };
+            let global = global.as_ref().map(|[q, k, v]| {
+                let kv = head * kv_heads / heads;
+                Head { q: cut(q, head), k: cut(k, kv), v: cut(v, kv), scale }
+            });
+            let is_global = |i| section["global"].as_array().is_some_and(|x| x.contains(&json!(i)));
             for (i, out) in out.iter_mut().enumerate() {
                 out.extend(match section["name"].as_str().unwrap() {
+                    "longformer" if global.is_some() && is_global(i) => {
+                        global.as_ref().unwrap().attend(i, 0..=i)
+                    }
                     "moba" => own.moba(section, i),
                     "native_sparse" => own.native_sparse(section, i, &gates[i][3 * head..][..3]),
                     _ => own.attend(i, (0..=i).filter(|&j| sees(section, (layer, head), i, j))),
@@ -200,20 +213,24 @@ pub(crate) const TOKENS: usize = 40;
 
 /// A model of Llama's layers with these mixers.
 pub(crate) fn tiny(mixer: &Value) -> Tiny {
-    // Recurrences have a key for each query head.
-    let kv_heads = if recurrent::among(mixer) { 4 } else { 2 };
+    // Recurrences and LSH attention have a key for each query head.
+    let alone = recurrent::among(mixer) || mixer.to_string().contains("lsh");
+    let kv_heads = if alone { 4 } else { 2 };
     let sizes = TinySizes { layers: LAYERS, kv_heads, ..TinySizes::default() };
     let mut model = Tiny::new("llama", sizes);
     model.config["foveal"] = json!({"mixer": mixer});
     for layer in 0..LAYERS {
         let sections = of(&model.config, layer).unwrap();
-        for (n, (section, heads, _)) in sections.iter().enumerate() {
+        for (n, (section, heads, kv_heads)) in sections.iter().enumerate() {
             if section["name"] == "native_sparse" {
                 let part = format!("sections.{n}.gate_proj");
                 model.tensors.push(tensor(layer, &part, &[3 * heads, sizes.width]));
             }
             let more =
                 recurrent::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
+            model.tensors.extend(more);
+            let own = (*heads, *kv_heads);
+            let more = chosen::tensors(section, own, (layer, n), (sizes.width, sizes.head_dim));
             model.tensors.extend(more);
             let more = across::tensors(section, *heads, (layer, n), (sizes.width, sizes.head_dim));
             model.tensors.extend(more);
@@ -234,6 +251,7 @@ pub(crate) fn mixers() -> Vec<Value> {
         json!({"name": "window", "tokens": 6}),
         json!({"name": "longformer", "reach": 4}),
         json!({"name": "longformer", "reach": 3, "gap": 2, "global": [0, 9]}),
+        json!({"name": "longformer", "reach": 3, "global": [0, 9, 17], "global_projections": true}),
         json!({"name": "bigbird", "block": 4, "random": 0}),
         sparse(json!({"pattern": "strided"})),
         sparse(json!({"pattern": "strided", "window": "code", "combine": "per_head"})),
@@ -241,6 +259,8 @@ pub(crate) fn mixers() -> Vec<Value> {
         sparse(json!({"pattern": "fixed", "num_verts": 3, "combine": "interleaved"})),
         json!({"name": "moba", "block": 4, "top": 3}),
         native(12),
+        json!({"name": "lsh", "chunk": 2, "buckets": 4}),
+        json!({"name": "lsh", "chunk": 5, "buckets": 2, "rounds": 3, "seed": 4}),
         json!([{"name": "moba", "block": 8, "top": 2}, {"name": "full"}]),
         json!({"name": "linear"}),
         json!({"name": "linear", "map": "relu"}),
@@ -289,8 +309,9 @@ fn names_are_those_of_the_registry() {
     let known: Vec<_> = registry::MECHANISMS.iter().map(|mechanism| mechanism.name).collect();
     assert!(Mechanism::NAMES.iter().all(|name| known.contains(name)));
     let tested = |name: &str| mixers().iter().any(|mixer| mixer.to_string().contains(name));
-    // Random features have no definition without their draws: laws hold them.
-    assert!(Mechanism::NAMES.iter().all(|name| *name == "performer" || tested(name)));
+    // Random features have no definition without their draws: laws hold them. Linformer is for encoders.
+    let others = ["performer", "linformer"];
+    assert!(Mechanism::NAMES.iter().all(|name| others.contains(name) || tested(name)));
 }
 
 #[test]
@@ -362,6 +383,14 @@ fn a_state_holds_what_later_queries_can_see() {
         bytes(&json!({"name": "moba", "block": 4, "top": 3}), 38),
         entry * 38 + entry / 2 * 9
     );
+    // Projections of global tokens are kept up to the last of them.
+    let longformer =
+        json!({"name": "longformer", "reach": 3, "global": [9, 0], "global_projections": true});
+    assert_eq!([9, 10, 38].map(|n| bytes(&longformer, n)), [18, 10, 38].map(|n| entry * n));
+    // At most 2 m − 1 tokens of a bucket, however long the text.
+    let lsh = json!({"name": "lsh", "chunk": 3, "buckets": 4});
+    let most = LAYERS * 4 * (2 * 4 * 5) * (2 * head_dim + 1) * size_of::<f32>();
+    assert!(bytes(&lsh, 400) <= most);
 }
 
 #[test]
@@ -416,12 +445,20 @@ fn configurations_that_make_no_sense_are_refused() {
         ),
         (json!({"name": "sparse_transformer", "pattern": "round", "stride": 3}), "unknown variant"),
         (json!({"name": "longformer", "reach": 3, "gap": 0}), "gap"),
+        (json!({"name": "linformer", "rank": 8}), "not causal"),
         (json!({"name": "bigbird", "block": 0, "random": 1}), "block"),
         (json!({"name": "bigbird", "block": 16, "random": 99}), "random blocks"),
         (json!({"name": "transformer_xl", "segment": 0, "memory": 3}), "at least 1 token"),
         (json!({"name": "transformer_xl", "segment": 9, "memory": 9_999_999}), "at most 1048576"),
         (json!({"name": "infini", "segment": 0}), "segment"),
-        (json!({"name": "delta"}), "proj"),
+        (json!({"name": "delta"}), "a key and a value for each query head"),
+        (json!({"name": "transformer_xl", "segment": 4, "memory": 4}), "r_proj"),
+        (json!({"name": "lsh", "chunk": 4, "buckets": 4}), "as many as query heads"),
+        (json!({"name": "longformer", "reach": 3, "global_projections": true}), "no global token"),
+        (
+            json!({"name": "longformer", "reach": 3, "global": [0], "global_projections": true}),
+            "q_global",
+        ),
         (json!({"name": "moba", "block": 0, "top": 1}), "block"),
         (json!({"name": "moba", "block": 4, "top": 0}), "blocks that a row sees"),
         (json!({"name": "full", "heads": 3}), "key/value heads that divide"),

@@ -1,7 +1,9 @@
 //! Training: every mechanism's gradients against differences, against models that are run, and against their own laws.
 
 mod across;
+mod encoders;
 mod laws;
 mod mechanisms;
 mod runs;
 mod setup;
+mod translation;

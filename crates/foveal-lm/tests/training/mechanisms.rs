@@ -12,18 +12,7 @@ use serde_json::{Value, json};
 use crate::setup::{Case, SEQUENCES, TOKENS, family, llama, noise};
 
 /// Mechanisms that training refuses.
-const UNTRAINED: &[&str] = &[
-    "sparse_transformer",
-    "moba",
-    "native_sparse",
-    "performer",
-    "efficient",
-    "retention",
-    "scalar_decay",
-    "gla",
-    "delta",
-    "gated_delta",
-];
+const UNTRAINED: &[&str] = &[];
 
 /// Mixers of all names, some in several forms.
 fn mixers() -> Vec<Value> {
@@ -34,11 +23,15 @@ fn mixers() -> Vec<Value> {
         json!({"name": "bigbird", "block": 4, "random": 1}),
         json!({"name": "sparse_transformer", "pattern": "strided", "stride": 5}),
         json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 5, "width": 2}),
+        json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 4, "num_verts": 2, "combine": "per_head"}),
         json!({"name": "moba", "block": 4, "top": 2}),
-        json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 2, "window": 5}),
+        json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 4, "window": 5}),
+        json!({"name": "lsh", "chunk": 3, "buckets": 2}),
+        json!([[{"name": "lsh", "chunk": 2, "buckets": 2, "rounds": 1, "heads": 2}, {"name": "moba", "block": 3, "top": 3, "heads": 2}], {"name": "full"}]),
         json!({"name": "linear"}),
         json!({"name": "performer", "features": 16}),
         json!({"name": "efficient"}),
+        json!({"name": "linformer", "rank": 4}),
         json!({"name": "retention"}),
         json!({"name": "scalar_decay", "conv": 3}),
         json!({"name": "gla", "rank": 3}),
@@ -63,6 +56,8 @@ fn cases() -> Vec<(String, Case)> {
         match Case::new(llama(&mixer), Objective::Causal) {
             Ok(case) => cases.push((mixer.to_string(), case)),
             Err(Error::UntrainedMechanism { name }) => assert!(UNTRAINED.contains(&name), "{name}"),
+            // Trained without order alone: see `encoders`.
+            Err(Error::UnsupportedConfig { .. }) => assert_eq!(mixer["name"], "linformer"),
             Err(other) => panic!("{mixer}: {other}"),
         }
     }
@@ -100,10 +95,18 @@ fn names_are_trained_or_refused() {
     }
 }
 
-/// The slope of the loss along a direction of some parameters, by differences of fourth order.
-fn slope(case: &Case, at: &[f32], along: &[(usize, f32)], scratch: &mut Scratch) -> f64 {
+/// The slope of the loss along a direction of some parameters whose gradient has a length, by differences of fourth order.
+///
+/// Along a steep direction the loss is bent as well (a norm behind a recurrence whose first outputs are near zero): steps
+/// move it by a thousandth at most.
+fn slope(
+    case: &Case,
+    at: &[f32],
+    (along, length): (&[(usize, f32)], f64),
+    scratch: &mut Scratch,
+) -> f64 {
     let norm = along.iter().map(|(_, x)| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-    let step = (0.01 / norm) as f32;
+    let step = (0.05 / (1.0 + 50.0 * length) / norm) as f32;
     let mut moved = at.to_vec();
     let mut loss = |by: f32| {
         along.iter().for_each(|&(n, x)| moved[n] = at[n] + by * step * x);
@@ -114,7 +117,7 @@ fn slope(case: &Case, at: &[f32], along: &[(usize, f32)], scratch: &mut Scratch)
 }
 
 /// Every number of every gradient: along the gradient itself, and along directions of random signs.
-fn check_gradients(name: &str, case: &Case) {
+pub(crate) fn check_gradients(name: &str, case: &Case) {
     let (_, gradients) = case.gradients(None, |_| ());
     let values = case.parameters.values();
     let mut scratch = Scratch::new();
@@ -122,7 +125,9 @@ fn check_gradients(name: &str, case: &Case) {
     for entry in case.parameters.entries() {
         let own = &gradients[entry.range.clone()];
         let length = own.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        assert!(length > 0.0, "{name}: {} has no gradient", entry.name);
+        // Queries are keys.
+        let unread = name.starts_with("{") && name.contains("lsh") && entry.name.contains("k_proj");
+        assert!((length > 0.0) != unread, "{name}: {} has a gradient of {length}", entry.name);
         for direction in 0..4 {
             let along: Vec<(usize, f32)> = entry
                 .range
@@ -130,10 +135,10 @@ fn check_gradients(name: &str, case: &Case) {
                 .map(|n| (n, if direction == 0 { gradients[n] } else { noise().signum() }))
                 .collect();
             let norm = along.iter().map(|(_, x)| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-            let expected = slope(case, values, &along, &mut scratch) / norm;
+            let expected = slope(case, values, (&along, length), &mut scratch) / norm;
             let got =
                 along.iter().map(|&(n, x)| f64::from(gradients[n]) * f64::from(x)).sum::<f64>();
-            let (got, scale) = (got / norm, length.max(1e-3));
+            let (got, scale) = (got / norm, length.max(5e-3));
             let error = (got - expected).abs() / scale;
             assert!(
                 error < 3e-3,
@@ -187,13 +192,17 @@ fn losses_are_those_of_models_that_are_run() {
 }
 
 /// Adam by its formulas (Kingma and Ba 2014).
-struct Adam {
+pub(crate) struct Adam {
     moments: Vec<[f32; 2]>,
     steps: i32,
 }
 
 impl Adam {
-    fn step(&mut self, parameters: &mut Parameters, gradients: &[f32], rate: f32) {
+    pub(crate) fn new(numbers: usize) -> Adam {
+        Adam { moments: vec![[0.0; 2]; numbers], steps: 0 }
+    }
+
+    pub(crate) fn step(&mut self, parameters: &mut Parameters, gradients: &[f32], rate: f32) {
         self.steps += 1;
         let [first, second] = [0.9f32, 0.99].map(|beta| 1.0 - beta.powi(self.steps));
         let numbers = parameters.values_mut().iter_mut().zip(gradients).zip(&mut self.moments);
@@ -205,22 +214,25 @@ impl Adam {
     }
 }
 
+/// Trains on one batch until it is known.
+pub(crate) fn check_learning(name: &str, mut case: Case) {
+    case.parameters = Parameters::initial(case.network.config(), 1).unwrap();
+    // Capped logits reach no certainty.
+    let good = if name == "gemma2" { 1.2 } else { 0.05 };
+    let mut adam = Adam::new(case.parameters.values().len());
+    let mut loss = f64::INFINITY;
+    for _ in 0..300 {
+        let (found, gradients) = case.gradients(None, |_| ());
+        loss = found.mean();
+        if loss < good {
+            return;
+        }
+        adam.step(&mut case.parameters, &gradients, 0.01);
+    }
+    panic!("{name}: {loss} nats after {} steps", adam.steps);
+}
+
 #[test]
 fn every_mechanism_learns_one_batch_by_heart() {
-    for (name, mut case) in cases() {
-        case.parameters = Parameters::initial(case.network.config(), 1).unwrap();
-        // Capped logits reach no certainty.
-        let (good, rate) = if name == "gemma2" { (1.2, 0.01) } else { (0.05, 0.01) };
-        let mut adam = Adam { moments: vec![[0.0; 2]; case.parameters.values().len()], steps: 0 };
-        let mut loss = f64::INFINITY;
-        for _ in 0..300 {
-            let (found, gradients) = case.gradients(None, |_| ());
-            loss = found.mean();
-            if loss < good {
-                break;
-            }
-            adam.step(&mut case.parameters, &gradients, rate);
-        }
-        assert!(loss < good, "{name}: {loss} nats after {} steps", adam.steps);
-    }
+    cases().into_iter().for_each(|(name, case)| check_learning(&name, case));
 }

@@ -20,7 +20,8 @@ const VOCAB: usize = 40;
 /// `config.json` of a model of Llama's layers; of all heads' keys where a recurrence needs them.
 pub(crate) fn llama(mixer: &Value) -> Value {
     let text = mixer.to_string();
-    let recurrent = ["\"linear\"", "performer", "efficient", "retention", "decay", "gla", "delta"];
+    let recurrent =
+        ["\"linear\"", "lsh", "performer", "efficient", "retention", "decay", "gla", "delta"];
     let kv_heads = if recurrent.iter().any(|name| text.contains(name)) { 4 } else { 2 };
     let mut config = family("llama");
     config["num_key_value_heads"] = kv_heads.into();
@@ -73,6 +74,9 @@ impl Case {
             for x in &mut parameters.values_mut()[entry.range] {
                 // Large enough that softmax is far from even, and every vector matters.
                 *x = match entry.group {
+                    // Mixtures are large enough.
+                    Group::Matrix if entry.name.ends_with(".e_proj.weight") => *x,
+                    Group::Matrix if entry.name.ends_with(".f_proj.weight") => *x,
                     Group::Matrix => *x * 12.0,
                     _ => *x + 0.3 * noise(),
                 };

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from foveal import _native
@@ -62,7 +61,7 @@ def attention(
     behind, ahead = band(causal, window)
     standard = alibi is True
     slopes = None if alibi is None or isinstance(alibi, bool) else alibi
-    options = (behind, ahead, scale, softcap, standard, dropout, seed, generated)
+    options = (behind, ahead, scale, softcap, standard, dropout, seed, generated, return_lse)
     if mask is None and bias is None and slopes is None and sinks is None and key_lengths is None:
         arrays = (q, k, v, *_NOTHING)
     else:
@@ -75,7 +74,8 @@ def attention(
         else:
             lse = _native.attention_into(arrays, out, options)
     else:
-        out, lse = run("attention", arrays, options)
+        results = run("attention", arrays, options)
+        return results[:2] if return_lse else results[0]
     return (out, lse) if return_lse else out
 
 
@@ -136,7 +136,7 @@ def flash_attn_func(
     array([1., 2., 2.], dtype=float32)
     """
     behind, ahead = _sides(causal, window_size)
-    options = (behind, ahead, softmax_scale, softcap or None, False, dropout_p, _seed(q, dropout_p), False)
+    options = (behind, ahead, softmax_scale, softcap or None, False, dropout_p, _seed(q, dropout_p), False, True)
     arrays = (q, k, v, None, None, _slopes(alibi_slopes), *(None,) * 7)
     out, lse = run("attention", arrays, options)
     return (out, _by_heads(lse), None) if return_attn_probs else out
@@ -176,16 +176,8 @@ def flash_attn_varlen_func(
     if alibi_slopes is not None and list(cu_seqlens_q) != list(cu_seqlens_k):
         raise ValueError("alibi_slopes: expected the same offsets for queries and keys")
     behind, ahead = _sides(causal, window_size)
-    options = (behind, ahead, softmax_scale, softcap or None, False, dropout_p, _seed(q, dropout_p), False)
+    options = (behind, ahead, softmax_scale, softcap or None, False, dropout_p, _seed(q, dropout_p), False, True)
     nothing = (None,) * 4
     arrays = (q[None], k[None], v[None], None, None, _slopes(alibi_slopes), None, cu_seqlens_q, cu_seqlens_k, *nothing)
     out, lse = run("attention", arrays, options)
     return (out[0], _by_heads(lse[0]), None) if return_attn_probs else out[0]
-
-
-def standard_slopes(heads: int) -> list[float]:
-    """The slopes of ALiBi (Press et al. 2022) for so many heads."""
-    largest = 2 ** math.floor(math.log2(heads))
-    own = [2 ** (-8 * (n + 1) / largest) for n in range(largest)]
-    more = [2 ** (-4 * (2 * n + 1) / largest) for n in range(heads - largest)]
-    return own + more

@@ -97,7 +97,7 @@ SPECS: dict[str, Spec] = {
     "sparse_transformer": Spec("q k v", _output_and_lse),
     "longformer": Spec("q k v global_q? global_k? global_v?", _output_and_lse),
     "bigbird": Spec("q k v", _output_and_lse),
-    "reformer": Spec("qk v buckets?!", lambda a, _: [_out(a, "qk"), _row(a, "qk"), _row(a, "qk")]),
+    "lsh": Spec("qk v buckets?!", lambda a, _: [_out(a, "qk"), _row(a, "qk"), _row(a, "qk")]),
     "moba": Spec("q k v", _output_and_lse),
     "native_sparse": Spec(
         "q k v gates k_compressed? v_compressed? k_window? v_window?", lambda a, _: [_out(a)]
@@ -150,10 +150,18 @@ def _names(arrays: str) -> _Names:
     )
 
 
-def ready_all(name: str, arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def ready_all(name: str, arrays: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The arrays of a mechanism as the native module takes them."""
+    try:
+        for array in arrays:
+            if array is not None and not array.is_contiguous():
+                break
+        else:
+            return arrays
+    except AttributeError:
+        pass  # No tensor: `ready` says so.
     names = NAMES[name].all
-    return tuple(ready(array, whole=n in _WHOLE) for n, array in zip(names, arrays))
+    return tuple([ready(array, whole=n in _WHOLE) for n, array in zip(names, arrays)])
 
 
 NAMES = {name: _names(spec.arrays) for name, spec in SPECS.items()}
@@ -170,7 +178,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         *tensors, options = arguments
-        results = _native.forward(name, ready_all(name, tensors), _decode(options))
+        results = _native.forward(name, tuple(ready_all(name, tensors)), _decode(options))
         return results if len(results) > 1 else results[0]
 
     def fake(*arguments: Any) -> Any:
@@ -196,7 +204,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
         inputs, results, d = tensors[:count], tensors[count : count + example], tensors[count + example :]
         gradients = _native.backward(
             name,
-            ready_all(name, inputs),
+            tuple(ready_all(name, inputs)),
             tuple(results),
             tuple(ready(x, whole=n in (1, 2) and len(spec.gradients) > 2) for n, x in enumerate(d)),
             _decode(options),
@@ -223,12 +231,11 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
         ctx.present = [tensor is not None for tensor in tensors]
         ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None), *results)
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for n, x in enumerate(results) if n not in spec.gradients))
 
     def through(ctx: Any, *d_results: Any) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         tensors = [saved.pop(0) if there else None for there in ctx.present]
-        if any(g is not None and n not in spec.gradients for n, g in enumerate(d_results)):
-            raise RuntimeError(f"foveal::{name}: only results {spec.gradients} have gradients")
         if all(g is None for g in d_results):
             return (None,) * (count + 1)
         wanted = [d_results[n] for n in spec.gradients]
@@ -245,7 +252,7 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
 def _arity(name: str) -> int:
     """How many results a mechanism has."""
     recurrent = SPECS[name].arrays == _TOKENS
-    several = {"differential": 5, "reformer": 3, "linformer": 4, "infini": 3}
+    several = {"differential": 5, "lsh": 3, "linformer": 4, "infini": 3}
     single = ("rope", "native_sparse", "memorizing")
     return 4 if recurrent else several.get(name, 1 if name in single else 2)
 

@@ -69,7 +69,7 @@ def _parts(mine: int, theirs: int, world: int, how: tuple[bool, bool]) -> Iterat
 
 
 def _options(diagonal: bool, scale: float | None) -> tuple[Any, ...]:
-    return (None, 0 if diagonal else None, scale, None, False, 0.0, 0, False)
+    return (None, 0 if diagonal else None, scale, None, False, 0.0, 0, False, True)
 
 
 _NOTHING = (None,) * 10

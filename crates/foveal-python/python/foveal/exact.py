@@ -110,7 +110,7 @@ def transformer_xl(
     (1, 3, 2, 4)
     """
     behind, ahead = band(True, window)
-    options = (behind, ahead, scale, None, False, 0.0, 0, False)
+    options = (behind, ahead, scale, None, False, 0.0, 0, False, True)
     arrays = (q, k, v, *(None,) * 7, distances, content_bias, position_bias)
     out, lse = run("attention", arrays, options)
     return (out, lse) if return_lse else out

@@ -93,11 +93,11 @@ def attention(
     cuts = _cuts(kwargs, query, key) if mask is None and bias is None else None
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout else 0
     generated = seq == 1 and not torch.is_grad_enabled()
-    options = (behind, ahead, scaling, kwargs.get("softcap"), False, dropout, seed, generated)
+    options = (behind, ahead, scaling, kwargs.get("softcap"), False, dropout, seed, generated, False)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     sinks = None if sinks is None else sinks.float()
-    out, _ = run("attention", (q, k, v, mask, bias, None, sinks, cuts, cuts, *(None,) * 4), options)
-    return out, None
+    results = run("attention", (q, k, v, mask, bias, None, sinks, cuts, cuts, *(None,) * 4), options)
+    return results[0], None
 
 
 def _band(window: int | None, mask_function: Callable[..., Any]) -> tuple[int | None, int] | None:

@@ -96,7 +96,7 @@ def bigbird(
     return _out(run("bigbird", (q, k, v), (block, random, seed, causal, scale)), return_lse)
 
 
-def reformer(
+def lsh(
     qk: Array,
     v: Array,
     *,
@@ -116,12 +116,12 @@ def reformer(
     row's logit with itself is less 10⁵, or ``self_logit``.
 
     >>> x = np.random.default_rng(0).standard_normal((1, 64, 2, 8)).astype(np.float32)
-    >>> foveal.sparse.reformer(x, x, chunk=16, buckets=8).shape
+    >>> foveal.sparse.lsh(x, x, chunk=16, buckets=8).shape
     (1, 64, 2, 8)
     """
     counted = isinstance(buckets, int)
     options = (chunk, buckets if counted else 2, rounds, seed, causal, strict, self_logit, scale)
-    return _out(run("reformer", (qk, v, None if counted else buckets), options), return_lse)
+    return _out(run("lsh", (qk, v, None if counted else buckets), options), return_lse)
 
 
 def moba(

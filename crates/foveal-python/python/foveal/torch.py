@@ -40,14 +40,13 @@ def run(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) 
     if torch.compiler.is_compiling() or type(arrays[0]) not in _PLAIN or _wants_gradients(arrays):
         if not torch.compiler.is_compiling():
             _share_threads()
-        results = OPERATORS[name](*arrays, _text(options))
+        if name == "attention":
+            # Gradients need the log-sum-exp.
+            options = (*options[:-1], True)
+        results = OPERATORS[name](*arrays, repr(options))
         return tuple(results) if isinstance(results, (tuple, list)) else (results,)
     _share_threads()
-    return _native.forward(name, ready_all(name, arrays), options)
-
-
-def _text(options: tuple[Any, ...]) -> str:
-    return repr(options)
+    return _native.forward(name, tuple(ready_all(name, arrays)), options)
 
 
 def attention_into(arrays: tuple[Tensor | None, ...], out: Tensor, options: tuple[Any, ...]) -> Tensor:
@@ -55,7 +54,7 @@ def attention_into(arrays: tuple[Tensor | None, ...], out: Tensor, options: tupl
     if _wants_gradients((*arrays, out)):
         raise RuntimeError("attention with out=... has no gradients; call it under torch.no_grad()")
     _share_threads()
-    return _native.attention_into(ready_all("attention", arrays), out, options)
+    return _native.attention_into(tuple(ready_all("attention", arrays)), out, options)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,9 +125,9 @@ def scaled_dot_product_attention(
         else:
             bias = _bias(attn_mask, query, key)
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
-    options = (None, ahead, scale, None, False, dropout_p, seed, False)
+    options = (None, ahead, scale, None, False, dropout_p, seed, False, False)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, _ = run("attention", (q, k, v, mask, bias, *(None,) * 8), options)
+    out = run("attention", (q, k, v, mask, bias, *(None,) * 8), options)[0]
     return out.transpose(1, 2)
 
 

@@ -77,6 +77,11 @@ impl Level {
         }
     }
 
+    /// Whether kernels multiply pairs of bf16.
+    pub fn multiplies_bf16(self) -> bool {
+        self.pairs().is_some()
+    }
+
     pub(crate) fn kind(self) -> Kind {
         self.0
     }

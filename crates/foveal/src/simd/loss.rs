@@ -24,13 +24,21 @@ dispatch! {
 
 #[inline(always)]
 fn gradient_kernel<S: Simd>(s: S, y: &mut [f32], of: Gradient) {
+    let capped = of.inverse_cap != 0.0;
     let [largest, inverse, share, factor, inverse_cap] =
         [of.largest, of.inverse, of.share, of.factor, of.inverse_cap].map(|x| s.splat(x));
     for at in (0..y.len()).step_by(S::LANES) {
         let own = load(s, y, at);
         let probability = s.mul(math::exp(s, s.sub(own, largest)), inverse);
-        let bent = s.mul(own, inverse_cap);
-        let slope = s.mul(factor, s.sub(s.splat(1.0), s.mul(bent, bent)));
-        store(s, y, at, s.mul(s.sub(probability, share), slope));
+        let gradient = s.mul(s.sub(probability, share), factor);
+        // Without a cap, a logit may be −∞, which times 0 is no number.
+        let gradient = match capped {
+            true => {
+                let bent = s.mul(own, inverse_cap);
+                s.mul(gradient, s.sub(s.splat(1.0), s.mul(bent, bent)))
+            }
+            false => gradient,
+        };
+        store(s, y, at, gradient);
     }
 }

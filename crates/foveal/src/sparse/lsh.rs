@@ -138,6 +138,11 @@ impl AngularHash {
         Ok(AngularHash { dim, factors, rounds, directions })
     }
 
+    /// Rounds of hashing.
+    pub fn rounds(&self) -> usize {
+        self.rounds
+    }
+
     /// How many buckets there are.
     pub fn buckets_per_round(&self) -> usize {
         self.factors[0] * self.factors[1]

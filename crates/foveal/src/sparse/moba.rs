@@ -13,6 +13,7 @@ use super::choices::{BlockChoices, best};
 use super::held::{Held, Stepped};
 use super::parts::{Heads, Memory, Part, Runner, Tokens};
 use super::pattern::blocks;
+use super::prompt::block_parts;
 use super::state::StateHeads;
 use crate::cpu::{Cpu, Phase};
 use crate::element::Element;
@@ -110,16 +111,29 @@ impl Moba {
                 (0..keys.seq).for_each(|t| means.push(k.row(b, t, head)));
             }
             let q = q.part(b..b + 1, head..head + 1);
-            for rows in (0..seq).step_by(ROWS).map(|row| row..(row + ROWS).min(seq)) {
-                let count = self.before(rows.end - 1, [seq, keys.seq]);
-                let scores = gate.scores(&means.data[..count * dim], q, rows.clone())?;
-                for (row, scores) in rows.zip(scores.chunks(count.max(1))) {
-                    let before = self.before(row, [seq, keys.seq]);
-                    best(&scores[..before], 0, choices.row_mut([b, head, row]));
-                }
-            }
+            self.choose_of((&means, &mut gate), (q, keys.seq), [b, head], &mut choices)?;
         }
         Ok(choices)
+    }
+
+    /// What the queries `[1, T, 1, D]` of one head choose among so many keys.
+    fn choose_of<E: Element>(
+        &self,
+        (means, gate): (&Means, &mut Gate),
+        (q, keys): (TensorRef<'_, E>, usize),
+        [b, head]: [usize; 2],
+        choices: &mut BlockChoices,
+    ) -> Result<()> {
+        let Shape { seq, dim, .. } = q.shape();
+        for rows in (0..seq).step_by(ROWS).map(|row| row..(row + ROWS).min(seq)) {
+            let count = self.before(rows.end - 1, [seq, keys]);
+            let scores = gate.scores(&means.data[..count * dim], q, rows.clone())?;
+            for (row, scores) in rows.zip(scores.chunks(count.max(1))) {
+                let before = self.before(row, [seq, keys]);
+                best(&scores[..before], 0, choices.row_mut([b, head, row]));
+            }
+        }
+        Ok(())
     }
 
     /// The pairs that choices let through among so many keys, as a mask, for looking at it: exact attention with it
@@ -140,7 +154,18 @@ impl Moba {
         choices: &BlockChoices,
     ) -> Result<Forward<E>> {
         let runner = self.prepare(&inputs, choices)?;
-        let mut result = runner.forward(inputs, &[self.own_blocks(&inputs)])?;
+        self.join(&runner, inputs, self.own_blocks(&inputs), choices)
+    }
+
+    /// The own blocks, and what rows chose.
+    fn join<E: Element>(
+        &self,
+        runner: &Runner,
+        inputs: Inputs<'_, E, E>,
+        own: Heads,
+        choices: &BlockChoices,
+    ) -> Result<Forward<E>> {
+        let mut result = runner.forward(inputs, &[own])?;
         if !result.out.as_slice().is_empty() {
             let mut memory = Memory::new(runner.cpu);
             for heads in choices.parts(1, self.block) {
@@ -259,6 +284,12 @@ impl<E: Element> MobaState<E> {
         self.held.bytes() + means * size_of::<f32>()
     }
 
+    /// Takes these instructions and threads from now on.
+    pub fn set_cpu(&mut self, cpu: Cpu) {
+        self.held.runner.cpu = cpu;
+        self.gate.call.cpu = cpu;
+    }
+
     /// Heads and dims.
     pub fn heads(&self) -> StateHeads {
         self.held.shape
@@ -287,6 +318,29 @@ impl<E: Element> MobaState<E> {
             }
         }
         Ok(())
+    }
+
+    /// Appends the tokens of a prompt, keys `[1, n, KV, Dk]` and values `[1, n, KV, Dv]`, and attends with all of their
+    /// queries, `[1, n, H, Dk]`. However a prompt is cut into such calls, the bits are the same. Allocates the result and
+    /// what is gathered.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`]; the state is unchanged then.
+    pub fn prompt(&mut self, inputs: Inputs<'_, E, E>) -> Result<Forward<E>> {
+        let rows = self.held.rows_of(self.tokens(), inputs)?;
+        let Inputs { q, k, v } = inputs;
+        self.append(k, v)?;
+        let (layer, runner) = (self.layer, self.held.runner);
+        let StateHeads { heads, kv_heads, .. } = self.held.shape;
+        let mut choices = BlockChoices::none([1, heads, rows.len()], layer.most(rows.end));
+        for head in 0..heads {
+            let means = (&self.means[head * kv_heads / heads], &mut self.gate);
+            let own = (q.part(0..1, head..head + 1), rows.end);
+            layer.choose_of(means, own, [0, head], &mut choices)?;
+        }
+        let parts = block_parts(&rows, layer.block, |position| position);
+        let own = Heads { sequences: 0..1, heads: 0..heads, parts };
+        layer.join(&runner, self.held.all(q)?, own, &choices)
     }
 
     /// Attention of the newest token's queries, `[1, 1, H, Dk]`, to its own block and those that it chooses: the same

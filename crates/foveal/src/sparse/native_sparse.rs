@@ -345,14 +345,18 @@ impl NativeSparse {
     }
 
     /// Attention to compressed tokens.
-    fn compressed(&self, runner: &Runner, [compressed, keys]: [usize; 2]) -> Attention<'static> {
+    pub(super) fn compressed(
+        &self,
+        runner: &Runner,
+        [compressed, keys]: [usize; 2],
+    ) -> Attention<'static> {
         let NativeSizes { length, stride, .. } = self.sizes;
         let origin = keys as isize - compressed as isize;
         runner.attention(Mask::pattern(Whole { length, stride, origin }))
     }
 
     /// Attention to the newest tokens.
-    fn near(&self, runner: &Runner) -> Attention<'static> {
+    pub(super) fn near(&self, runner: &Runner) -> Attention<'static> {
         runner.attention(Mask::window(self.sizes.window))
     }
 
@@ -436,7 +440,8 @@ impl NativeSparse {
         Ok(NativeForward { out, branches, choices })
     }
 
-    fn selected<E: Element>(
+    /// The blocks that every row sees, and what it chose.
+    pub(super) fn selected<E: Element>(
         &self,
         runner: &Runner,
         inputs: Inputs<'_, E, E>,

@@ -7,10 +7,11 @@ use super::choices::BlockChoices;
 use super::held::{Held, Stepped};
 use super::native_sparse::{Branches, NativeForward, NativeSparse, gated_sum};
 use super::state::StateHeads;
+use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::plan::expect;
+use crate::plan::{Inputs, expect};
 use crate::problem::Forward;
 use crate::tensor::{Shape, TensorRef};
 use std::ops::Range;
@@ -72,6 +73,13 @@ impl<E: Element> NativeState<E> {
         self.compressed.bytes() + self.selected.bytes() + self.window.bytes()
     }
 
+    /// Takes these instructions and threads from now on.
+    pub fn set_cpu(&mut self, cpu: Cpu) {
+        for held in [&mut self.compressed, &mut self.selected, &mut self.window] {
+            held.runner.cpu = cpu;
+        }
+    }
+
     /// Heads and dims.
     pub fn heads(&self) -> StateHeads {
         self.selected.shape
@@ -103,13 +111,7 @@ impl<E: Element> NativeState<E> {
         k: Branches<TensorRef<'_, E>>,
         v: Branches<TensorRef<'_, E>>,
     ) -> Result<()> {
-        let tokens = self.selected.check(k.selected.shape(), v.selected.shape())?;
-        self.window.check(k.window.shape(), v.window.shape())?;
-        self.compressed.check(k.compressed.shape(), v.compressed.shape())?;
-        let count = |what, seq, got: Shape| expect(what, Shape { seq, ..got }, got);
-        count("tokens of the window", tokens, k.window.shape())?;
-        let compressed = self.compressed_by(tokens);
-        count("compressed tokens", compressed, k.compressed.shape())?;
+        let [tokens, compressed] = self.counts(k, v)?;
         for t in 0..tokens {
             let place = self.tokens();
             self.selected.write(place, [k.selected, v.selected], t);
@@ -120,6 +122,56 @@ impl<E: Element> NativeState<E> {
             self.compressed.write(self.compressed.entries(), [k.compressed, v.compressed], n);
         }
         Ok(())
+    }
+
+    /// How many tokens and compressed tokens there are to append, if they fit.
+    fn counts(
+        &self,
+        k: Branches<TensorRef<'_, E>>,
+        v: Branches<TensorRef<'_, E>>,
+    ) -> Result<[usize; 2]> {
+        let tokens = self.selected.check(k.selected.shape(), v.selected.shape())?;
+        self.window.check(k.window.shape(), v.window.shape())?;
+        self.compressed.check(k.compressed.shape(), v.compressed.shape())?;
+        let count = |what, seq, got: Shape| expect(what, Shape { seq, ..got }, got);
+        count("tokens of the window", tokens, k.window.shape())?;
+        let compressed = self.compressed_by(tokens);
+        count("compressed tokens", compressed, k.compressed.shape())?;
+        Ok([tokens, compressed])
+    }
+
+    /// Appends the tokens of a prompt as [`NativeState::append`] does, and attends with all of their queries
+    /// `[1, n, H, Dk]` in each branch, by their gates `[1, n, H, 3]`. However a prompt is cut into such calls, the bits are
+    /// the same. Allocates the result and what is gathered.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`]; the state is unchanged then.
+    pub fn prompt(
+        &mut self,
+        tokens: Branches<Inputs<'_, E, E>>,
+        gates: TensorRef<'_, f32>,
+    ) -> Result<NativeForward<E>> {
+        let Branches { compressed, selected, window } = tokens;
+        let k = Branches { compressed: compressed.k, selected: selected.k, window: window.k };
+        let v = Branches { compressed: compressed.v, selected: selected.v, window: window.v };
+        let [count, _] = self.counts(k, v)?;
+        let rows = self.selected.rows_of(self.tokens(), selected)?;
+        let shape = Shape { seq: count, ..selected.q.shape() };
+        expect("queries of compressed tokens", shape, compressed.q.shape())?;
+        expect("queries of the window", shape, window.q.shape())?;
+        expect("gates of three branches", Shape { dim: 3, ..shape }, gates.shape())?;
+        let (layer, runner) = (self.layer, self.selected.runner);
+        let own = [window.k, window.v];
+        let [keys, values] = self.window.newest(layer.sizes.window, rows.clone(), own)?;
+        self.append(k, v)?;
+        let Inputs { q, k, v } = self.compressed.all(compressed.q)?;
+        let weighed = layer.compressed(&runner, [k.shape().seq, rows.end]).forward(q, k, v)?;
+        let choices = layer.choose(&runner, (q, k, weighed.lse.view()), rows.end)?;
+        let selected = layer.selected(&runner, self.selected.all(selected.q)?, &choices)?;
+        let window = layer.near(&runner).forward(window.q, keys.view(), values.view())?;
+        let branches = Branches { compressed: weighed, selected, window };
+        let out = gated_sum(&branches, gates, runner.cpu.threads.count())?;
+        Ok(NativeForward { out, branches, choices })
     }
 
     /// Attention of the newest token: its queries `[1, 1, H, Dk]` in each branch, and its gates `[1, 1, H, 3]`.

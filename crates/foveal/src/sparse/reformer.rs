@@ -4,6 +4,7 @@
 //! k_j = q_j / ‖q_j‖                             one projection for queries and keys
 //! round r: tokens sorted by (bucket, position), cut into chunks of m; chunk c sees chunks c − 1 and c
 //!          (chunk 0 the last one of round r − 1, the first round's of the last round)
+//! apart    with [`Reformer::bucket_chunks`]: each bucket is cut into chunks by itself, and shows no other
 //! self:    a row sees itself with a logit that counts only where it sees nothing else
 //! out:     one softmax over what all rounds see; a key seen in n rounds counts n times
 //! ```
@@ -11,19 +12,23 @@
 //! Exact given the buckets, which carry no gradient. Sorted tokens are gathered some at a time; rounds, and
 //! the row itself, are joined by log-sum-exp. Cost for each query: 2·m keys a round, and sorting. Kitaev et al. 2020,
 //! section 2.
+//!
+//! Where the published chunks end depends on how many tokens of the whole text are in the buckets before: what a row sees
+//! moves with tokens behind it, which a language model doesn't have yet. Chunks of buckets end where earlier tokens say.
 
 use super::lsh::Buckets;
+use super::lsh_pattern::{Chunks, Cuts, Definition, Entry, Sorted};
 use super::parts::{Heads, Memory, Part, Runner, SORTED, Tokens};
 use super::rows::Listed;
 use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::exact::state::join_rows;
-use crate::mask::{Coverage, Mask, Pattern, Site, set_bits};
+use crate::mask::Mask;
 use crate::plan::{Backward, Inputs, expect};
 use crate::problem::{Attention, Forward, Scale};
 use crate::tensor::{Shape, Tensor, TensorRef};
-use std::ops::Range;
+use std::ops::AddAssign;
 
 /// What becomes of a row's logit with itself.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,9 +57,7 @@ pub enum SelfLogit {
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Reformer {
-    chunk: usize,
-    causal: bool,
-    strict: bool,
+    pub(super) cuts: Cuts,
     self_logit: SelfLogit,
     scale: Scale,
     cpu: Option<Cpu>,
@@ -81,17 +84,25 @@ impl Reformer {
             return Err(Error::InvalidParameter { what, expected, got: chunk.to_string() });
         }
         let (self_logit, scale) = (SelfLogit::Subtract(1e5), Scale::Value(1.0));
-        Ok(Reformer { chunk, causal: true, strict: false, self_logit, scale, cpu: None })
+        let cuts = Cuts { chunk, causal: true, strict: false, apart: false };
+        Ok(Reformer { cuts, self_logit, scale, cpu: None })
     }
 
     /// Whether keys after the query are hidden.
     pub fn causal(self, causal: bool) -> Reformer {
-        Reformer { causal, ..self }
+        Reformer { cuts: Cuts { causal, ..self.cuts }, ..self }
     }
 
     /// Hides keys of a chunk that are not in the query's bucket.
     pub fn strict_buckets(self) -> Reformer {
-        Reformer { strict: true, ..self }
+        Reformer { cuts: Cuts { strict: true, ..self.cuts }, ..self }
+    }
+
+    /// Cuts each bucket into chunks by itself, the first from its first token on; keys of other buckets are hidden. If
+    /// later tokens are hidden as well, no row depends on them, its keys included, and tokens can be made one by one
+    /// ([`Reformer::state`]).
+    pub fn bucket_chunks(self) -> Reformer {
+        Reformer { cuts: Cuts { apart: true, ..self.cuts }, ..self }
     }
 
     /// What becomes of a row's logit with itself.
@@ -112,11 +123,13 @@ impl Reformer {
     /// The pairs that some round lets through, as a mask, for looking at it: a row sees itself, but with its own logit,
     /// and what a mask shows once may be seen in several rounds.
     pub fn mask(&self, buckets: &Buckets) -> Mask {
-        let (layer, buckets) = (*self, buckets.clone());
+        let (cuts, buckets) = (self.cuts, buckets.clone());
         let [batch, heads] = buckets.choosers();
         let sites = (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head)));
-        let places = sites.map(|site| Sorted::new(&buckets, site, self.chunk).places()).collect();
-        Mask::pattern(Definition { layer, buckets, places })
+        let sorted = sites.map(|site| Sorted::new(&buckets, site, cuts.chunk));
+        let place = |own: Sorted| if cuts.apart { own.ranks() } else { own.places() };
+        let places = sorted.map(place).collect();
+        Mask::pattern(Definition { buckets, cuts, places })
     }
 
     /// Attention of `qk` `[B, N, H, D]`, queries and before normalisation keys, to values `[B, N, H, Dv]`. Any number
@@ -138,19 +151,20 @@ impl Reformer {
         let Shape { batch, seq, heads, .. } = qk.shape();
         let mut memory = Memory::new(runner.cpu);
         for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
-            let sorted = Sorted::new(buckets, (b, head), self.chunk);
+            let sorted = Sorted::new(buckets, (b, head), self.cuts.chunk);
             if seq > 0 {
                 let own = [self.parts(&sorted, (b, head))];
                 runner.forward_in(&mut memory, inputs, &own, &mut result)?;
             }
-            let counts = sorted.self_counts(self.strict);
+            let counts = match self.cuts.apart {
+                true => vec![buckets.rounds(); seq],
+                false => sorted.self_counts(self.cuts.strict),
+            };
             for (t, count) in counts.into_iter().enumerate() {
-                let logit =
-                    self.self_score(runner.scale, qk.row(b, t, head), k.view().row(b, t, head));
+                let own = [qk, k.view(), v].map(|x| x.row(b, t, head));
                 let (mut out, mut lse) = (result.out.view_mut(), result.lse.view_mut());
                 let row = (out.row_mut(b, t, head), &mut lse.row_mut(b, t, head)[0]);
-                let own = (v.row(b, t, head), logit + (count as f32).ln());
-                let weight = join_rows(runner.cpu.level, row, own);
+                let weight = self.join_self(&runner, own, count, row);
                 self_weight.view_mut().row_mut(b, t, head)[0] = weight;
             }
         }
@@ -177,7 +191,7 @@ impl Reformer {
         let Shape { batch, seq, heads, .. } = qk.shape();
         let mut memory = Memory::new(runner.cpu);
         for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
-            let sorted = Sorted::new(buckets, (b, head), self.chunk);
+            let sorted = Sorted::new(buckets, (b, head), self.cuts.chunk);
             if seq > 0 {
                 let own = [self.parts(&sorted, (b, head))];
                 let call = (inputs, &forward.result, d_out);
@@ -193,52 +207,78 @@ impl Reformer {
         Ok((d.d_q, d.d_v))
     }
 
-    fn prepare(&self, qk: Shape, v: Shape, buckets: &Buckets) -> Result<Runner> {
+    pub(super) fn runner(&self, dim: usize) -> Result<Runner> {
         let cpu = self.cpu.map_or_else(Cpu::detect, Ok)?;
-        Attention::new().cpu(cpu).plan(qk, qk, v)?;
+        Ok(Runner { scale: self.scale.resolve(dim)?, cpu })
+    }
+
+    fn prepare(&self, qk: Shape, v: Shape, buckets: &Buckets) -> Result<Runner> {
+        let runner = self.runner(qk.dim)?;
+        Attention::new().cpu(runner.cpu).plan(qk, qk, v)?;
         buckets.check(qk)?;
-        Ok(Runner { scale: self.scale.resolve(qk.dim)?, cpu })
+        Ok(runner)
+    }
+
+    /// Joins what a row sees of itself, so many times, with what it has seen: its query, key and value. Returns the
+    /// weight of itself.
+    pub(super) fn join_self<E: Element>(
+        &self,
+        runner: &Runner,
+        [q, k, v]: [&[E]; 3],
+        count: usize,
+        row: (&mut [E], &mut f32),
+    ) -> f32 {
+        let logit = self.self_score(runner.scale, q, k) + (count as f32).ln();
+        join_rows(runner.cpu.level, row, (v, logit))
     }
 
     /// Chunks of all rounds of one head, some rows at a time.
     fn parts(&self, sorted: &Sorted, (batch, head): (usize, usize)) -> Heads {
-        let step = (SORTED / self.chunk).max(1).saturating_mul(self.chunk);
+        let Cuts { chunk, apart, .. } = self.cuts;
+        let step = (SORTED / chunk).max(1).saturating_mul(chunk);
         let mut parts = vec![];
-        for round in 0..sorted.rounds.len() {
-            for start in (0..sorted.rounds[round].len()).step_by(step) {
-                parts.push(self.part(sorted, round, start..start.saturating_add(step)));
+        for (round, own) in sorted.rounds.iter().enumerate() {
+            if apart {
+                for bucket in own.chunk_by(|a, b| a.bucket == b.bucket) {
+                    for rows in bucket.chunks(chunk).enumerate() {
+                        let start = rows.0 * chunk;
+                        parts.push(self.part(&bucket[start.saturating_sub(chunk)..start], rows.1));
+                    }
+                }
+                continue;
+            }
+            for start in (0..own.len()).step_by(step) {
+                let before = match start {
+                    0 => sorted.last_chunk(sorted.before(round)),
+                    start => &own[start - chunk..start],
+                };
+                let end = start.saturating_add(step).min(own.len());
+                parts.push(self.part(before, &own[start..end]));
             }
         }
         Heads { sequences: batch..batch + 1, heads: head..head + 1, parts }
     }
 
-    /// Whole chunks of one round, and the one before them.
-    fn part(&self, sorted: &Sorted, round: usize, rows: Range<usize>) -> Part {
-        let own = &sorted.rounds[round];
-        let rows = rows.start..rows.end.min(own.len());
-        let before = match rows.start {
-            0 => sorted.last_chunk(sorted.before(round)),
-            start => &own[start - self.chunk..start],
-        };
-        let entries: Vec<Entry> = before.iter().chain(&own[rows.clone()]).copied().collect();
+    /// Whole chunks, and the one before them.
+    fn part(&self, before: &[Entry], rows: &[Entry]) -> Part {
+        let entries: Vec<Entry> = before.iter().chain(rows).copied().collect();
         let tokens = |entries: &[Entry]| entries.iter().map(|entry| entry.token as usize).collect();
-        let (queries, keys) =
-            (Listed::sorted(tokens(&own[rows])), Listed::sorted(tokens(&entries)));
+        let (queries, keys) = (Listed::sorted(tokens(rows)), Listed::sorted(tokens(&entries)));
         let breaks = |n: &usize| *n == 0 || !entries[*n].follows(entries[*n - 1]);
         let mask = Mask::pattern(Chunks {
             before: before.len(),
             runs: (0..entries.len()).filter(breaks).collect(),
             entries,
-            chunk: self.chunk,
-            causal: self.causal,
-            strict: self.strict,
+            chunk: self.cuts.chunk,
+            causal: self.cuts.causal,
+            strict: self.cuts.strict,
         });
         Part { queries: Tokens::Listed(queries), keys: Tokens::Listed(keys), mask }
     }
 
     /// A row's logit with itself.
     fn self_score<E: Element>(&self, scale: f32, q: &[E], k: &[E]) -> f32 {
-        let product = || q.iter().zip(k).map(|(q, k)| q.to_f32() * k.to_f32()).sum::<f32>();
+        let product = || in_lanes(q.iter().zip(k).map(|(q, k)| q.to_f32() * k.to_f32()));
         match self.self_logit {
             SelfLogit::Subtract(penalty) => scale * product() - penalty,
             SelfLogit::Replace(logit) => logit,
@@ -270,7 +310,7 @@ impl Reformer {
         add(d_v.row_mut(b, t, head), d_out, weight);
         if matches!(self.self_logit, SelfLogit::Subtract(_)) {
             let terms = d_out.iter().zip(v).zip(out);
-            let slope: f32 = terms.map(|((d, v), o)| d.to_f32() * (v.to_f32() - o.to_f32())).sum();
+            let slope = in_lanes(terms.map(|((d, v), o)| d.to_f32() * (v.to_f32() - o.to_f32())));
             let by = weight * slope * scale;
             add(d_q.row_mut(b, t, head), inputs.k.row(b, t, head), by);
             add(d_k.row_mut(b, t, head), inputs.q.row(b, t, head), by);
@@ -278,14 +318,23 @@ impl Reformer {
     }
 }
 
+/// A sum of terms, every eighth in a sum of its own: eight additions don't wait for each other.
+fn in_lanes<T: Copy + Default + AddAssign>(terms: impl Iterator<Item = T>) -> T {
+    let mut lanes = [T::default(); 8];
+    terms.enumerate().for_each(|(n, term)| lanes[n % 8] += term);
+    let mut sum = T::default();
+    lanes.into_iter().for_each(|lane| sum += lane);
+    sum
+}
+
 /// Normalised keys and 1 / ‖q‖. A vector of zeros stays one.
-fn normalised<E: Element>(q: TensorRef<'_, E>) -> Result<(Tensor<E>, Tensor<f32>)> {
+pub(super) fn normalised<E: Element>(q: TensorRef<'_, E>) -> Result<(Tensor<E>, Tensor<f32>)> {
     let shape = q.shape();
     let (mut k, mut inverses) = (Tensor::zeros(shape)?, Tensor::zeros(shape.per_row())?);
     for (b, t) in (0..shape.batch).flat_map(|b| (0..shape.seq).map(move |t| (b, t))) {
         for head in 0..shape.heads {
             let q = q.row(b, t, head);
-            let square: f64 = q.iter().map(|x| f64::from(x.to_f32()).powi(2)).sum();
+            let square = in_lanes(q.iter().map(|x| f64::from(x.to_f32()).powi(2)));
             let inverse = if square == 0.0 { 0.0 } else { (1.0 / square.sqrt()) as f32 };
             let mut keys = k.view_mut();
             let row = keys.row_mut(b, t, head).iter_mut().zip(q);
@@ -300,204 +349,9 @@ fn normalised<E: Element>(q: TensorRef<'_, E>) -> Result<(Tensor<E>, Tensor<f32>
 fn through_norm<E: Element>(k: &[E], inverse: f32, [b, t, head]: [usize; 3], d: &mut Backward<E>) {
     let d_k = d.d_k.view();
     let d_k = d_k.row(b, t, head);
-    let along: f32 = k.iter().zip(d_k).map(|(k, d)| k.to_f32() * d.to_f32()).sum();
+    let along = in_lanes(k.iter().zip(d_k).map(|(k, d)| k.to_f32() * d.to_f32()));
     let mut d_q = d.d_q.view_mut();
     for ((to, k), d_k) in d_q.row_mut(b, t, head).iter_mut().zip(k).zip(d_k) {
         *to = E::from_f32(to.to_f32() + (d_k.to_f32() - k.to_f32() * along) * inverse);
-    }
-}
-
-/// A token in its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    token: u32,
-    /// Its bucket and round, as one number.
-    bucket: u64,
-}
-
-impl Entry {
-    /// Whether it is a later token of the same bucket.
-    fn follows(self, other: Entry) -> bool {
-        self.bucket == other.bucket && self.token > other.token
-    }
-}
-
-/// The tokens of one head, sorted for each round.
-struct Sorted {
-    rounds: Vec<Vec<Entry>>,
-    chunk: usize,
-}
-
-impl Sorted {
-    fn new(buckets: &Buckets, (batch, head): (usize, usize), chunk: usize) -> Sorted {
-        let round = |round: usize| {
-            let entry = |(token, &bucket): (usize, &u32)| Entry {
-                token: token as u32,
-                bucket: (round as u64) << 32 | u64::from(bucket),
-            };
-            let own = buckets.of(batch, head, round).iter().enumerate();
-            let mut entries: Vec<Entry> = own.map(entry).collect();
-            // Tokens ascend, and stay in order within a bucket.
-            entries.sort_by_key(|entry| entry.bucket);
-            entries
-        };
-        Sorted { rounds: (0..buckets.rounds()).map(round).collect(), chunk }
-    }
-
-    /// The round whose last chunk the first chunk of a round sees.
-    fn before(&self, round: usize) -> usize {
-        (round + self.rounds.len() - 1) % self.rounds.len()
-    }
-
-    fn last_chunk(&self, round: usize) -> &[Entry] {
-        let own = &self.rounds[round];
-        &own[own.len().saturating_sub(1) / self.chunk * self.chunk..]
-    }
-
-    /// Each token's place in each round.
-    fn places(&self) -> Vec<Vec<usize>> {
-        let round = |own: &Vec<Entry>| {
-            let mut places = vec![0; own.len()];
-            own.iter().enumerate().for_each(|(place, entry)| places[entry.token as usize] = place);
-            places
-        };
-        self.rounds.iter().map(round).collect()
-    }
-
-    /// How often each token sees itself.
-    fn self_counts(&self, strict: bool) -> Vec<usize> {
-        let mut counts = vec![self.rounds.len(); self.rounds[0].len()];
-        for (round, own) in self.rounds.iter().enumerate() {
-            let before = self.last_chunk(self.before(round));
-            for entry in own.iter().take(self.chunk) {
-                let same = |other: &&Entry| {
-                    other.token == entry.token && (!strict || other.bucket == entry.bucket)
-                };
-                counts[entry.token as usize] += before.iter().filter(same).count();
-            }
-        }
-        counts
-    }
-}
-
-/// Sorted rows in chunks, each of which sees itself and what lies before it; but no row sees its own token.
-#[derive(Debug)]
-struct Chunks {
-    /// The keys; rows are those behind the first `before`.
-    entries: Vec<Entry>,
-    /// Where runs of ascending tokens of one bucket begin.
-    runs: Vec<usize>,
-    before: usize,
-    chunk: usize,
-    causal: bool,
-    strict: bool,
-}
-
-impl Chunks {
-    /// The keys of the chunks that a position sees.
-    fn visible(&self, i: isize) -> Range<usize> {
-        // A row's position is that of its own entry.
-        let entry = usize::try_from(i).ok().filter(|&i| i < self.entries.len());
-        let Some(row) = entry.and_then(|i| i.checked_sub(self.before)) else { return 0..0 };
-        let own = self.before + row / self.chunk * self.chunk;
-        let start = if row < self.chunk { 0 } else { own - self.chunk };
-        start..own.saturating_add(self.chunk).min(self.entries.len())
-    }
-
-    fn shows(&self, row: Entry, key: Entry) -> bool {
-        let other = if self.causal { key.token < row.token } else { key.token != row.token };
-        other && (!self.strict || key.bucket == row.bucket)
-    }
-}
-
-impl Pattern for Chunks {
-    fn allows(&self, _: Site, i: isize, j: usize) -> bool {
-        self.visible(i).contains(&j) && self.shows(self.entries[i as usize], self.entries[j])
-    }
-
-    fn live(
-        &self,
-        _: Site,
-        rows: Range<isize>,
-        keys: Range<usize>,
-        visit: &mut dyn FnMut(Range<usize>, Coverage),
-    ) {
-        if rows.is_empty() {
-            return;
-        }
-        let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
-        let live = first.start.max(keys.start)..last.end.min(keys.end);
-        if !live.is_empty() {
-            visit(live, Coverage::Partial);
-        }
-    }
-
-    fn fill(&self, _: Site, i: isize, keys: Range<usize>, bits: &mut [u64]) {
-        bits.fill(0);
-        let visible = self.visible(i);
-        let seen = visible.start.max(keys.start)..visible.end.min(keys.end);
-        if seen.is_empty() {
-            return;
-        }
-        let row = self.entries[i as usize];
-        let first = self.runs.partition_point(|&start| start <= seen.start) - 1;
-        let runs = &self.runs[first..self.runs.partition_point(|&start| start < seen.end)];
-        let ends = runs[1..].iter().copied().chain([seen.end]);
-        for (&start, end) in runs.iter().zip(ends) {
-            let run = start.max(seen.start)..end;
-            if self.strict && self.entries[run.start].bucket != row.bucket {
-                continue;
-            }
-            let before = |end: u32| {
-                run.start + self.entries[run.clone()].partition_point(|key| key.token < end)
-            };
-            let own = before(row.token);
-            set_bits(bits, run.start - keys.start, own - keys.start);
-            if !self.causal {
-                set_bits(bits, before(row.token + 1) - keys.start, run.end - keys.start);
-            }
-        }
-    }
-
-    fn same_for_all_heads(&self) -> bool {
-        true
-    }
-
-    fn describe(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "sorted chunks of {}", self.chunk)
-    }
-}
-
-/// The pairs of all rounds as they are defined.
-#[derive(Debug)]
-struct Definition {
-    layer: Reformer,
-    buckets: Buckets,
-    /// `[batch · heads][round][token]`.
-    places: Vec<Vec<Vec<usize>>>,
-}
-
-impl Pattern for Definition {
-    fn allows(&self, at: Site, i: isize, j: usize) -> bool {
-        let [batch, heads] = self.buckets.choosers();
-        let tokens = self.buckets.tokens();
-        let Some(i) = usize::try_from(i).ok().filter(|&i| i < tokens && j < tokens) else {
-            return false;
-        };
-        if at.batch >= batch || at.q_head >= heads || self.layer.causal && j > i {
-            return false;
-        }
-        let rounds = &self.places[at.batch * heads + at.q_head];
-        let last = (tokens - 1) / self.layer.chunk;
-        (0..rounds.len()).any(|round| {
-            let before = (round + rounds.len() - 1) % rounds.len();
-            let buckets = |round| self.buckets.of(at.batch, at.q_head, round);
-            let same = |other| round == other && buckets(round)[i] == buckets(other)[j];
-            let shown = |other| !self.layer.strict || same(other);
-            let chunk = |round: usize, token: usize| rounds[round][token] / self.layer.chunk;
-            let (own, key) = (chunk(round, i), chunk(round, j));
-            let wraps = own == 0 && chunk(before, j) == last && shown(before);
-            (key == own || key + 1 == own) && shown(round) || wraps
-        })
     }
 }

@@ -5,6 +5,7 @@ use crate::parallel::for_each_item;
 use crate::tensor::{Patch, Shape, Spans, TensorMut};
 use std::iter::repeat_n;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Tokens of a piece of one sequence.
 const PIECE: usize = 512;
@@ -13,8 +14,8 @@ const PIECE: usize = 512;
 #[derive(Debug)]
 pub(super) struct Listed {
     tokens: Vec<usize>,
-    /// Places in the list in the order of tokens; `None` if that is the list's own.
-    order: Option<Vec<usize>>,
+    /// Places in the list in the order of tokens, once somebody asks; `None` if that is the list's own.
+    order: Option<OnceLock<Vec<usize>>>,
 }
 
 impl Listed {
@@ -25,9 +26,16 @@ impl Listed {
 
     /// A list in any order.
     pub(super) fn sorted(tokens: Vec<usize>) -> Listed {
-        let mut order: Vec<usize> = (0..tokens.len()).collect();
-        order.sort_unstable_by_key(|&place| tokens[place]);
-        Listed { tokens, order: Some(order) }
+        Listed { tokens, order: Some(OnceLock::new()) }
+    }
+
+    fn order(&self) -> Option<&[usize]> {
+        let sort = || {
+            let mut order: Vec<usize> = (0..self.tokens.len()).collect();
+            order.sort_unstable_by_key(|&place| self.tokens[place]);
+            order
+        };
+        self.order.as_ref().map(|order| &order.get_or_init(sort)[..])
     }
 
     /// Other numbers for the same tokens, in the same order.
@@ -41,7 +49,7 @@ impl Listed {
 
     /// The n-th smallest token, and its place in the list.
     fn nth(&self, n: usize) -> (usize, usize) {
-        let place = self.order.as_ref().map_or(n, |order| order[n]);
+        let place = self.order().map_or(n, |order| order[n]);
         (self.tokens[place], place)
     }
 
@@ -88,7 +96,19 @@ pub(super) fn by_residue(
         tokens.extend((first(residue)..positions.end).step_by(stride));
         starts.push(tokens.len());
     }
-    (Listed::sorted(tokens), starts)
+    let order = in_turn(&tokens, &starts);
+    (Listed { tokens, order: Some(order.into()) }, starts)
+}
+
+/// Places in the order of tokens, of lists side by side that ascend in steps of the same length, longer than the distance of
+/// their first tokens: they take turns.
+fn in_turn(tokens: &[usize], starts: &[usize]) -> Vec<usize> {
+    let mut lists: Vec<_> = starts.windows(2).map(|list| list[0]..list[1]).collect();
+    lists.retain(|list| !list.is_empty());
+    lists.sort_unstable_by_key(|list| tokens[list.start]);
+    let longest = lists.iter().map(Range::len).max().unwrap_or(0);
+    let place = |n: usize| lists.iter().map(move |list| list.start + n..list.end);
+    (0..longest).flat_map(|n| place(n).filter_map(|mut rest| rest.next())).collect()
 }
 
 /// The pieces that a tensor of so many sequences and tokens falls into: sequences, or stretches of the only one.

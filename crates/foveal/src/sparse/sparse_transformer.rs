@@ -77,6 +77,16 @@ pub enum Combine {
     },
 }
 
+/// What parts are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Forward,
+    Backward,
+}
+
+/// Rows whose near keys are packed together.
+const NEAR: usize = 2048;
+
 /// What one head sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sees {
@@ -163,7 +173,7 @@ impl SparseTransformer {
     /// # Errors
     /// Those of [`Attention::plan`].
     pub fn forward<E: Element>(&self, inputs: Inputs<'_, E, E>) -> Result<Forward<E>> {
-        let (runner, heads) = self.prepare(&inputs)?;
+        let (runner, heads) = self.prepare(&inputs, Way::Forward)?;
         runner.forward(inputs, &heads)
     }
 
@@ -178,7 +188,7 @@ impl SparseTransformer {
         forward: &Forward<E>,
         d_out: TensorRef<'_, E>,
     ) -> Result<Backward<E>> {
-        let (runner, heads) = self.prepare(&inputs)?;
+        let (runner, heads) = self.prepare(&inputs, Way::Backward)?;
         runner.backward(inputs, forward, d_out, &heads)
     }
 
@@ -191,6 +201,7 @@ impl SparseTransformer {
     pub(super) fn prepare<E: Element>(
         &self,
         inputs: &Inputs<'_, E, E>,
+        way: Way,
     ) -> Result<(Runner, Vec<Heads>)> {
         let [q, k, v] = [inputs.q.shape(), inputs.k.shape(), inputs.v.shape()];
         let runner = self.runner(q.dim)?;
@@ -198,11 +209,11 @@ impl SparseTransformer {
         let lengths = [q.seq, k.seq];
         let sees = |head| self.sees(head);
         if (1..q.heads).all(|head| sees(head) == sees(0)) {
-            let parts = self.parts(sees(0), lengths);
+            let parts = self.parts(sees(0), lengths, way);
             return Ok((runner, vec![Heads { sequences: 0..q.batch, heads: 0..q.heads, parts }]));
         }
         let each = |head| {
-            let parts = self.parts(sees(head), lengths);
+            let parts = self.parts(sees(head), lengths, way);
             Heads { sequences: 0..q.batch, heads: head..head + 1, parts }
         };
         Ok((runner, (0..q.heads).map(each).collect()))
@@ -213,23 +224,46 @@ impl SparseTransformer {
         sees(self.factors, self.combine, head)
     }
 
-    fn parts(&self, sees: Sees, lengths: [usize; 2]) -> Vec<Part> {
-        let [queries, keys] = lengths;
-        let whole =
-            |mask| Part { queries: Tokens::Span(0..queries), keys: Tokens::Span(0..keys), mask };
-        let (first, second) = match self.factors {
+    fn parts(&self, sees: Sees, lengths: [usize; 2], way: Way) -> Vec<Part> {
+        let second = match self.factors {
+            _ if !sees.second => vec![],
             Factors::Strided { stride, window } => {
-                let width = near(stride, window);
                 // Members of a class that the band holds.
-                let skip = if sees.first { (width - 1) / stride + 1 } else { 0 };
-                (Mask::window(width), classes(lengths, stride, skip))
+                let skip = if sees.first { (near(stride, window) - 1) / stride + 1 } else { 0 };
+                classes(lengths, stride, skip, SORTED)
             }
-            Factors::Fixed { stride, summary, .. } => {
-                (blocks(lengths, stride), strips(lengths, (stride, summary), sees))
-            }
+            Factors::Fixed { stride, summary, .. } => strips(lengths, (stride, summary), sees),
         };
-        let first = sees.first.then(|| whole(first));
-        first.into_iter().chain(second.into_iter().filter(|_| sees.second)).collect()
+        let first = if sees.first { self.near_parts(lengths, way) } else { vec![] };
+        first.into_iter().chain(second).collect()
+    }
+
+    /// A¹: forward some rows at a time, so that what is packed for them stays in cache; backward all, whose gradients need
+    /// not be added up then.
+    fn near_parts(&self, [queries, keys]: [usize; 2], way: Way) -> Vec<Part> {
+        let (unseeing, step) = match way {
+            Way::Forward => (queries.saturating_sub(keys), NEAR),
+            Way::Backward => (0, queries.max(1)),
+        };
+        let part = |start: usize| {
+            let rows = start..start.saturating_add(step).min(queries);
+            let position = |row: usize| (row + keys).saturating_sub(queries);
+            // Backward takes all keys where they lie.
+            let first = if way == Way::Forward { position(rows.start) } else { 0 };
+            let end = position(rows.end);
+            let (from, mask) = match self.factors {
+                Factors::Strided { stride, window } => {
+                    let width = near(stride, window);
+                    ((first + 1).saturating_sub(width), Mask::window(width))
+                }
+                Factors::Fixed { stride, .. } => {
+                    let from = first / stride * stride;
+                    (from, blocks([rows.len(), end - from], stride))
+                }
+            };
+            Part { queries: Tokens::Span(rows), keys: Tokens::Span(from..end), mask }
+        };
+        (unseeing..queries).step_by(step).map(part).collect()
     }
 }
 
@@ -289,16 +323,21 @@ fn check(factors: Factors) -> Result<()> {
     }
 }
 
-/// Tokens sorted by residue, some classes at a time; rows see what is at least `skip` places before them in
-/// their class.
-fn classes([queries, keys]: [usize; 2], stride: usize, skip: usize) -> Vec<Part> {
+/// Tokens sorted by residue, as many classes at a time as have `together` tokens, one at least; rows see what is at least
+/// `skip` places before them in their class.
+pub(super) fn classes(
+    [queries, keys]: [usize; 2],
+    stride: usize,
+    skip: usize,
+    together: usize,
+) -> Vec<Part> {
     // The first query whose position is not negative, and its position.
     let (row, position) = (queries.saturating_sub(keys), keys.saturating_sub(queries));
     let longest = keys.div_ceil(stride);
     if longest <= skip {
         return vec![];
     }
-    let step = (SORTED / longest).max(1);
+    let step = (together / longest).max(1);
     let waves = (0..stride.min(keys)).step_by(step);
     let wave = |first: usize| {
         let residues = first..(first + step).min(stride).min(keys);
@@ -312,7 +351,11 @@ fn classes([queries, keys]: [usize; 2], stride: usize, skip: usize) -> Vec<Part>
 }
 
 /// The summary columns for some rows at a time, of earlier blocks only where rows see their own block as a whole.
-fn strips([queries, keys]: [usize; 2], (stride, width): (usize, usize), sees: Sees) -> Vec<Part> {
+pub(super) fn strips(
+    [queries, keys]: [usize; 2],
+    (stride, width): (usize, usize),
+    sees: Sees,
+) -> Vec<Part> {
     let Sees { first: merged, column, .. } = sees;
     let strip = |start: usize| {
         let rows = start..(start + GATHERED).min(queries);

@@ -11,6 +11,7 @@
 
 use super::held::{Held, Stepped};
 use super::sparse_transformer::{Factors, Sees, SparseTransformer, near};
+use crate::cpu::Cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::mask::{Mask, Pattern, Site};
@@ -49,17 +50,17 @@ pub struct StateHeads {
 /// ```
 #[derive(Debug, Clone)]
 pub struct SparseState<E> {
-    held: Held<E>,
-    keep: Keep,
+    pub(super) held: Held<E>,
+    pub(super) keep: Keep,
     /// What each query head sees; one for all if they agree.
-    sees: Vec<Sees>,
+    pub(super) sees: Vec<Sees>,
     /// Tokens appended.
-    tokens: usize,
+    pub(super) tokens: usize,
 }
 
 /// Which tokens are held, and where.
 #[derive(Debug, Clone)]
-enum Keep {
+pub(super) enum Keep {
     /// The newest ones, token t at t mod `width`.
     Newest { width: usize },
     /// All, in order.
@@ -107,15 +108,15 @@ fn keep(factors: Factors, sees: &[Sees]) -> Keep {
 
 /// The columns of a block that are in some head's summary: `summary` neighbouring ones from each start.
 #[derive(Debug, Clone)]
-struct Columns {
-    stride: usize,
-    summary: usize,
+pub(super) struct Columns {
+    pub(super) stride: usize,
+    pub(super) summary: usize,
     starts: Arc<[usize]>,
 }
 
 impl Columns {
     /// Columns of a block.
-    fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.starts.len() * self.summary
     }
 
@@ -123,8 +124,21 @@ impl Columns {
         (start..start + self.summary).contains(&place)
     }
 
-    fn any_holds(&self, place: usize) -> bool {
+    pub(super) fn any_holds(&self, place: usize) -> bool {
         self.starts.iter().any(|&start| self.holds(start, place))
+    }
+
+    /// Which of the columns a place of a block is, if it is one.
+    pub(super) fn index(&self, place: usize) -> usize {
+        let n = self.starts.partition_point(|&start| start <= place).saturating_sub(1);
+        let start = self.starts.get(n).copied().unwrap_or(place);
+        n * self.summary + place.saturating_sub(start)
+    }
+
+    /// The positions of a block's columns, in order.
+    pub(super) fn of_block(&self, n: usize) -> impl Iterator<Item = usize> + '_ {
+        let place = |start: &usize| *start..*start + self.summary;
+        self.starts.iter().flat_map(place).map(move |place| n * self.stride + place)
     }
 }
 
@@ -142,6 +156,11 @@ impl<E: Element> SparseState<E> {
     /// Bytes of the keys and values that are held.
     pub fn bytes(&self) -> usize {
         self.held.bytes()
+    }
+
+    /// Takes these instructions and threads from now on.
+    pub fn set_cpu(&mut self, cpu: Cpu) {
+        self.held.runner.cpu = cpu;
     }
 
     /// Forgets everything and keeps the memory.
@@ -247,7 +266,7 @@ impl<E: Element> SparseState<E> {
     }
 
     /// Keeps the columns of the block that has just ended.
-    fn summarise(&mut self, columns: &Columns) {
+    pub(super) fn summarise(&mut self, columns: &Columns) {
         let start = self.entries() - columns.stride;
         let widths = self.held.widths();
         for (data, width) in [&mut self.held.keys, &mut self.held.values].into_iter().zip(widths) {

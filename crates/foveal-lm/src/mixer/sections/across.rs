@@ -122,10 +122,10 @@ impl MemoryState {
     }
 
     /// Brings entries that are in files to the disk.
-    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+    pub(crate) fn sync(&self) -> Result<(), Error> {
         match self {
             MemoryState::Infini(_) => Ok(()),
-            MemoryState::Memorizing(state) => state.store_mut().flush(),
+            MemoryState::Memorizing(state) => state.store().sync(),
         }
     }
 

@@ -1,18 +1,21 @@
 //! The mechanisms by name.
 
 use foveal::cache::KvStore;
+use foveal::plan::Inputs;
 use foveal::sparse::{
-    BigBird, BlockPlan, Branches, Combine, Factors, Longformer, Moba, NativeSizes, NativeSparse,
-    SparseTransformer, StateHeads, SubBlocks, Window,
+    AngularHash, BigBird, BlockPlan, Longformer, LshTokens, Moba, NativeSparse, Reformer,
+    SparseTransformer, StateHeads,
 };
 use foveal::{Attention, Mask, Phase, Scale, Shape, Tensor, TensorMut, TensorRef, nn};
 
 use super::across::{Encoding, Remembering, Segments};
+use super::chosen::{lsh, native_sparse, sparse_transformer};
+use super::global::Globals;
 use super::recurrent::{Recurring, projected};
 use super::scale;
 use super::state::{Compressing, SectionState};
 use crate::Error;
-use crate::config::{CombineHeads, Factorised, Mechanism, NearWindow};
+use crate::config::Mechanism;
 use crate::linear::{Linear, Run};
 use crate::mixer::state::Heads;
 use crate::mixer::{CacheStorage, LayerState, Store};
@@ -32,6 +35,7 @@ enum Kind {
     Masked {
         mask: Mask,
         reach: Option<usize>,
+        global: Option<Box<Globals>>,
     },
     /// The same by content and by distance.
     Segments(Box<Segments>),
@@ -39,6 +43,8 @@ enum Kind {
     Moba(Moba),
     /// With the projection to gates, `[3 · heads, width]`.
     Native(NativeSparse, Linear),
+    /// Queries are keys.
+    Lsh(Reformer, Box<AngularHash>),
     Recurring(Box<Recurring>),
     Remembering(Box<Remembering>),
 }
@@ -75,34 +81,48 @@ impl Core {
         }
         let kind = match mechanism {
             Mechanism::Full {} => {
-                Kind::Masked { mask: Mask::window(context), reach: Some(context) }
+                Kind::Masked { mask: Mask::window(context), reach: Some(context), global: None }
             }
             &Mechanism::Window { tokens } => {
                 positive("window of a mixer", tokens)?;
-                Kind::Masked { mask: Mask::window(tokens), reach: Some(tokens) }
+                Kind::Masked { mask: Mask::window(tokens), reach: Some(tokens), global: None }
             }
-            Mechanism::Longformer { reach, gap, global } => {
+            Mechanism::Longformer { reach, gap, global, global_projections } => {
                 positive("gap of a mixer", *gap)?;
                 let pattern = Longformer::new(*reach).gaps(vec![*gap]).causal();
                 let alone = *gap == 1 && global.is_empty();
                 let mask = pattern.global(vec![global.clone()]).mask();
-                Kind::Masked { mask, reach: alone.then(|| reach.saturating_add(1)) }
+                let globals = match global_projections {
+                    true => Some(Box::new(Globals::new(global, sizes, place)?)),
+                    false => None,
+                };
+                let reach = alone.then(|| reach.saturating_add(1));
+                Kind::Masked { mask, reach, global: globals }
             }
             &Mechanism::Bigbird { block, random, seed } => {
                 let blocks = context.div_ceil(block.max(1));
                 let plan = BlockPlan::published([sizes.heads, blocks, random], seed)?;
                 let mask = BigBird { block, plan, causal: true }.mask()?;
-                Kind::Masked { mask, reach: None }
+                Kind::Masked { mask, reach: None, global: None }
             }
             Mechanism::SparseTransformer { .. } => {
                 Kind::Sparse(sparse_transformer(mechanism, layer)?.scale(scale))
             }
             &Mechanism::Moba { block, top } => Kind::Moba(Moba::new(block, top)?.scale(scale)),
-            &Mechanism::NativeSparse { length, stride, block, top, window } => {
-                let sizes_of = NativeSizes { length, stride, block, top, window };
+            Mechanism::NativeSparse { .. } => {
                 let shape = [3 * sizes.heads, parts.config().width];
                 let gates = parts.section(layer, section, "gate_proj", shape)?;
-                Kind::Native(NativeSparse::new(sizes_of)?.scale(scale), gates)
+                Kind::Native(native_sparse(mechanism)?.scale(scale), gates)
+            }
+            Mechanism::Lsh { .. } => {
+                let (layer, hash) = lsh(mechanism, [sizes.heads, sizes.kv_heads, sizes.dims.0])?;
+                Kind::Lsh(layer, Box::new(hash))
+            }
+            Mechanism::Linformer { .. } => {
+                return Err(Error::UnsupportedConfig {
+                    key: "\"foveal\" mixer".to_owned(),
+                    found: "\"linformer\", which is not causal and so continues no text".to_owned(),
+                });
             }
             // Made above.
             _ => return Err(Error::SectionState),
@@ -122,7 +142,24 @@ impl Core {
 
     /// Whether it reads queries and keys with rotation and without.
     pub(super) fn reads_both(&self) -> bool {
-        matches!(&self.kind, Kind::Remembering(remembering) if remembering.rotated())
+        match &self.kind {
+            Kind::Remembering(remembering) => remembering.rotated(),
+            Kind::Lsh(..) => true,
+            _ => false,
+        }
+    }
+
+    /// The projections of its global tokens.
+    pub(super) fn globals(&self) -> Option<&Globals> {
+        match &self.kind {
+            Kind::Masked { global, .. } => global.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// What its scores are multiplied by.
+    pub(super) fn scale(&self) -> Scale {
+        self.scale
     }
 
     /// How many of the newest tokens a query sees at most, of those in a store.
@@ -145,13 +182,23 @@ impl Core {
         Ok(match &self.kind {
             Kind::Masked { .. } | Kind::Segments(_) => {
                 let Heads { kv_heads, dims, .. } = self.sizes;
-                SectionState::Keys(Box::new(Store::new(storage, kv_heads, dims)?))
+                let store = || Store::new(storage, kv_heads, dims);
+                match self.globals() {
+                    Some(globals) => {
+                        SectionState::Global(Box::new([store()?, store()?]), globals.last())
+                    }
+                    None => SectionState::Keys(Box::new(store()?)),
+                }
             }
             Kind::Sparse(layer) => SectionState::Sparse(Box::new(layer.state(self.state_heads())?)),
             Kind::Moba(layer) => SectionState::Moba(Box::new(layer.state(self.state_heads())?)),
             Kind::Native(layer, _) => {
                 let state = layer.state(self.state_heads())?;
                 SectionState::Native(Box::new(Compressing { state, open: [vec![], vec![]] }))
+            }
+            Kind::Lsh(layer, hash) => {
+                let hash = AngularHash::clone(hash);
+                SectionState::Lsh(Box::new(layer.state(hash, self.state_heads())?.into()))
             }
             Kind::Recurring(recurring) => SectionState::Recurrent(Box::new(recurring.state()?)),
             Kind::Remembering(remembering) => {
@@ -169,7 +216,7 @@ impl Core {
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
         match &self.kind {
-            Kind::Masked { mask, reach } => {
+            Kind::Masked { mask, reach, .. } => {
                 self.masked((mask, *reach, None), (states, n), tokens, out, run)
             }
             Kind::Segments(segments) => {
@@ -191,55 +238,79 @@ impl Core {
             }
             Kind::Native(_, gates) => {
                 let gates = gates_of(gates, tokens.x, run)?;
-                self.steps((states, n), tokens, &gates, out)
+                self.chosen((states, n), tokens, &gates, out, run)
             }
-            Kind::Sparse(_) | Kind::Moba(_) => self.steps((states, n), tokens, &[], out),
+            Kind::Sparse(_) | Kind::Moba(_) | Kind::Lsh(..) => {
+                self.chosen((states, n), tokens, &[], out, run)
+            }
         }
     }
 
-    /// One token after the other, of one sequence after the other.
-    fn steps(
+    /// One sequence after the other: prompts as a whole, generated tokens one by one.
+    fn chosen(
         &self,
         (states, n): (&mut [LayerState], usize),
         tokens: SectionTokens<'_>,
         gates: &[f32],
         mut out: TensorMut<'_, f32>,
+        run: &Run<'_>,
     ) -> Result<(), Error> {
-        let (seq, width) = (tokens.q.shape().seq, 3 * self.sizes.heads);
+        let seq = tokens.q.shape().seq;
+        let step = if run.phase == Phase::Prompt { seq.max(1) } else { 1 };
+        let shape = Shape { dim: 3, ..tokens.q.shape() };
+        let gates = match &self.kind {
+            Kind::Native(..) => TensorRef::new(gates, shape)?,
+            _ => TensorRef::new(&[], Shape { dim: 0, ..shape })?,
+        };
         for (sequence, state) in states.iter_mut().enumerate() {
             let state = state.section_mut(n).ok_or(Error::SectionState)?;
-            for t in 0..seq {
-                let own = |x| sequence_of(x, sequence).tokens(t..t + 1);
-                let qkv = [tokens.q, tokens.k, tokens.v].map(own);
-                let gates = gates.chunks(width).nth(sequence * seq + t).unwrap_or(&[]);
-                let given = self.step(state, qkv, gates)?;
+            for t in (0..seq).step_by(step) {
+                let own = |x| sequence_of(x, sequence).tokens(t..t + step);
+                let SectionTokens { x, q, k, v, plain } = tokens;
+                let (q, k, v, plain) = (own(q), own(k), own(v), plain.map(own));
+                let own = (SectionTokens { x, q, k, v, plain }, own(gates));
+                let given = self.choose(state, own, run)?;
                 copy(given.view(), &mut out, (sequence, t));
             }
         }
         Ok(())
     }
 
-    /// One token of one sequence.
-    fn step(
+    /// A prompt of one sequence, or one generated token.
+    fn choose(
         &self,
         state: &mut SectionState,
-        [q, k, v]: [TensorRef<'_, f32>; 3],
-        gates: &[f32],
+        (tokens, gates): (SectionTokens<'_>, TensorRef<'_, f32>),
+        run: &Run<'_>,
     ) -> Result<Tensor<f32>, Error> {
+        let SectionTokens { q, k, v, .. } = tokens;
+        let prompt = run.phase == Phase::Prompt;
         match (&self.kind, state) {
             (Kind::Sparse(_), SectionState::Sparse(state)) => {
+                state.set_cpu(run.cpu);
+                if prompt {
+                    return Ok(state.prompt(Inputs { q, k, v })?.out);
+                }
                 state.append(k, v)?;
                 Ok(state.attend(q)?.out)
             }
             (Kind::Moba(_), SectionState::Moba(state)) => {
+                state.set_cpu(run.cpu);
+                if prompt {
+                    return Ok(state.prompt(Inputs { q, k, v })?.out);
+                }
                 state.append(k, v)?;
                 Ok(state.attend(q)?.out)
             }
             (Kind::Native(..), SectionState::Native(native)) => {
-                native.append(k, v)?;
-                let gates = TensorRef::new(gates, Shape { dim: 3, ..q.shape() })?;
-                let q = Branches { compressed: q, selected: q, window: q };
-                Ok(native.state.attend(q, gates)?.out)
+                native.state.set_cpu(run.cpu);
+                native.forward((Inputs { q, k, v }, gates), run.phase)
+            }
+            (Kind::Lsh(..), SectionState::Lsh(hashed)) => {
+                let state = hashed.change();
+                state.set_cpu(run.cpu);
+                let hashed = tokens.plain[0];
+                Ok(state.forward(LshTokens { hashed, qk: q, v }, run.phase)?.out)
             }
             _ => Err(Error::SectionState),
         }
@@ -278,19 +349,16 @@ impl Core {
         let shape = tokens.q.shape();
         let mut held = 0;
         for (sequence, state) in states.iter_mut().enumerate() {
-            let Some(SectionState::Keys(store)) = state.section_mut(n) else {
-                return Err(Error::SectionState);
-            };
+            let store = state.section_mut(n).and_then(SectionState::keys_mut);
+            let store = store.ok_or(Error::SectionState)?;
             store.make_room(reach, shape.seq)?;
             store.append(sequence_of(tokens.k, sequence), sequence_of(tokens.v, sequence))?;
             held = held.max(store.end() - store.start());
         }
         let stores: Vec<&dyn KvStore> = states
             .iter()
-            .filter_map(|state| match state.section(n) {
-                Some(SectionState::Keys(store)) => Some(&**store as &dyn KvStore),
-                _ => None,
-            })
+            .filter_map(|state| state.section(n).and_then(SectionState::keys))
+            .map(|store| store as &dyn KvStore)
             .collect();
         let keys = Shape { seq: held, heads: self.sizes.kv_heads, ..shape };
         let attention = Attention::new().mask(mask.clone()).scale(self.scale).cpu(run.cpu);
@@ -311,61 +379,6 @@ fn positive(what: &str, found: usize) -> Result<(), Error> {
     if found == 0 { Err(Error::config(what, found, "at least 1 token")) } else { Ok(()) }
 }
 
-fn sparse_transformer(mechanism: &Mechanism, layer: usize) -> Result<SparseTransformer, Error> {
-    let &Mechanism::SparseTransformer { pattern, stride, width, num_verts, window, combine } =
-        mechanism
-    else {
-        return Err(Error::SectionState);
-    };
-    let factors = match pattern {
-        Factorised::Strided => Factors::Strided {
-            stride,
-            window: match window {
-                NearWindow::Paper => Window::Paper,
-                NearWindow::Code => Window::Code,
-            },
-        },
-        Factorised::Fixed => Factors::Fixed {
-            stride,
-            summary: width,
-            sub_blocks: num_verts.map_or(SubBlocks::Same(0), SubBlocks::Cycle),
-        },
-    };
-    Ok(SparseTransformer::new(factors)?.combine(match combine {
-        CombineHeads::Merged => Combine::Merged,
-        CombineHeads::PerHead => Combine::PerHead,
-        CombineHeads::Interleaved => Combine::Interleaved { layer },
-    }))
-}
-
-impl Compressing {
-    /// Takes a token in; with the last one of a length, its mean as well.
-    pub(super) fn append(
-        &mut self,
-        k: TensorRef<'_, f32>,
-        v: TensorRef<'_, f32>,
-    ) -> Result<(), Error> {
-        let Shape { heads, dim, .. } = k.shape();
-        for (open, x) in self.open.iter_mut().zip([k, v]) {
-            (0..heads).for_each(|head| open.extend_from_slice(x.row(0, 0, head)));
-        }
-        let (layer, count) = (*self.state.layer(), self.state.compressed_by(1));
-        let all = Shape { batch: 1, seq: self.open[0].len() / (heads * dim).max(1), heads, dim };
-        let means = |open: &[f32]| -> Result<Tensor<f32>, Error> {
-            match count {
-                0 => Ok(Tensor::zeros(Shape { seq: 0, ..all })?),
-                _ => Ok(layer.pool(TensorRef::new(open, all)?)?),
-            }
-        };
-        let (keys, values) = (means(&self.open[0])?, means(&self.open[1])?);
-        let of = |compressed, x| Branches { compressed, selected: x, window: x };
-        self.state.append(of(keys.view(), k), of(values.view(), v))?;
-        let gone = count * layer.sizes().stride * heads * dim;
-        self.open.iter_mut().for_each(|open| drop(open.drain(..gone.min(open.len()))));
-        Ok(())
-    }
-}
-
 /// The gates of all tokens, `[rows, heads, 3]`.
 fn gates_of(gates: &Linear, x: &[f32], run: &mut Run<'_>) -> Result<Vec<f32>, Error> {
     let mut gates = projected(gates, x, run)?;
@@ -374,7 +387,11 @@ fn gates_of(gates: &Linear, x: &[f32], run: &mut Run<'_>) -> Result<Vec<f32>, Er
 }
 
 /// Copies all rows of `from` to where a sequence and a token of `to` begin.
-fn copy(from: TensorRef<'_, f32>, to: &mut TensorMut<'_, f32>, (sequence, first): (usize, usize)) {
+pub(super) fn copy(
+    from: TensorRef<'_, f32>,
+    to: &mut TensorMut<'_, f32>,
+    (sequence, first): (usize, usize),
+) {
     let Shape { batch, seq, heads, .. } = from.shape();
     for (b, t) in (0..batch).flat_map(|b| (0..seq).map(move |t| (b, t))) {
         for head in 0..heads {
@@ -384,6 +401,6 @@ fn copy(from: TensorRef<'_, f32>, to: &mut TensorMut<'_, f32>, (sequence, first)
 }
 
 /// One sequence of a batch.
-fn sequence_of(x: TensorRef<'_, f32>, sequence: usize) -> TensorRef<'_, f32> {
+pub(super) fn sequence_of(x: TensorRef<'_, f32>, sequence: usize) -> TensorRef<'_, f32> {
     x.part(sequence..sequence + 1, 0..x.shape().heads)
 }

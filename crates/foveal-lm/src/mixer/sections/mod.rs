@@ -6,13 +6,16 @@
 //! ```
 //!
 //! The projections are those of [`MultiHeadAttention`](super::MultiHeadAttention). What a mechanism keeps of a text is what
-//! later queries can see, and no more; those that choose keys read a prompt as they read what is generated, a token at a
-//! time, so that a token costs what its pattern has.
+//! later queries can see, and no more; those that choose keys read a prompt's chunk as a whole and what is generated a token at a
+//! time, and a token costs what its pattern has.
 
 mod across;
+mod chosen;
 mod core;
 mod entries;
+mod global;
 mod recurrent;
+mod rule;
 mod state;
 
 use foveal::nn::{RmsNorm, rms_norm_in_place};
@@ -29,7 +32,9 @@ use crate::names::Parts;
 
 use self::core::Core;
 pub(crate) use across::{MAX_REACH, MemoryState, segments_mask};
+pub(crate) use chosen::{lsh, native_sparse, sparse_transformer};
 pub(crate) use entries::Rows;
+pub(crate) use rule::{Rule, TAU, UNIT_EPSILON, with_rule};
 pub(crate) use state::SectionState;
 
 /// One layer of sections: what it computes, its weights as their file stores them, and its positions.
@@ -147,8 +152,7 @@ impl SectionedAttention {
         forward_together(x, three, run)?;
         for (weight, rows) in [(parameters.query_norm, &mut *q), (parameters.key_norm, &mut *k)] {
             let Some(weight) = weight else { continue };
-            let norm = RmsNorm { weight, epsilon: self.norm_epsilon };
-            rms_norm_in_place(norm, rows, run.cpu.level)?;
+            rms_norm_in_place(self.norm(weight), rows, run.cpu.level)?;
         }
         let both = self.sections.iter().any(|section| section.core.reads_both());
         if both {
@@ -170,10 +174,22 @@ impl SectionedAttention {
                 ],
             };
             let (shape, strides, first) = self.place(call, self.heads, section.heads);
-            let out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
-            section.core.forward((states, n), tokens, out, run)?;
+            let mut out = TensorMut::from_strides(&mut mixed[first..], shape, strides)?;
+            section.core.forward((states, n), tokens, out.reborrow(), run)?;
+            if let Some(globals) = section.core.globals() {
+                let norms = [parameters.query_norm, parameters.key_norm]
+                    .map(|weight| weight.map(|weight| self.norm(weight)));
+                let around = (norms, &rotations[self.rope]);
+                let projected = globals.project(x, call, around, run)?;
+                let to = (section.core.scale(), out);
+                globals.forward((states, n), &projected, to, run)?;
+            }
         }
         forward_together(mixed, [(parameters.output, y)], run)
+    }
+
+    fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
+        RmsNorm { weight, epsilon: self.norm_epsilon }
     }
 
     fn rotate(

@@ -13,25 +13,18 @@
 //! Sources and formulas of the recurrences: [`foveal::linear`]; of the parts: [`foveal::nn`]. Queries and keys are rotated
 //! for retention only. A section's value heads have a query and a key each.
 
-use foveal::linear::{
-    Delta, Draw, Efficient, Favor, FeatureMap, Linear as Kernel, RandomFeatures, Recurrent,
-    Retention, ScalarDecay, State, Tokens, VectorDecay,
-};
+use foveal::linear::{State, Tokens};
 use foveal::nn::{self, DecayGate, GateOrder, GatedNorm, RmsNorm, ShortConv};
 use foveal::{Cpu, Shape, Tensor, TensorRef};
 
 use super::core::SectionTokens;
+use super::rule::{Rule, TAU, UNIT_EPSILON, with_rule};
 use crate::Error;
-use crate::config::{KernelMap, Mechanism};
+use crate::config::Mechanism;
 use crate::linear::{Linear, Run};
 use crate::mixer::state::Heads;
 use crate::mixer::{Contents, Taken};
 use crate::names::Parts;
-
-/// ε of what is as long as 1.
-const UNIT_EPSILON: f32 = 1e-6;
-/// By what logarithms of GLA's decays are divided.
-const TAU: f32 = 16.0;
 
 /// A recurrence and what is around it.
 #[derive(Clone, Debug)]
@@ -58,32 +51,6 @@ struct Convolution {
 enum DecayParts {
     Softplus { projection: Linear, a_log: Vec<f32>, bias: Vec<f32> },
     Sigmoid { down: Linear, up: Linear },
-}
-
-#[derive(Clone, Debug)]
-enum Rule {
-    Linear(Recurrent<Kernel>),
-    Performer(Recurrent<Favor>),
-    Efficient(Recurrent<Efficient>),
-    Retention(Recurrent<Retention>),
-    Scalar(Recurrent<ScalarDecay>),
-    Vector(Recurrent<VectorDecay>),
-    Delta(Recurrent<Delta>),
-}
-
-/// Runs the same expression on whichever recurrence it is.
-macro_rules! with_rule {
-    ($rule:expr, $name:ident => $body:expr) => {
-        match $rule {
-            Rule::Linear($name) => $body,
-            Rule::Performer($name) => $body,
-            Rule::Efficient($name) => $body,
-            Rule::Retention($name) => $body,
-            Rule::Scalar($name) => $body,
-            Rule::Vector($name) => $body,
-            Rule::Delta($name) => $body,
-        }
-    };
 }
 
 /// What a recurrence carries of a text.
@@ -149,51 +116,26 @@ impl Recurring {
         let strength = |negative: bool| -> Result<Option<(Linear, f32)>, Error> {
             Ok(Some((linear("beta_proj", [heads, width])?, if negative { 2.0 } else { 1.0 })))
         };
-        let (rule, taps, strength, decay) = match mechanism {
-            Mechanism::Linear { map } => {
-                let map = match map {
-                    KernelMap::EluPlusOne => FeatureMap::EluPlusOne,
-                    KernelMap::Relu => FeatureMap::Relu,
-                    KernelMap::Exp => FeatureMap::Exp,
-                };
-                (Rule::Linear(Recurrent::new(Kernel::new().map(map))), 0, None, None)
-            }
-            &Mechanism::Performer { features, seed } => {
-                let features = RandomFeatures::new(Draw::Orthogonal, features, head_dim, seed)?;
-                (Rule::Performer(Recurrent::new(Favor::new(features))), 0, None, None)
-            }
-            Mechanism::Efficient {} => {
-                (Rule::Efficient(Recurrent::new(Efficient::new())), 0, None, None)
-            }
-            Mechanism::Retention {} => {
-                (Rule::Retention(Recurrent::new(Retention::new(heads))), 0, None, None)
-            }
-            &Mechanism::ScalarDecay { conv } => {
-                (Rule::Scalar(Recurrent::new(ScalarDecay::new())), conv, None, softplus()?)
-            }
+        let Some(rule) = Rule::new(mechanism, (heads, kv_heads), head_dim)? else {
+            return Ok(None);
+        };
+        let (taps, strength, decay) = match mechanism {
+            &Mechanism::ScalarDecay { conv } => (conv, None, softplus()?),
             &Mechanism::Gla { rank } => {
                 let down = linear("decay_down", [rank, width])?;
                 let up = linear("decay_up", [heads * head_dim, rank])?;
                 let bias = Some(vector("decay_up.bias", heads * head_dim)?);
-                let decay = DecayParts::Sigmoid { down, up: Linear { bias, ..up } };
-                (Rule::Vector(Recurrent::new(VectorDecay::new())), 0, None, Some(decay))
+                (0, None, Some(DecayParts::Sigmoid { down, up: Linear { bias, ..up } }))
             }
             &Mechanism::Delta { conv, negative_eigenvalues } => {
-                let rule = Rule::Delta(Recurrent::new(Delta::new()));
-                (rule, conv, strength(negative_eigenvalues)?, None)
+                (conv, strength(negative_eigenvalues)?, None)
             }
             &Mechanism::GatedDelta { conv, negative_eigenvalues } => {
-                let rule = Rule::Delta(Recurrent::new(Delta::gated()));
-                (rule, conv, strength(negative_eigenvalues)?, softplus()?)
+                (conv, strength(negative_eigenvalues)?, softplus()?)
             }
-            _ => return Ok(None),
+            _ => (0, None, None),
         };
-        if kv_heads != heads {
-            let expected = format!("{heads}, a key and a value for each query head");
-            return Err(Error::config("key/value heads of a recurrence", kv_heads, expected));
-        }
-        let gated = !matches!(rule, Rule::Linear(_) | Rule::Performer(_) | Rule::Efficient(_));
-        let gate = gated.then(|| -> Result<_, Error> {
+        let gate = rule.gated().then(|| -> Result<_, Error> {
             let projection = linear("gate_proj", [heads * head_dim, width])?;
             Ok((projection, vector("norm.weight", head_dim)?))
         });
@@ -220,7 +162,7 @@ impl Recurring {
 
     /// Whether queries and keys are rotated.
     pub(super) fn rotated(&self) -> bool {
-        matches!(self.rule, Rule::Retention(_))
+        self.rule.rotated()
     }
 
     /// A state that has seen nothing.
@@ -298,7 +240,7 @@ impl Recurring {
             nn::short_conv(conv.view(), x, last, &mut y, cpu.level)?;
             *x = y;
         }
-        if matches!(self.rule, Rule::Delta(_)) {
+        if self.rule.unit_keys() {
             nn::l2_norm(q, self.head_dim, UNIT_EPSILON, cpu.level)?;
             nn::l2_norm(k, self.head_dim, UNIT_EPSILON, cpu.level)?;
         }

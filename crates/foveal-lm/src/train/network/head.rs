@@ -7,6 +7,8 @@
 //! Rows without a target never meet the head. The gradient of the logits takes their place, and goes back through the head at
 //! once: forward and backward are one pass. 6 · rows · vocab · width operations; memory for a block of logits.
 
+use std::ops::Range;
+
 use foveal::Gradient;
 use foveal::nn::{CrossEntropy, IGNORED, cross_entropy};
 use foveal::projection::MatrixShape;
@@ -24,7 +26,8 @@ const ROWS: usize = 256;
 /// The norm and the projection to logits.
 #[derive(Debug)]
 pub(super) struct Head {
-    norm: Normed,
+    /// `None` where rows come as the head reads them.
+    norm: Option<Normed>,
     projection: Projected,
     cap: Option<f32>,
 }
@@ -44,10 +47,20 @@ impl Head {
         let shape = MatrixShape { out_features: config.vocab, in_features: config.width };
         let norm = range(ranges, "model.norm.weight")?;
         Ok(Head {
-            norm: Normed { range: norm, epsilon: config.norm_epsilon, offset: config.norm_offset },
+            norm: Some(Normed {
+                range: norm,
+                epsilon: config.norm_epsilon,
+                offset: config.norm_offset,
+            }),
             projection: Projected { weight: range(ranges, name)?, bias: None, shape },
             cap: config.logit_softcap,
         })
+    }
+
+    /// A projection alone.
+    pub(super) fn plain(weight: Range<usize>, vocab: usize, width: usize) -> Head {
+        let shape = MatrixShape { out_features: vocab, in_features: width };
+        Head { norm: None, projection: Projected { weight, bias: None, shape }, cap: None }
     }
 
     /// The loss of rows `x`; with a gradient, theirs, and those of the parameters are added to `gradients`.
@@ -94,7 +107,10 @@ impl Head {
         tools: &mut Tools<'_>,
     ) -> Result<(f64, Option<Vec<f32>>), Error> {
         let mut normed = tools.pool.take(x.len());
-        self.norm.forward(parameters, &x, &mut normed, tools)?;
+        match &self.norm {
+            Some(norm) => norm.forward(parameters, &x, &mut normed, tools)?,
+            None => normed.copy_from_slice(&x),
+        }
         let mut logits = tools.pool.take(targets.len() * self.projection.shape.out_features);
         self.projection.forward(parameters, &normed, &mut logits, tools)?;
         let loss = cross_entropy(wanted, &mut logits, targets, tools.cpu)?;
@@ -108,9 +124,14 @@ impl Head {
                 Gradient::Write(&mut normed),
                 tools,
             )?;
-            let mut d = tools.pool.zeros(x.len());
-            self.norm.backward((parameters, gradients), (&x, &normed), &mut d, tools)?;
-            d_x = Some(d);
+            d_x = Some(match &self.norm {
+                Some(norm) => {
+                    let mut d = tools.pool.zeros(x.len());
+                    norm.backward((parameters, gradients), (&x, &normed), &mut d, tools)?;
+                    d
+                }
+                None => tools.pool.copy(&normed),
+            });
         }
         [normed, logits, x].into_iter().for_each(|buffer| tools.pool.give(buffer));
         Ok((loss, d_x))

@@ -42,6 +42,7 @@
 mod attention;
 mod block;
 mod carried;
+mod encoder_decoder;
 mod feed_forward;
 mod head;
 mod scratch;
@@ -65,6 +66,7 @@ use crate::config::ModelConfig;
 use crate::ropes::Ropes;
 
 pub use carried::Carried;
+pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig, NormPlace, Pairs, PositionKind};
 pub use foveal::nn::IGNORED;
 pub use scratch::Scratch;
 
@@ -83,7 +85,8 @@ pub enum Precision {
     /// Numbers of 32 bits.
     #[default]
     F32,
-    /// Inputs and matrices of projections are rounded to bf16 where the processor multiplies that.
+    /// Factors of projections and of exact attention are rounded to bf16, forward and backward, where the processor multiplies
+    /// that.
     Bf16,
 }
 
@@ -284,6 +287,9 @@ impl Work<'_> {
     ) -> Result<Loss, Error> {
         let Work { network, parameters, batch } = *self;
         network.check(parameters, batch, carried.as_deref())?;
+        if batch.tokens.is_empty() {
+            return Ok(Loss { sum: 0.0, targets: 0 });
+        }
         let training = gradients.is_some();
         let start = carried.as_ref().map_or(0, |carried| carried.tokens);
         let tokens = batch.tokens.len() / batch.sequences.max(1);

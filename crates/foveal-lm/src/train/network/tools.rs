@@ -28,6 +28,11 @@ pub(crate) struct Tools<'a> {
 }
 
 impl Tools<'_> {
+    /// Whether factors are rounded to bf16 before they are multiplied.
+    pub(crate) fn rounds(&self) -> bool {
+        self.activations != Activations::F32 && self.cpu.level.multiplies_bf16()
+    }
+
     /// The same as models that are run take it.
     pub(crate) fn run(&mut self) -> Run<'_> {
         Run {

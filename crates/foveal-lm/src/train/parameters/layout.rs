@@ -28,13 +28,18 @@ impl Declared {
     }
 
     /// A matrix by its name.
-    pub(super) fn matrix(name: String, shape: [usize; 2]) -> Declared {
+    pub(crate) fn matrix(name: String, shape: [usize; 2]) -> Declared {
         let initial = Initial::Normal(DEVIATION);
         Declared { name, place: None, shape: shape.to_vec(), group: Group::Matrix, initial }
     }
 
+    /// A matrix with another deviation.
+    pub(crate) fn spread(name: String, shape: [usize; 2], deviation: f32) -> Declared {
+        Declared { initial: Initial::Normal(deviation), ..Declared::matrix(name, shape) }
+    }
+
     /// A vector by its name.
-    pub(super) fn vector(name: String, len: usize, initial: Initial) -> Declared {
+    pub(crate) fn vector(name: String, len: usize, initial: Initial) -> Declared {
         Declared { name, place: None, shape: vec![len], group: Group::Vector, initial }
     }
 }

@@ -17,6 +17,22 @@ pub(super) fn declared(
         Mechanism::NativeSparse { .. } => {
             vec![tensors.matrix("gate_proj.weight", [3 * heads, width])]
         }
+        Mechanism::Longformer { global_projections: true, .. } => {
+            let global = |name, heads| tensors.matrix(name, [heads * dim, width]);
+            vec![
+                global("q_global.weight", heads),
+                global("k_global.weight", section.kv_heads),
+                global("v_global.weight", section.kv_heads),
+            ]
+        }
+        Mechanism::Linformer { rank, shared } => {
+            let matrix = |name| {
+                let matrix = tensors.matrix(name, [rank, config.context]);
+                Declared { initial: Initial::Normal(1.0 / (rank as f32).sqrt()), ..matrix }
+            };
+            let both = [matrix("e_proj.weight"), matrix("f_proj.weight")];
+            both.into_iter().take(if shared { 1 } else { 2 }).collect()
+        }
         Mechanism::Retention {} => tensors.gated(),
         Mechanism::ScalarDecay { conv } => {
             let decay = tensors.decay();

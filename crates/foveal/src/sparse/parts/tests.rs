@@ -2,6 +2,7 @@ use super::*;
 use crate::parallel::Threads;
 use crate::simd::Level;
 use crate::sparse::SparseTransformer;
+use crate::sparse::sparse_transformer::Way;
 
 fn tensor(shape: Shape, seed: u64) -> Tensor<f32> {
     let mut state = seed;
@@ -50,7 +51,8 @@ fn nothing_is_read_that_was_not_written() {
         layers.into_iter().flat_map(|x| Level::available().map(move |l| (x.clone(), l)))
     {
         let layer = layer.unwrap().cpu(Cpu { level, threads: Threads::ONE });
-        let (runner, heads) = layer.prepare(&inputs).unwrap();
+        let (runner, heads) = layer.prepare(&inputs, Way::Forward).unwrap();
+        let back = layer.prepare(&inputs, Way::Backward).unwrap().1;
         let fresh = runner.forward(inputs, &heads).unwrap();
         let mut memory = Memory::new(runner.cpu);
         let mut poison = || {
@@ -66,11 +68,11 @@ fn nothing_is_read_that_was_not_written() {
         let mut again = Forward { out, lse };
         runner.forward_in(&mut poison(), inputs, &heads, &mut again).unwrap();
         assert_eq!(again, fresh);
-        let expected = runner.backward(inputs, &fresh, d_out.view(), &heads).unwrap();
+        let expected = runner.backward(inputs, &fresh, d_out.view(), &back).unwrap();
         let [d_q, d_k, d_v] = [0; 3].map(|_| Tensor::zeros(shape).unwrap());
         let mut got = Backward { d_q, d_k, d_v };
         let call = (inputs, &fresh, d_out.view());
-        runner.backward_in(&mut poison(), call, &heads, &mut got).unwrap();
+        runner.backward_in(&mut poison(), call, &back, &mut got).unwrap();
         assert_eq!(got, expected);
     }
 }

@@ -4,14 +4,17 @@
 //! out_h = softmax(cap(scale · q_h K_gᵀ), masked) V_g          g = h / (H / KV)
 //! ```
 //!
-//! Kept for backward: a number a query and head. Nothing is carried: a segment sees itself.
+//! Kept for backward: a number a query and head. Nothing is carried: a segment sees itself. In bf16, queries, keys, values,
+//! results and their gradients are rounded, scores and sums are not.
 
 use std::ops::Range;
 
 use foveal::sparse::{BigBird, BlockPlan, Longformer};
-use foveal::{Attention, Mask, Scale, Shape, TensorMut, TensorRef, plan};
+use foveal::{Attention, Mask, Plan, Scale, Shape, Tensor, TensorMut, TensorRef, plan};
+use half::bf16;
 
 use super::SectionPlace;
+use super::rounded::{rounded, widen};
 use crate::Error;
 use crate::config::Mechanism;
 use crate::train::network::carried::SectionCarried;
@@ -56,7 +59,11 @@ impl Exact {
                 positive("window of a mixer", tokens)?;
                 near(place, Some(tokens))
             }
-            Mechanism::Longformer { reach, gap, global } => {
+            Mechanism::Longformer { global_projections: true, .. } => {
+                let name = "longformer with projections of global tokens";
+                return Err(Error::UntrainedMechanism { name });
+            }
+            Mechanism::Longformer { reach, gap, global, .. } => {
                 positive("gap of a mixer", *gap)?;
                 let pattern = Longformer::new(*reach).gaps(vec![*gap]);
                 let pattern = if place.causal { pattern.causal() } else { pattern };
@@ -112,7 +119,7 @@ impl TrainedSection for Exact {
         &self,
         call: SectionCall<'_>,
         _carried: Option<&mut SectionCarried>,
-        out: TensorMut<'_, f32>,
+        mut out: TensorMut<'_, f32>,
         tools: &mut Tools<'_>,
     ) -> Result<SectionSaved, Error> {
         let SectionCall { q, k, v, .. } = call;
@@ -122,7 +129,16 @@ impl TrainedSection for Exact {
         let shape = q.shape().per_row();
         let mut lse = if call.keep { tools.pool.take(length(shape)) } else { vec![] };
         let place = call.keep.then(|| TensorMut::new(&mut lse, shape)).transpose()?;
-        plan.forward(plan::Inputs { q, k, v }, out, place, tools.workspace)?;
+        if tools.rounds() {
+            let [q, k, v] =
+                [rounded(q, tools.cpu)?, rounded(k, tools.cpu)?, rounded(v, tools.cpu)?];
+            let mut given = Tensor::zeros(out.shape())?;
+            let inputs = plan::Inputs { q: q.view(), k: k.view(), v: v.view() };
+            plan.forward(inputs, given.view_mut(), place, tools.workspace)?;
+            widen(&given, &mut out);
+        } else {
+            plan.forward(plan::Inputs { q, k, v }, out, place, tools.workspace)?;
+        }
         Ok(Box::new(Saved(lse)))
     }
 
@@ -139,22 +155,54 @@ impl TrainedSection for Exact {
         let SectionGradients { d_q, d_k, d_v, gradients: arena, .. } = gradients;
         let attention = self.attention(&call, tools);
         let plan = attention.plan(q.shape(), k.shape(), v.shape())?;
-        tools.workspace.reserve(plan.backward_workspace_bytes::<f32>());
+        let lse_view = TensorRef::new(&lse, q.shape().per_row())?;
         let mut sinks = self.sinks.clone().map(|sinks| vec![0.0; sinks.len()]);
         let terms = plan::TermGradients { d_sinks: sinks.as_deref_mut(), ..Default::default() };
-        plan.backward(
-            plan::Inputs { q, k, v },
-            plan::Saved { out: upstream.out, lse: TensorRef::new(&lse, q.shape().per_row())? },
-            plan::Upstream { d_out: upstream.d_out, d_lse: None },
-            plan::Gradients { d_q, d_k, d_v, terms },
-            tools.workspace,
-        )?;
+        let inputs = plan::Inputs { q, k, v };
+        if tools.rounds() {
+            let places = [d_q, d_k, d_v];
+            backward_rounded(&plan, (inputs, lse_view), upstream, (places, terms), tools)?;
+        } else {
+            tools.workspace.reserve(plan.backward_workspace_bytes::<f32>());
+            let saved = plan::Saved { out: upstream.out, lse: lse_view };
+            let upstream = plan::Upstream { d_out: upstream.d_out, d_lse: None };
+            let gradients = plan::Gradients { d_q, d_k, d_v, terms };
+            plan.backward(inputs, saved, upstream, gradients, tools.workspace)?;
+        }
         if let (Some(range), Some(sinks)) = (self.sinks.clone(), sinks) {
             foveal::nn::add(&mut arena[range], &sinks, tools.cpu.level)?;
         }
         tools.pool.give(lse);
         Ok(())
     }
+}
+
+/// The gradients by way of numbers of 16 bits.
+fn backward_rounded(
+    plan: &Plan<'_>,
+    (inputs, lse): (plan::Inputs<'_, f32, f32>, TensorRef<'_, f32>),
+    upstream: SectionUpstream<'_>,
+    (places, terms): ([TensorMut<'_, f32>; 3], plan::TermGradients<'_>),
+    tools: &mut Tools<'_>,
+) -> Result<(), Error> {
+    let cpu = tools.cpu;
+    let plan::Inputs { q, k, v } = inputs;
+    let [q, k, v] = [rounded(q, cpu)?, rounded(k, cpu)?, rounded(v, cpu)?];
+    let [out, d_out] = [rounded(upstream.out, cpu)?, rounded(upstream.d_out, cpu)?];
+    let [mut d_q, mut d_k, mut d_v] =
+        [Tensor::zeros(q.shape())?, Tensor::zeros(k.shape())?, Tensor::zeros(v.shape())?];
+    tools.workspace.reserve(plan.backward_workspace_bytes::<bf16>());
+    plan.backward(
+        plan::Inputs { q: q.view(), k: k.view(), v: v.view() },
+        plan::Saved { out: out.view(), lse },
+        plan::Upstream { d_out: d_out.view(), d_lse: None },
+        plan::Gradients { d_q: d_q.view_mut(), d_k: d_k.view_mut(), d_v: d_v.view_mut(), terms },
+        tools.workspace,
+    )?;
+    for (from, mut to) in [d_q, d_k, d_v].iter().zip(places) {
+        widen(from, &mut to);
+    }
+    Ok(())
 }
 
 fn length(Shape { batch, seq, heads, dim }: Shape) -> usize {

@@ -1,18 +1,20 @@
-//! Linear attention: a matrix for each head that every token writes to and reads.
+//! Linear attention without gates: a matrix for each head that every token writes to and reads: `linear`, `performer`,
+//! `efficient`.
 //!
 //! ```text
 //! S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      out_t = S_tᵀ φ(q_t) / (φ(q_t) · z_t + ε)
 //! ```
 //!
-//! Katharopoulos et al. 2020; see [`foveal::linear::Linear`]. Without order, every query reads what all keys have written.
+//! Katharopoulos et al. 2020; see [`foveal::linear::Linear`], [`foveal::linear::Favor`] and [`foveal::linear::Efficient`] for
+//! other φ and normalisations. Without order, every query reads what all keys have written.
 //! Carried: S and z. Kept for backward: those of the beginning.
 
 use foveal::TensorMut;
-use foveal::linear::{FeatureMap, Gradients, Linear, Recurrent, Results, State, Tokens, Upstream};
+use foveal::linear::{AnyOrder, Gradients, Recurrent, Results, State, Tokens, Upstream};
 
 use super::SectionPlace;
 use crate::Error;
-use crate::config::KernelMap;
+use crate::mixer::Rule;
 use crate::train::network::carried::SectionCarried;
 use crate::train::network::section::{
     Positions, SectionCall, SectionGradients, SectionSaved, SectionUpstream, TrainedSection, taken,
@@ -21,24 +23,19 @@ use crate::train::network::tools::Tools;
 
 /// Linear attention over all heads of a section.
 #[derive(Debug)]
-pub(super) struct Kernel {
-    rule: Recurrent<Linear>,
+struct Kernel<R> {
+    rule: Recurrent<R>,
     causal: bool,
 }
 
-impl Kernel {
-    pub(super) fn new(map: KernelMap, place: SectionPlace<'_>) -> Result<Kernel, Error> {
-        let SectionPlace { heads, kv_heads, causal, .. } = place;
-        if kv_heads != heads {
-            let expected = format!("{heads}, a key and a value for each query head");
-            return Err(Error::config("key/value heads of a recurrence", kv_heads, expected));
-        }
-        let map = match map {
-            KernelMap::EluPlusOne => FeatureMap::EluPlusOne,
-            KernelMap::Relu => FeatureMap::Relu,
-            KernelMap::Exp => FeatureMap::Exp,
-        };
-        Ok(Kernel { rule: Recurrent::new(Linear::new().map(map)), causal })
+/// A recurrence that reads keys in any order; `None` for another one.
+pub(super) fn kernel(rule: &Rule, place: SectionPlace<'_>) -> Option<Box<dyn TrainedSection>> {
+    let causal = place.causal;
+    match rule.clone() {
+        Rule::Linear(rule) => Some(Box::new(Kernel { rule, causal })),
+        Rule::Performer(rule) => Some(Box::new(Kernel { rule, causal })),
+        Rule::Efficient(rule) => Some(Box::new(Kernel { rule, causal })),
+        _ => None,
     }
 }
 
@@ -66,7 +63,7 @@ pub(super) fn store(state: &State, carried: &mut SectionCarried) {
     carried.floats[1] = state.key_sums().to_vec();
 }
 
-impl TrainedSection for Kernel {
+impl<R: AnyOrder + Clone + Send + 'static> TrainedSection for Kernel<R> {
     fn positions(&self) -> Positions {
         Positions::Plain
     }

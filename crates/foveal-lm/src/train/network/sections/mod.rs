@@ -1,9 +1,13 @@
 //! The mechanisms by name, as training computes them.
 
+mod chosen;
 mod exact;
 mod infini;
 mod linear;
+mod linformer;
 mod memorizing;
+mod recurring;
+mod rounded;
 mod transformer_xl;
 
 use foveal::Scale;
@@ -12,6 +16,7 @@ use super::section::TrainedSection;
 use super::tools::Ranges;
 use crate::Error;
 use crate::config::{Mechanism, ModelConfig, Reach, SectionConfig};
+use crate::mixer::Rule;
 
 /// Where a section stands, and what of the model it needs to know.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +61,29 @@ pub(super) fn named(
     section: &SectionConfig,
     place: SectionPlace<'_>,
 ) -> Result<Box<dyn TrainedSection>, Error> {
+    let name = section.mechanism.name();
+    if !place.causal && !WITHOUT_ORDER.contains(&name) {
+        return Err(Error::MaskedMechanism { name });
+    }
+    if let Some(chosen) = chosen::Chosen::new(&section.mechanism, place)? {
+        return Ok(Box::new(chosen));
+    }
     Ok(match &section.mechanism {
         Mechanism::Full {}
         | Mechanism::Window { .. }
         | Mechanism::Longformer { .. }
         | Mechanism::Bigbird { .. } => Box::new(exact::Exact::new(&section.mechanism, place)?),
-        Mechanism::Linear { map } => Box::new(linear::Kernel::new(*map, place)?),
+        Mechanism::Linear { .. }
+        | Mechanism::Performer { .. }
+        | Mechanism::Efficient {}
+        | Mechanism::Retention {}
+        | Mechanism::ScalarDecay { .. }
+        | Mechanism::Gla { .. }
+        | Mechanism::Delta { .. }
+        | Mechanism::GatedDelta { .. } => recurrence(&section.mechanism, place)?,
+        &Mechanism::Linformer { rank, shared } => {
+            Box::new(linformer::Mixtures::new(rank, shared, place)?)
+        }
         Mechanism::TransformerXl { .. } => {
             Box::new(transformer_xl::TransformerXl::new(&section.mechanism, place)?)
         }
@@ -69,9 +91,23 @@ pub(super) fn named(
         Mechanism::Memorizing { .. } => {
             Box::new(memorizing::Remembered::new(&section.mechanism, place)?)
         }
-        other => {
-            let name = other.name();
-            return Err(Error::UntrainedMechanism { name });
-        }
+        _ => return Err(Error::UntrainedMechanism { name }),
     })
 }
+
+/// A recurrence, with the parts that its layer puts around it.
+fn recurrence(
+    mechanism: &Mechanism,
+    place: SectionPlace<'_>,
+) -> Result<Box<dyn TrainedSection>, Error> {
+    let (heads, dim) = ((place.heads, place.kv_heads), place.config.attention.head_dim);
+    let rule = Rule::new(mechanism, heads, dim)?.ok_or(Error::SectionState)?;
+    if let Some(kernel) = linear::kernel(&rule, place) {
+        return Ok(kernel);
+    }
+    Ok(Box::new(recurring::Recurring::new(mechanism, rule, place)?))
+}
+
+/// Mechanisms through which tokens may see later ones.
+const WITHOUT_ORDER: [&str; 8] =
+    ["full", "window", "longformer", "bigbird", "linear", "performer", "efficient", "linformer"];

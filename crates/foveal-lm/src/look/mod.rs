@@ -9,11 +9,17 @@
 //! matrix itself. Cost: one prefill, and the scores once more for the map and for the rows. Memory: the result,
 //! `layers · heads · (C² + rows · kept)` numbers, and a few rows of weights: nothing is quadratic in the text.
 
+mod habits;
+mod looking;
+
 use std::ops::{ControlFlow, Range};
 
 use crate::Error;
 use crate::mixer::Attended;
 use crate::model::{Model, Observer, Scratch, State};
+
+pub use habits::Habits;
+pub use looking::{Looking, Weights};
 
 /// Rows of weights that are there at a time.
 const ROWS: usize = 16;

@@ -1,0 +1,80 @@
+//! Who sees whom: a row of digits for each token, 0 where it sees nothing of a key, 9 where it sees all.
+//!
+//! Patterns are those of the kernels' own masks. Mechanisms with a state show how much of a token is left in it, those with a
+//! memory what of earlier segments can come back.
+
+use foveal::sparse::{
+    AngularHash, BigBird, BlockPlan, Factors, Longformer, Moba, Picture, Reformer,
+    SparseTransformer, Window,
+};
+use foveal::testing::normal;
+use foveal::{Cpu, Mask, Shape};
+
+/// Tokens of a picture.
+pub(crate) const TOKENS: usize = 48;
+
+/// A mechanism's picture: causal wherever the mechanism can be.
+pub(crate) fn picture(name: &str) -> Vec<String> {
+    let segment = 16;
+    match name {
+        "retention" | "scalar_decay" | "gla" | "gated_delta" => {
+            shades(|i, j| (i >= j).then(|| 0.9f64.powi((i - j) as i32)))
+        }
+        "linear" | "performer" | "efficient" | "delta" => shades(|i, j| (i >= j).then_some(0.5)),
+        "linformer" => shades(|_, _| Some(0.5)),
+        "infini" => shades(|i, j| match (i / segment, j / segment) {
+            (a, b) if a == b => (i >= j).then_some(1.0),
+            (a, b) => (a > b).then_some(0.4),
+        }),
+        "memorizing" => shades(|i, j| match (i / segment, j / segment) {
+            (a, b) if a == b => (i >= j).then_some(1.0),
+            // A few of the past, which content would choose.
+            (a, b) => (a > b && (i * 7 + j * 5) % 13 == 0).then_some(1.0),
+        }),
+        name => mask(name).ok().flatten().map_or_else(
+            || shades(|i, j| (i >= j).then_some(1.0)),
+            |mask| match Picture::new(&mask, 1, TOKENS) {
+                Ok(picture) => shades(|i, j| picture.sees(i, j).then_some(1.0)),
+                Err(_) => shades(|_, _| None),
+            },
+        ),
+    }
+}
+
+fn shades(shade: impl Fn(usize, usize) -> Option<f64>) -> Vec<String> {
+    let digit = |shade: Option<f64>| {
+        // What is there at all is shown.
+        let level = shade.map_or(0, |shade| ((9.0 * shade).round() as u8).clamp(1, 9));
+        char::from(b'0' + level)
+    };
+    (0..TOKENS).map(|i| (0..TOKENS).map(|j| digit(shade(i, j))).collect()).collect()
+}
+
+/// What a mechanism that chooses keys shows; `None` for those that show all earlier ones.
+fn mask(name: &str) -> foveal::Result<Option<Mask>> {
+    let shape = Shape { batch: 1, seq: TOKENS, heads: 1, dim: 64 };
+    Ok(Some(match name {
+        "window" => Mask::window(12),
+        "sparse_transformer" => {
+            SparseTransformer::new(Factors::Strided { stride: 7, window: Window::Paper })?.mask()
+        }
+        "longformer" => Longformer::new(5).global(vec![vec![0, 20]]).mask(),
+        "bigbird" => {
+            let plan = BlockPlan::published([1, TOKENS / 4, 2], 1)?;
+            BigBird { block: 4, plan, causal: false }.mask()?
+        }
+        "reformer" => {
+            let hash = AngularHash::new(shape.dim, 12, 2, 1)?;
+            Reformer::new(8)?.mask(&hash.buckets(normal(shape, 1)?.view(), Cpu::detect()?)?)
+        }
+        "moba" | "native_sparse" => {
+            // Blocks of 6, of which a token sees its own and two earlier ones; NSA's window beside them.
+            let layer = Moba::new(6, 3)?;
+            let (q, k) = (normal(shape, 1)?, normal(shape, 2)?);
+            let chosen = layer.mask(&layer.choose(q.view(), k.view())?, TOKENS);
+            let window = Mask::causal().and(Mask::window(10));
+            if name == "moba" { chosen } else { chosen.or(window) }
+        }
+        _ => return Ok(None),
+    }))
+}

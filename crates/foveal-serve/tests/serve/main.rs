@@ -1,0 +1,8 @@
+//! The server over loopback: what clients get, and what they can't do.
+
+mod hostile;
+mod leaving;
+mod requests;
+mod streams;
+mod support;
+mod who;

@@ -1,0 +1,119 @@
+// Clicks through the page and compares what is drawn with the numbers of the server.
+import assert from "node:assert/strict";
+import { chromium } from "playwright-core";
+
+const [base, pictures] = process.argv.slice(2);
+const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ["--no-sandbox"] });
+const context = await browser.newContext({ viewport: { width: 1180, height: 860 } });
+const page = await context.newPage();
+const wrong = [];
+page.on("console", (message) => message.type() === "error" && wrong.push(message.text()));
+page.on("pageerror", (error) => wrong.push(String(error)));
+page.on("request", (request) => request.url().startsWith(base) || request.url().startsWith("data:") || wrong.push(`asks ${request.url()}`));
+
+// Chat: an answer comes piece by piece, and can be stopped.
+await page.goto(base);
+const paint = await page.evaluate(() => performance.getEntriesByType("paint").find(({ name }) => name === "first-contentful-paint")?.startTime ?? NaN);
+const bytes = await page.evaluate(() => performance.getEntriesByType("resource").reduce((sum, entry) => sum + (entry.decodedBodySize ?? 0), 0));
+console.log(`first paint after ${paint.toFixed(0)} ms, ${bytes} bytes beside the document`);
+await page.fill("#temperature", "0");
+await page.fill("#max-tokens", "40");
+await page.fill("#say", "What is the capital of France?");
+await page.keyboard.press("Enter");
+await page.waitForFunction(() => document.getElementById("send").disabled === false && document.querySelectorAll("article").length === 2, null, { timeout: 60000 });
+const said = await page.textContent("article:nth-of-type(2) div");
+assert.ok(said.length > 2, said);
+const direct = await (await fetch(`${base}/v1/chat/completions`, {
+  method: "POST", headers: { "content-type": "application/json" },
+  body: JSON.stringify({ messages: [{ role: "user", content: "What is the capital of France?" }], temperature: 0, max_tokens: 40 }),
+})).json();
+assert.equal(said, direct.choices[0].message.content);
+assert.match(await page.textContent("#chat-figures"), /tokens read/);
+await page.screenshot({ path: `${pictures}/serve-chat.png` });
+await page.fill("#max-tokens", "2000");
+await page.fill("#say", "Tell me a long story.");
+await page.keyboard.press("Enter");
+await page.waitForFunction(() => (document.querySelectorAll("article div")[3]?.textContent.length ?? 0) > 20, null, { timeout: 60000 });
+await page.click("#halt");
+await page.waitForFunction(() => !document.getElementById("send").disabled);
+await page.waitForFunction(() => document.getElementById("gauge-texts").textContent.startsWith("0 of"), null, { timeout: 10000 });
+
+// Look: every head has a map; a token's weights are those of the server.
+await page.keyboard.press("Tab");
+await page.click("#tab-look");
+await page.click("#see");
+await page.waitForSelector("#map-29-8", { timeout: 60000 });
+assert.equal(await page.locator("#maps > div").count(), 270);
+const words = await page.locator("#tokens span").count();
+await page.click("#map-5-3");
+await page.waitForFunction(() => document.querySelector("#head").value === "3" && document.querySelectorAll("#best li").length > 3);
+await page.focus("#tokens");
+await page.keyboard.press("ArrowLeft");
+await page.waitForFunction((n) => document.querySelector(`#token-${n}`).getAttribute("aria-selected") === "true", words - 2);
+await page.waitForTimeout(500);
+const weight = Number((await page.textContent("#best li")).split(" ")[0]);
+const answers = [];
+page.on("response", async (response) => response.url().endsWith("/row") && answers.push(await response.json()));
+await page.keyboard.press("ArrowRight");
+await page.keyboard.press("ArrowLeft");
+await page.waitForTimeout(500);
+const last = answers.find(({ position }) => position === words - 2);
+const raw = Buffer.from(last.weights, "base64");
+const row = Array.from({ length: raw.length / 2 }, (_, n) => raw.readUInt16LE(2 * n) / 65535);
+assert.ok(Math.abs(Math.max(...row) - weight) < 1e-4, `${Math.max(...row)} and ${weight}`);
+assert.ok(Math.abs(row.reduce((a, b) => a + b) - 1) < 0.01);
+const drawn = await page.evaluate((n) => getComputedStyle(document.getElementById(`token-${n}`)).backgroundColor, row.indexOf(Math.max(...row)));
+const brightest = await page.evaluate(async (w) => { const { css, level } = await import("/page/colour.js"); const probe = document.createElement("i"); probe.style.color = css(level(w)); document.body.append(probe); const found = getComputedStyle(probe).color; probe.remove(); return found; }, Math.max(...row));
+assert.equal(drawn, brightest);
+await page.selectOption("#order", "previous");
+await page.waitForTimeout(200);
+await page.evaluate(() => scrollTo(0, 0));
+await page.screenshot({ path: `${pictures}/serve-look.png` });
+await page.click("#more");
+await page.waitForFunction((n) => document.querySelectorAll("#tokens span").length > n + 3, words, { timeout: 60000 });
+await page.click("#more");
+
+// A long text stays smooth: 30 layers of 9 heads, some 2,000 tokens.
+const long = Array.from({ length: 1900 }, (_, n) => ["time", "people", "way", "water"][(n * n + (n >> 3)) % 4]).join(" ");
+await page.waitForFunction(() => document.getElementById("more").textContent === "Go on");
+await page.fill("#text", long);
+await page.click("#see");
+await page.waitForFunction(() => /(1[89]\d\d|2\d\d\d) tokens read/.test(document.getElementById("look-figures").textContent), null, { timeout: 120000 });
+console.log(await page.textContent("#look-figures"));
+const slow = await page.evaluate(async () => {
+  let longest = 0;
+  new PerformanceObserver((list) => { for (const entry of list.getEntries()) longest = Math.max(longest, entry.duration); }).observe({ entryTypes: ["longtask"] });
+  const maps = document.getElementById("maps");
+  for (let n = 0; n < 30; n++) { maps.scrollTop = n * 100; await new Promise(requestAnimationFrame); }
+  return longest;
+});
+console.log(`longest task while scrolling: ${slow} ms`);
+
+// Mechanisms: two side by side, measured here.
+await page.click("#tab-mechanisms");
+await page.waitForSelector("#measure-1");
+for (const n of [0, 1]) {
+  await page.click(`#measure-${n}`);
+  await page.waitForFunction((n) => !document.getElementById(`measure-${n}`).disabled, n, { timeout: 60000 });
+}
+assert.match(await page.textContent("#curve-text"), /full: 256 tokens .*gated_delta: 256 tokens/);
+await page.screenshot({ path: `${pictures}/serve-mechanisms.png`, fullPage: true });
+
+// Keyboard, narrow and dark.
+await page.focus("#tab-mechanisms");
+await page.keyboard.press("ArrowRight");
+assert.equal(await page.getAttribute("#tab-chat", "aria-selected"), "true");
+await page.setViewportSize({ width: 320, height: 700 });
+await page.emulateMedia({ colorScheme: "dark" });
+for (const view of ["chat", "look", "mechanisms"]) {
+  await page.click(`#tab-${view}`);
+  await page.waitForTimeout(100);
+  const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+  assert.ok(wide <= 320, `${view} is ${wide} px wide`);
+}
+await page.click("#tab-chat");
+const shift = await page.evaluate(() => new Promise((done) => { let sum = 0; new PerformanceObserver((list) => { for (const entry of list.getEntries()) if (!entry.hadRecentInput) sum += entry.value; }).observe({ type: "layout-shift", buffered: true }); setTimeout(() => done(sum), 300); }));
+console.log(`layout shifts: ${shift.toFixed(4)}`);
+assert.deepEqual(wrong, []);
+await browser.close();
+console.log("chat, look and mechanisms do what they say");
