@@ -41,7 +41,7 @@ pub(super) enum Remembering {
 /// What such a memory is of a text.
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryState {
-    Infini(InfiniState<f32>),
+    Infini(Box<InfiniState<f32>>),
     Memorizing(Box<MemorizingState<Entries>>),
 }
 
@@ -201,7 +201,7 @@ impl Remembering {
     ) -> Result<MemoryState, Error> {
         Ok(match self {
             Remembering::Infini { layer, rotated, .. } => {
-                MemoryState::Infini(layer.state(heads, *rotated)?)
+                MemoryState::Infini(Box::new(layer.state(heads, *rotated)?))
             }
             Remembering::Memorizing { layer, .. } => {
                 // Only rows are searched.
