@@ -22,11 +22,11 @@ mod output;
 mod sparse;
 
 use pyo3::prelude::*;
-use std::ffi::OsString;
 
 /// The command `foveal` with its name and arguments; the exit code.
+#[cfg(feature = "command")]
 #[pyfunction]
-fn command(py: Python<'_>, arguments: Vec<OsString>) -> u8 {
+fn command(py: Python<'_>, arguments: Vec<std::ffi::OsString>) -> u8 {
     py.detach(|| foveal_cli::main(arguments))
 }
 
@@ -38,6 +38,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cache::attention_cached, module)?)?;
     module.add_function(wrap_pyfunction!(call::get_threads, module)?)?;
     module.add_function(wrap_pyfunction!(call::set_threads, module)?)?;
+    #[cfg(feature = "command")]
     module.add_function(wrap_pyfunction!(command, module)?)?;
     module.add_function(wrap_pyfunction!(direct::attention_into, module)?)?;
     module.add_function(wrap_pyfunction!(mechanisms::backward, module)?)?;
