@@ -35,6 +35,25 @@ struct Memory {
     strides: [i64; AXES],
 }
 
+/// Truth values on four axes: rows of bytes.
+#[derive(Debug)]
+pub(crate) struct Truths<'a> {
+    data: *const u8,
+    pub(crate) shape: [usize; AXES],
+    strides: [i64; AXES],
+    array: PhantomData<&'a [u8]>,
+}
+
+impl<'a> Truths<'a> {
+    /// A row along the last axis.
+    pub(crate) fn row(&self, at: [usize; 3]) -> &'a [u8] {
+        assert!(at.iter().zip(&self.shape).all(|(at, extent)| at < extent));
+        let first: i64 = at.iter().zip(&self.strides).map(|(&at, stride)| at as i64 * stride).sum();
+        // SAFETY: as in `View::arranged`; indices are within the extents.
+        unsafe { std::slice::from_raw_parts(self.data.add(first as usize), self.shape[3]) }
+    }
+}
+
 impl<'py> Array<'py> {
     /// Any array on the processor.
     pub(crate) fn new(what: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Array<'py>> {
@@ -401,22 +420,15 @@ impl<'a> View<'a> {
         (0..self.contiguous()?).map(number).collect()
     }
 
-    /// Truth values of an array that broadcasts to four axes, and its extents: rows of bytes that lie one after the other.
-    pub(crate) fn truths(&self) -> Result<([usize; 4], impl Fn([usize; 3]) -> &'a [u8])> {
+    /// Truth values of an array that broadcasts to four axes.
+    pub(crate) fn truths(&self) -> Result<Truths<'a>> {
         self.typed(DataType::BOOL, 1)?;
         let (mut shape, mut strides) = ([1; 4], [0i64; 4]);
         let skip = AXES - self.memory.axes;
         shape[skip..].copy_from_slice(self.shape());
         strides[skip..].copy_from_slice(&self.memory.strides[..self.memory.axes]);
         self.ordered(shape, strides)?;
-        let data = self.memory.data;
-        let row = move |[a, b, c]: [usize; 3]| {
-            assert!(a < shape[0] && b < shape[1] && c < shape[2]);
-            let at = a as i64 * strides[0] + b as i64 * strides[1] + c as i64 * strides[2];
-            // SAFETY: as in `arranged`; indices are within the extents.
-            unsafe { std::slice::from_raw_parts(data.add(at as usize), shape[3]) }
-        };
-        Ok((shape, row))
+        Ok(Truths { data: self.memory.data, shape, strides, array: PhantomData })
     }
 
     /// Bytes from the first to the last.

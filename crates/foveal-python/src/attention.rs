@@ -302,10 +302,10 @@ impl<E: Element> Places<E> {
 
 /// Bits of truth values `[batch, heads, queries, keys]`, of which the first three extents may be 1.
 pub(crate) fn dense(seen: &View<'_>, extent: Extent) -> Result<Dense> {
-    let (shape, row) = seen.truths()?;
+    let truths = seen.truths()?;
     let Extent { batch, heads, queries, keys } = extent;
     let fits = |got: usize, all: usize| got == 1 || got == all;
-    let [b, h, t, s] = shape;
+    let [b, h, t, s] = truths.shape;
     if !fits(b, batch) || !fits(h, heads) || !fits(t, queries) || !fits(s, keys) {
         let expected = vec![batch, heads, queries, keys];
         return Err(Error::Shape { what: "mask", expected, got: seen.shape().to_vec() });
@@ -315,7 +315,7 @@ pub(crate) fn dense(seen: &View<'_>, extent: Extent) -> Result<Dense> {
     let rows = if words == 0 { &mut [][..] } else { &mut bits[..] };
     for (n, to) in rows.chunks_exact_mut(words.max(1)).enumerate() {
         let (site, t_row) = (n / queries, n % queries);
-        let from = row([site / h, site % h, t_row.min(t - 1)]);
+        let from = truths.row([site / h, site % h, t_row.min(t - 1)]);
         match s == keys {
             true => pack(from, to),
             false => to.fill(if from[0] != 0 { u64::MAX } else { 0 }),

@@ -93,11 +93,12 @@ struct Lists {
 impl Lists {
     fn new(given: &Given<'_>) -> Result<Lists> {
         let present = given.optional(PRESENT).map(|present| -> Result<Vec<bool>> {
-            let (shape, row) = present.truths()?;
+            let truths = present.truths()?;
+            let shape = truths.shape;
             let rows = (0..shape[0]).flat_map(|a| {
                 (0..shape[1]).flat_map(move |b| (0..shape[2]).map(move |c| [a, b, c]))
             });
-            Ok(rows.flat_map(|at| row(at).iter().map(|&x| x != 0)).collect())
+            Ok(rows.flat_map(|at| truths.row(at).iter().map(|&x| x != 0)).collect())
         });
         let cuts = given.optional(CUTS).map(|cuts| cuts.indices()).transpose()?;
         Ok(Lists { present: present.transpose()?, cuts })

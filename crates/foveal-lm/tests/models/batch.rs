@@ -263,11 +263,11 @@ fn a_bad_request_is_its_own_failure() {
     assert!(matches!(results[5].text, Err(Error::Sampling { name: "top-p", .. })));
 }
 
-/// Runs a batch to its end, taking back what `cancel` says after so many steps; every result, and all pieces that were seen.
-fn watched(
-    batcher: &mut Batcher<'_>,
-    cancel: &[(usize, usize)],
-) -> (Vec<(usize, Text)>, Vec<(usize, String)>) {
+/// Finished texts, and all pieces that were seen, with their numbers.
+type Watched = (Vec<(usize, Text)>, Vec<(usize, String)>);
+
+/// Runs a batch to its end, taking back what `cancel` says after so many steps.
+fn watched(batcher: &mut Batcher<'_>, cancel: &[(usize, usize)]) -> Watched {
     let (mut results, mut seen, mut step) = (vec![], vec![], 0);
     while !batcher.is_idle() {
         for (_, id) in cancel.iter().filter(|(at, _)| *at == step) {
