@@ -69,6 +69,7 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct Cache(RwLock<Store>);
 
+#[expect(clippy::needless_pass_by_value, reason = "as map_err gives it")]
 fn busy<T>(error: TryLockError<T>) -> PyErr {
     let text = match error {
         TryLockError::WouldBlock => "the cache is in use by another thread",
@@ -270,6 +271,7 @@ type Options = (Option<usize>, Option<usize>, Option<f32>, Option<f32>, bool);
 
 /// Output and log-sum-exp of queries `[B, T, H, D]` to one cache for each sequence.
 #[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "as arguments of Python come")]
 pub(crate) fn attention_cached<'py>(
     py: Python<'py>,
     q: &Bound<'py, PyAny>,
