@@ -1,13 +1,13 @@
 """Linear attention in PyTorch next to Foveal's, on one thread, f32.
 
     target/release/examples/linear_speed has to be built: cargo build --release -p foveal --example linear_speed
-    python torch_linear.py [TOKENS] [DIM]        8 heads; 16384 tokens and 64 numbers a head unless told otherwise
+    python torch_linear.py [TOKENS] [DIM] [MECHANISM...]      8 heads; 16384 tokens and 64 numbers a head unless told otherwise
 
 Peers: for elu + 1, causal, normalised, the chunked forms that PyTorch's operators allow (sums of chunks by cumsum, or a
 loop that carries the state), each with chunks of several lengths; the fastest stands for PyTorch. For the others, the
 forms in plain PyTorch that fla-core brings (`fla.ops.*.naive`, read from their files, since importing fla asks for a GPU).
-Every form is checked against a loop over tokens in f64 before it is timed. Foveal's program runs before, between and
-after the peers; both sides count their best.
+Every form is checked against a loop over tokens in f64 before it is timed. Foveal's program runs before and
+after the peers of each mechanism; both sides count their best.
 
 Needs torch, numpy, einops and fla-core (`pip install fla-core einops` next to what setup.sh makes).
 """
@@ -111,7 +111,7 @@ def forms():
     gla, delta, gated = naive("gla"), naive("delta_rule"), naive("gated_delta_rule")
     late = lambda *tensors: [x.transpose(1, 2) for x in tensors]
     back = lambda out: (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-    few, all_of = 2048, 1 << 20
+    few, all_of = 512, 1 << 20
 
     def retention(x, length=all_of):
         return simple.naive_chunk_simple_gla(*late(x["q"], x["k"], x["v"], retention_decay(x["q"]).float()))
@@ -207,31 +207,34 @@ def timed(form, x):
     return best, both
 
 
-def own(tokens, dim):
-    """Foveal's figures: mechanism → Mtok/s a head, forward, forward and backward."""
-    text = subprocess.run([OWN, str(tokens), str(dim)], check=True, capture_output=True, text=True).stdout
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ % \| ([\d.]+) \|", text, re.M)
-    return {name: (float(forward), float(both)) for name, forward, both in rows}
+def own(name, tokens, dim):
+    """Foveal's Mtok/s a head: forward, forward and backward."""
+    text = subprocess.run([OWN, str(tokens), str(dim), name], check=True, capture_output=True, text=True).stdout
+    found = re.search(rf"^\| {name} \| ([\d.]+) \| [\d.]+ % \| ([\d.]+) \|", text, re.M)
+    return tuple(map(float, found.groups()))
 
 
 def main():
-    tokens, dim = [int(x) for x in sys.argv[1:]] + [16384, 64][len(sys.argv) - 1 :]
+    numbers = [int(x) for x in sys.argv[1:] if x.isdigit()]
+    names = [x for x in sys.argv[1:] if not x.isdigit()]
+    tokens, dim = numbers + [16384, 64][len(numbers) :]
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, {tokens} tokens, {HEADS} heads of {dim}", flush=True)
-    small, best = inputs(CHECKED, dim), own(tokens, dim)
+    small = inputs(CHECKED, dim)
     for name, all_forms in forms().items():
-        expected, rows = steps(name, small), []
+        if names and name not in names:
+            continue
+        expected, rows, best = steps(name, small), [], own(name, tokens, dim)
         for form_name, longest, form in all_forms:
             check(form_name, form, small, expected)
             length = min(tokens, longest)
             forward, both = timed(form, inputs(length, dim))
             rate = lambda time: length * HEADS / time / 1e6 if time else 0.0
             rows.append((form_name, length, rate(forward), rate(both)))
-        for key, values in own(tokens, dim).items():
-            best[key] = tuple(map(max, values, best[key]))
-        print(f"\n{name}: Foveal {best[name][0]:.2f} forward, {best[name][1]:.2f} with gradients (Mtok/s a head)")
+        best = tuple(map(max, best, own(name, tokens, dim)))
+        print(f"\n{name}: Foveal {best[0]:.2f} forward, {best[1]:.2f} with gradients (Mtok/s a head)")
         for form_name, length, forward, both in rows:
-            times = [f"{own / rate:.1f} x" if rate else "-" for own, rate in zip(best[name], (forward, both))]
+            times = [f"{own / rate:.1f} x" if rate else "-" for own, rate in zip(best, (forward, both))]
             print(f"  {form_name}, {length} tokens: {forward:.4f} {both:.4f}; Foveal is {times[0]}, {times[1]}", flush=True)
 
 

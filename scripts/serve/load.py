@@ -58,7 +58,7 @@ async def main():
                 still = not long.done()
                 long_first, _, _ = await long
                 print(f"round {turn}: first token of a short prompt after {first:.3f} s, of the long one after {long_first:.2f} s"
-                      + ("" if still else " (the long prompt had been read before: no measurement)"))
+                      + ("" if still else " (only once the long prompt had been read)"))
                 continue
             start = time.perf_counter()
             prompts = [words(100 * turn + n, 20) for n in range(arguments.clients)]

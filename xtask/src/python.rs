@@ -17,19 +17,18 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         bail!("python takes no arguments, got {first:?}");
     }
     let Some(python) = python() else {
-        return Ok(skip(
-            "the wheel",
-            "there is no Python 3.10 or newer with venv ($PYTHON names one)",
-        ));
+        skip("the wheel", "there is no Python 3.10 or newer with venv ($PYTHON names one)");
+        return Ok(());
     };
     let folder = folder()?;
     let Some(environment) = environment(&python, &folder.join("environment"), None)? else {
-        return Ok(skip("the wheel", "pip cannot install maturin, NumPy and pytest"));
+        skip("the wheel", "pip cannot install maturin, NumPy and pytest");
+        return Ok(());
     };
     let wheel = wheel(&environment, &folder)?;
     install(&environment, &wheel)?;
     pytest(&environment, &[TESTS, "--ignore", TORCH_TESTS])?;
-    run::run(&mut Command::new(environment.join("bin/foveal")).arg("list"))
+    run::run(Command::new(environment.join("bin/foveal")).arg("list"))
 }
 
 /// The tests that need PyTorch, in an environment that finds it where an interpreter has it.

@@ -18,6 +18,7 @@ use foveal_lm::Model;
 use foveal_lm::generate::{Generator, Options, Prompt, read};
 use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep, Retrieval};
 use foveal_lm::model::State;
+use foveal_lm::sample::Sampling;
 use foveal_lm::tokenizer::{Encode, Tokenizer};
 use foveal_lm::weights::{Description, Weights};
 
@@ -116,7 +117,7 @@ fn answer(
 ) -> Result<bool, foveal_lm::Error> {
     let mut watch = |_| std::ops::ControlFlow::Continue(());
     let rest = read(model, &text.tokens, state, &mut watch)?;
-    let options = Options { max_tokens: 8, ..Options::default() };
+    let options = Options { max_tokens: 8, sampling: Sampling::greedy(), ..Options::default() };
     let prompt = Prompt { held: &[], new: rest };
     let generator = Generator::new(model, tokenizer, state, prompt, &options)?;
     fetched.extend(share(generator.state(), &text.place));

@@ -9,7 +9,7 @@
 //!
 //! Numbers are little-endian. Entries are written first and the record of them last, and nothing that the record names is
 //! written over before a new record gives it up: a process may be killed at any moment and the file holds what it held before
-//! or after. [`MemoryFile::flush`] brings it to the disk itself; if the machine fails, contents that did not arrive are found by their
+//! or after. [`MemoryFile::sync`] brings it to the disk itself; if the machine fails, contents that did not arrive are found by their
 //! digests.
 //!
 //! Files come from strangers: one that is not such a file, is damaged, or is another's memory is refused and left as it is.
@@ -199,7 +199,19 @@ impl MemoryFile {
         self.held.len() * self.layout.kv_heads * row
     }
 
-    /// Brings all that is held to the disk.
+    /// Brings what was appended to the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MemoryFile`].
+    pub fn sync(&self) -> Result<(), Error> {
+        self.file.sync_all().map_err(|error| Error::MemoryFile {
+            path: self.path.clone(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Writes down what is held, and brings all of it to the disk.
     ///
     /// # Errors
     ///

@@ -125,7 +125,7 @@ impl<'a> PromptCache<'a> {
         let contents = contents(state)
             .filter(|_| *state.options() == self.options)
             .ok_or_else(|| refuse("the state was made with other options".to_owned()))?;
-        let (stores, numbers) = contents.all();
+        let (stores, numbers) = (contents.stores(), contents.all_numbers());
         let mut arrays = vec![(name.to_owned(), read)];
         arrays.push(("spans".to_owned(), Numbers::spans(stores)));
         for (name, store) in stores {

@@ -184,10 +184,10 @@ fn read(
         streamed.offset = stream.offset();
         pieces += 1;
         if pieces == stops {
-            state.flush_memories().unwrap();
+            state.sync_memories().unwrap();
             cache.save_streamed(file, &streamed, &state).unwrap();
         }
-        if pieces == stops + 2 {
+        if Some(pieces) == stops.checked_add(2) {
             // What was read after the file was written is lost, but for entries in files.
             return None;
         }

@@ -39,7 +39,7 @@ pub(super) fn measure(arguments: &Arguments, session: &Session) -> anyhow::Resul
         read.offset = stream.offset();
         kv_bytes = kv_bytes.max(state.kv_bytes());
         if whole && read.tokens - saved >= arguments.save_every {
-            file.save(&read, &mut state)?;
+            file.save(&read, &state)?;
             saved = read.tokens;
         }
     }
@@ -86,9 +86,9 @@ impl<'a> File<'a> {
         Ok((Streamed::default(), state))
     }
 
-    fn save(&self, streamed: &Streamed, state: &mut State) -> anyhow::Result<()> {
+    fn save(&self, streamed: &Streamed, state: &State) -> anyhow::Result<()> {
         let File(Some((path, cache))) = self else { return Ok(()) };
-        state.flush_memories()?;
+        state.sync_memories()?;
         Ok(cache.save_streamed(path, streamed, state)?)
     }
 }

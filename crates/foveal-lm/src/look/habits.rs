@@ -40,7 +40,7 @@ impl Habits {
         keys: &Range<usize>,
         (tokens, i): (&[u32], usize),
     ) -> Habits {
-        let at = |j: usize| keys.contains(&j).then(|| weights[j - keys.start]).unwrap_or(0.0);
+        let at = |j: usize| if keys.contains(&j) { weights[j - keys.start] } else { 0.0 };
         let (mut same, mut entropy, mut distance) = (0.0, 0.0, 0.0);
         for (j, &w) in keys.clone().zip(weights).take_while(|(j, _)| *j <= i) {
             let w = f64::from(w);

@@ -86,12 +86,8 @@ impl State {
     /// # Errors
     ///
     /// [`Error::MemoryFile`].
-    pub fn flush_memories(&mut self) -> Result<(), Error> {
-        let sections = self.layers.iter_mut().flat_map(|layer| layer.sections_mut());
-        sections.into_iter().try_for_each(|section| match section {
-            SectionState::Memory(memory) => memory.flush(),
-            _ => Ok(()),
-        })
+    pub fn sync_memories(&self) -> Result<(), Error> {
+        self.memories().try_for_each(MemoryState::sync)
     }
 
     fn memories(&self) -> impl Iterator<Item = &MemoryState> {

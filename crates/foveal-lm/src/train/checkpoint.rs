@@ -27,6 +27,16 @@ use crate::weights::{Mapping, Safetensors};
 /// The name of the file in a run's folder.
 pub(super) const FILE: &str = "checkpoint.safetensors";
 const DIGEST: usize = 32;
+/// What a run writes whole.
+const FILES: [&str; 7] = [
+    FILE,
+    "config.json",
+    "model.safetensors",
+    "report.html",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train.toml",
+];
 
 /// What is known of a run besides its numbers.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -207,8 +217,8 @@ pub(super) fn clean(folder: &Path) {
     for entry in entries.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let half = ["checkpoint.safetensors", "model.safetensors", "report.html"];
-        if half.iter().any(|file| name.starts_with(&format!(".{file}."))) {
+        let mut half = FILES.iter().map(|file| format!(".{file}."));
+        if half.any(|file| name.starts_with(&file)) {
             // It is in nobody's way.
             let _ = std::fs::remove_file(entry.path());
         }

@@ -451,7 +451,8 @@ fn configurations_that_make_no_sense_are_refused() {
         (json!({"name": "transformer_xl", "segment": 0, "memory": 3}), "at least 1 token"),
         (json!({"name": "transformer_xl", "segment": 9, "memory": 9_999_999}), "at most 1048576"),
         (json!({"name": "infini", "segment": 0}), "segment"),
-        (json!({"name": "delta"}), "proj"),
+        (json!({"name": "delta"}), "a key and a value for each query head"),
+        (json!({"name": "transformer_xl", "segment": 4, "memory": 4}), "r_proj"),
         (json!({"name": "lsh", "chunk": 4, "buckets": 4}), "as many as query heads"),
         (json!({"name": "longformer", "reach": 3, "global_projections": true}), "no global token"),
         (

@@ -170,8 +170,8 @@ impl Head {
             "object": object,
             "created": self.created,
             "model": self.app.served.name,
-            "choices": choices,
         });
+        body["choices"] = Value::Array(choices);
         if let Some(usage) = usage {
             body["usage"] = usage.body();
         }
@@ -221,12 +221,10 @@ struct Deltas {
 
 impl Deltas {
     fn chunk(&self, number: usize, delta: Value, (logprobs, reason): (Value, Value)) -> Value {
-        let choice = json!({
-            "index": number,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": reason,
-        });
+        let mut choice = json!({"index": number});
+        choice["delta"] = delta;
+        choice["logprobs"] = logprobs;
+        choice["finish_reason"] = reason;
         let mut body = self.head.body("chat.completion.chunk", vec![choice], None);
         if self.include_usage {
             body["usage"] = Value::Null;

@@ -127,8 +127,8 @@ impl Head {
             "object": "text_completion",
             "created": self.created,
             "model": self.app.served.name,
-            "choices": choices,
         });
+        body["choices"] = Value::Array(choices);
         if let Some(usage) = usage {
             body["usage"] = usage.body();
         }

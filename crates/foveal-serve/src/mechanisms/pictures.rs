@@ -29,7 +29,7 @@ pub(crate) fn picture(name: &str) -> Vec<String> {
         "memorizing" => shades(|i, j| match (i / segment, j / segment) {
             (a, b) if a == b => (i >= j).then_some(1.0),
             // A few of the past, which content would choose.
-            (a, b) => (a > b && (i * 7 + j * 5) % 13 == 0).then_some(1.0),
+            (a, b) => (a > b && (i * 7 + j * 5).is_multiple_of(13)).then_some(1.0),
         }),
         name => mask(name).ok().flatten().map_or_else(
             || shades(|i, j| (i >= j).then_some(1.0)),

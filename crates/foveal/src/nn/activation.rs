@@ -50,10 +50,12 @@ pub struct GateGradient<'a> {
     pub d_h: &'a mut [f32],
 }
 
-impl GateGradient<'_> {
-    fn check(&self) -> Result<()> {
-        same_length("gate and up", self.gate.len(), self.up.len())?;
-        same_length("gradient of gated numbers", self.gate.len(), self.d_h.len())
+impl<'a> GateGradient<'a> {
+    fn checked(self) -> Result<[&'a mut [f32]; 3]> {
+        let GateGradient { gate, up, d_h } = self;
+        same_length("gate and up", gate.len(), up.len())?;
+        same_length("gradient of gated numbers", gate.len(), d_h.len())?;
+        Ok([gate, up, d_h])
     }
 }
 
@@ -62,8 +64,8 @@ impl GateGradient<'_> {
 /// # Errors
 /// [`crate::Error::LengthMismatch`] if the lengths differ. Nothing is written then.
 pub fn silu_gate_gradient(of: GateGradient<'_>, level: Level) -> Result<()> {
-    of.check()?;
-    nn::silu_gate_gradient(level, of.gate, of.up, of.d_h);
+    let [gate, up, d_h] = of.checked()?;
+    nn::silu_gate_gradient(level, gate, up, d_h);
     Ok(())
 }
 
@@ -72,8 +74,8 @@ pub fn silu_gate_gradient(of: GateGradient<'_>, level: Level) -> Result<()> {
 /// # Errors
 /// Those of [`silu_gate_gradient`].
 pub fn gelu_gate_gradient(of: GateGradient<'_>, level: Level) -> Result<()> {
-    of.check()?;
-    nn::gelu_gate_gradient(level, of.gate, of.up, of.d_h);
+    let [gate, up, d_h] = of.checked()?;
+    nn::gelu_gate_gradient(level, gate, up, d_h);
     Ok(())
 }
 

@@ -82,13 +82,13 @@ impl LshState<f32> {
         &mut self,
         tokens: usize,
         [counts, slots, lists]: [Vec<f32>; 3],
-        rows: [Vec<f32>; 2],
+        [keys, values]: [Vec<f32>; 2],
     ) -> Result<()> {
         let lengths = self.lengths(tokens, [&counts, &slots])?;
-        if [lists.len(), rows[0].len(), rows[1].len()] != lengths {
+        if [lists.len(), keys.len(), values.len()] != lengths {
             return Err(refused("lists and rows as long as counts and slots say"));
         }
-        let [mut keys, mut values] = rows.each_ref().map(|rows| &rows[..]);
+        let [mut keys, mut values] = [&keys[..], &values[..]];
         let (mut lists, mut heads) = (&lists[..], vec![]);
         for (counts, &slots) in counts.chunks(2 * self.hash.rounds() * self.per_round()).zip(&slots)
         {

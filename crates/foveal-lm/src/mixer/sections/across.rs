@@ -41,7 +41,7 @@ pub(super) enum Remembering {
 /// What such a memory is of a text.
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryState {
-    Infini(InfiniState<f32>),
+    Infini(Box<InfiniState<f32>>),
     Memorizing(Box<MemorizingState<Entries>>),
 }
 
@@ -122,10 +122,10 @@ impl MemoryState {
     }
 
     /// Brings entries that are in files to the disk.
-    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+    pub(crate) fn sync(&self) -> Result<(), Error> {
         match self {
             MemoryState::Infini(_) => Ok(()),
-            MemoryState::Memorizing(state) => state.store_mut().flush(),
+            MemoryState::Memorizing(state) => state.store().sync(),
         }
     }
 
@@ -201,7 +201,7 @@ impl Remembering {
     ) -> Result<MemoryState, Error> {
         Ok(match self {
             Remembering::Infini { layer, rotated, .. } => {
-                MemoryState::Infini(layer.state(heads, *rotated)?)
+                MemoryState::Infini(Box::new(layer.state(heads, *rotated)?))
             }
             Remembering::Memorizing { layer, .. } => {
                 // Only rows are searched.

@@ -71,13 +71,9 @@ impl Entries {
         }
     }
 
-    /// Brings what files hold to the disk.
-    pub(super) fn flush(&mut self) -> Result<(), Error> {
-        match self {
-            Entries::Rows(Rows::File(file)) => file.flush(),
-            // What codes stand for is not to be changed, and has been written when it was appended.
-            Entries::Coded(_) | Entries::Rows(Rows::Ram(_)) => Ok(()),
-        }
+    /// Brings what a file holds to the disk.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        self.file().map_or(Ok(()), MemoryFile::sync)
     }
 
     /// Names the entries for a file; those that lie in a file of their own are not. `None` for codes in RAM.

@@ -119,18 +119,18 @@ impl Recurring {
         let Some(rule) = Rule::new(mechanism, (heads, kv_heads), head_dim)? else {
             return Ok(None);
         };
-        let (taps, strength, decay) = match mechanism {
-            &Mechanism::ScalarDecay { conv } => (conv, None, softplus()?),
-            &Mechanism::Gla { rank } => {
+        let (taps, strength, decay) = match *mechanism {
+            Mechanism::ScalarDecay { conv } => (conv, None, softplus()?),
+            Mechanism::Gla { rank } => {
                 let down = linear("decay_down", [rank, width])?;
                 let up = linear("decay_up", [heads * head_dim, rank])?;
                 let bias = Some(vector("decay_up.bias", heads * head_dim)?);
                 (0, None, Some(DecayParts::Sigmoid { down, up: Linear { bias, ..up } }))
             }
-            &Mechanism::Delta { conv, negative_eigenvalues } => {
+            Mechanism::Delta { conv, negative_eigenvalues } => {
                 (conv, strength(negative_eigenvalues)?, None)
             }
-            &Mechanism::GatedDelta { conv, negative_eigenvalues } => {
+            Mechanism::GatedDelta { conv, negative_eigenvalues } => {
                 (conv, strength(negative_eigenvalues)?, softplus()?)
             }
             _ => (0, None, None),

@@ -37,9 +37,14 @@ impl<'a> Contents<'a> {
         self.numbers.push((format!("{}{name}", self.prefix), numbers));
     }
 
-    /// Stores in order, and numbers, each with its whole name.
-    pub(crate) fn all(&self) -> (&[(String, &'a Store)], &[(String, &'a [f32])]) {
-        (&self.stores, &self.numbers)
+    /// The stores in order, each with its whole name.
+    pub(crate) fn stores(&self) -> &[(String, &'a Store)] {
+        &self.stores
+    }
+
+    /// The numbers, likewise.
+    pub(crate) fn all_numbers(&self) -> &[(String, &'a [f32])] {
+        &self.numbers
     }
 }
 

@@ -281,7 +281,7 @@ struct Work<'a> {
 impl Work<'_> {
     fn run(
         &self,
-        mut carried: Option<&mut Carried>,
+        carried: Option<&mut Carried>,
         gradients: Option<&mut [f32]>,
         options: &mut StepOptions<'_>,
     ) -> Result<Loss, Error> {
@@ -316,7 +316,7 @@ impl Work<'_> {
         };
         // Layers that are run once more begin with what they began with.
         let before = carried.as_deref().filter(|_| keep == Keep::Inputs).cloned();
-        let (x, saved) = self.forward(of, carried.as_deref_mut(), keep, &mut tools)?;
+        let (x, saved) = self.forward(of, carried, keep, &mut tools)?;
         let objection = Objection {
             targets: batch.targets,
             smoothing: if training { options.smoothing } else { 0.0 },

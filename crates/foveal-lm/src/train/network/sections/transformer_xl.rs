@@ -99,8 +99,8 @@ impl TransformerXl {
         let joined = |earlier_rows: &[f32], own: TensorRef<'_, f32>| -> Result<_, Error> {
             let before = TensorRef::new(earlier_rows, earlier)?;
             let mut all = Tensor::zeros(Shape { seq: earlier.seq + shape.seq, ..shape })?;
-            copy(before, all.view_mut(), 0);
-            copy(own, all.view_mut(), earlier.seq);
+            copy((before, 0..earlier.seq), all.view_mut(), 0);
+            copy((own, 0..shape.seq), all.view_mut(), earlier.seq);
             Ok(all)
         };
         Ok(Some([joined(keys, call.k)?, joined(values, call.v)?]))
@@ -122,7 +122,7 @@ impl TransformerXl {
         carried.floats.clear();
         for x in [k, v] {
             let mut rows = Tensor::zeros(Shape { seq: kept, ..x.shape() })?;
-            copy(x.tokens(seq - kept..seq), rows.view_mut(), 0);
+            copy((x, seq - kept..seq), rows.view_mut(), 0);
             carried.floats.push(rows.into_vec());
         }
         Ok(())
@@ -153,11 +153,15 @@ impl TransformerXl {
     }
 }
 
-/// Copies all tokens to where those from `first` on lie.
-fn copy(from: TensorRef<'_, f32>, mut to: TensorMut<'_, f32>, first: usize) {
-    let Shape { batch, seq, heads, .. } = from.shape();
-    for (b, t) in (0..batch).flat_map(|b| (0..seq).map(move |t| (b, t))) {
-        (0..heads).for_each(|h| to.row_mut(b, first + t, h).copy_from_slice(from.row(b, t, h)));
+/// Copies tokens of all sequences to where those from `first` on lie.
+fn copy(
+    (from, tokens): (TensorRef<'_, f32>, Range<usize>),
+    mut to: TensorMut<'_, f32>,
+    first: usize,
+) {
+    let Shape { batch, heads, .. } = from.shape();
+    for (b, (n, t)) in (0..batch).flat_map(|b| tokens.clone().enumerate().map(move |t| (b, t))) {
+        (0..heads).for_each(|h| to.row_mut(b, first + n, h).copy_from_slice(from.row(b, t, h)));
     }
 }
 
@@ -250,8 +254,8 @@ impl TrainedSection for TransformerXl {
         // Those of earlier segments go nowhere.
         if let Some([k, v]) = &d_all {
             let own = k.shape().seq - call.k.shape().seq..k.shape().seq;
-            copy(k.view().tokens(own.clone()), d_k, 0);
-            copy(v.view().tokens(own), d_v, 0);
+            copy((k.view(), own.clone()), d_k, 0);
+            copy((v.view(), own), d_v, 0);
         }
         let level = tools.cpu.level;
         nn::add(&mut arena[self.content.clone()], &d_content, level)?;

@@ -66,6 +66,9 @@ struct Saved {
     gate: Vec<f32>,
 }
 
+/// Of a recurrence's queries, keys and values; of its decays and strengths.
+type RuleGradients = ([Vec<f32>; 3], [Vec<f32>; 2]);
+
 impl Recurring {
     pub(super) fn new(
         mechanism: &Mechanism,
@@ -169,7 +172,7 @@ impl Recurring {
         d_mixed: &[f32],
         shape: Shape,
         tools: &mut Tools<'_>,
-    ) -> Result<([Vec<f32>; 3], [Vec<f32>; 2]), Error> {
+    ) -> Result<RuleGradients, Error> {
         let [q, k, v] = &saved.rows;
         let tokens = self.tokens([q, k, v], &saved.gates, shape)?;
         let mut d = [q, k, v].map(|x| tools.pool.take(x.len()));
