@@ -69,7 +69,7 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct Cache(RwLock<Store>);
 
-#[allow(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
+#[expect(clippy::needless_pass_by_value, reason = "as map_err gives it")]
 fn busy<T>(error: TryLockError<T>) -> PyErr {
     let text = match error {
         TryLockError::WouldBlock => "the cache is in use by another thread",
@@ -271,7 +271,7 @@ type Options = (Option<usize>, Option<usize>, Option<f32>, Option<f32>, bool);
 
 /// Output and log-sum-exp of queries `[B, T, H, D]` to one cache for each sequence.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value, reason = "the form that Python's lists take")]
+#[expect(clippy::needless_pass_by_value, reason = "as arguments of Python come")]
 pub(crate) fn attention_cached<'py>(
     py: Python<'py>,
     q: &Bound<'py, PyAny>,
