@@ -420,9 +420,8 @@ impl<'a> View<'a> {
         (0..self.contiguous()?).map(number).collect()
     }
 
-    /// Truth values of an array that broadcasts to four axes, and its extents: rows of bytes that lie one after the other.
-    #[expect(clippy::type_complexity, reason = "extents, and how to get a row")]
-    pub(crate) fn truths(&self) -> Result<([usize; 4], impl Fn([usize; 3]) -> &'a [u8])> {
+    /// Truth values of an array that broadcasts to four axes.
+    pub(crate) fn truths(&self) -> Result<Truths<'a>> {
         self.typed(DataType::BOOL, 1)?;
         let (mut shape, mut strides) = ([1; 4], [0i64; 4]);
         let skip = AXES - self.memory.axes;
