@@ -64,7 +64,8 @@ fn gradients_behind_a_memory_agree_with_differences() {
                     .map(|&x| sign(x) * if direction == 0 { 1.0 } else { random().signum() })
                     .collect();
                 let norm = along.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-                let step = (0.01 / norm) as f32;
+                // Along steep directions the loss is far from a line sooner.
+                let step = (0.01 / (1.0 + length) / norm) as f32;
                 let mut at = |by: f32| {
                     let mut moved = values.to_vec();
                     let part = moved[entry.range.clone()].iter_mut();
