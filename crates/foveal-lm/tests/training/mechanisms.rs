@@ -24,10 +24,11 @@ fn mixers() -> Vec<Value> {
         json!({"name": "sparse_transformer", "pattern": "strided", "stride": 5}),
         json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 5, "width": 2}),
         json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 4, "num_verts": 2, "combine": "per_head"}),
-        json!({"name": "moba", "block": 4, "top": 2}),
-        json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 4, "window": 5}),
+        // All blocks: a choice that changes has no slope. The library's tests hold gradients to given choices.
+        json!({"name": "moba", "block": 4, "top": 5}),
+        json!({"name": "native_sparse", "length": 4, "stride": 2, "block": 4, "top": 5, "window": 5}),
         json!({"name": "lsh", "chunk": 3, "buckets": 2}),
-        json!([[{"name": "lsh", "chunk": 2, "buckets": 2, "rounds": 1, "heads": 2}, {"name": "moba", "block": 3, "top": 3, "heads": 2}], {"name": "full"}]),
+        json!([[{"name": "lsh", "chunk": 2, "buckets": 2, "rounds": 1, "heads": 2}, {"name": "moba", "block": 3, "top": 7, "heads": 2}], {"name": "full"}]),
         json!({"name": "linear"}),
         json!({"name": "performer", "features": 16}),
         json!({"name": "efficient"}),
@@ -116,6 +117,24 @@ fn slope(
     (8.0 * near - far) / (12.0 * f64::from(step))
 }
 
+/// Whether a parameter moves what LSH attention hashes: a token that changes its bucket has no slope. The library's tests hold
+/// gradients to given buckets.
+fn before_a_hash(name: &str, entry: &str) -> bool {
+    if !name.contains("lsh") {
+        return false;
+    }
+    let last = usize::from(name.starts_with('{'));
+    let place = entry.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+    match place {
+        None => entry.contains("embed"),
+        Some((layer, part)) => {
+            let behind = ["v_proj", "o_proj", "mlp", "post_attention"];
+            let layer: usize = layer.parse().unwrap();
+            layer < last || layer == last && !behind.iter().any(|own| part.contains(own))
+        }
+    }
+}
+
 /// Every number of every gradient: along the gradient itself, and along directions of random signs.
 pub(crate) fn check_gradients(name: &str, case: &Case) {
     let (_, gradients) = case.gradients(None, |_| ());
@@ -128,6 +147,9 @@ pub(crate) fn check_gradients(name: &str, case: &Case) {
         // Queries are keys.
         let unread = name.starts_with("{") && name.contains("lsh") && entry.name.contains("k_proj");
         assert!((length > 0.0) != unread, "{name}: {} has a gradient of {length}", entry.name);
+        if before_a_hash(name, &entry.name) {
+            continue;
+        }
         // Without a gradient there is no direction along it.
         for direction in usize::from(unread)..4 {
             let along: Vec<(usize, f32)> = entry
