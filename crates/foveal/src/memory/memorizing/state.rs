@@ -210,11 +210,6 @@ impl<M: MemoryStore> MemorizingState<M> {
         Ok(())
     }
 
-    /// What keeps the entries, to be looked after; what it holds is to stay.
-    pub fn store_mut(&mut self) -> &mut M {
-        &mut self.store
-    }
-
     /// What keeps the entries, alone.
     pub fn into_store(self) -> M {
         self.store
