@@ -39,6 +39,7 @@ const UNSAFE: &[&str] = &[
     "crates/foveal-lm/src/weights/mapping.rs",
     "crates/foveal-python/src/array.rs",
     "crates/foveal-python/src/direct.rs",
+    "crates/foveal-python/src/dlpack.rs",
     "crates/foveal-python/src/output.rs",
     "bench/src/product.rs",
 ];
