@@ -140,7 +140,9 @@ fn files_appear_whole_or_not_at_all() {
 #[test]
 fn a_pool_bounds_what_is_kept_and_beginnings_are_read_once() {
     let line = |end: &str| {
-        json!({"prompt": format!("The Queen of Hearts said {end}"), "max_tokens": 9}).to_string()
+        let prompt =
+            format!("{} and said {end}", "The Queen of Hearts looked at the King".repeat(4));
+        json!({"prompt": prompt, "max_tokens": 9}).to_string()
     };
     let long = json!({"prompt": "Alice ".repeat(600), "max_tokens": 3}).to_string();
     let input = [line("no"), line("yes"), long, line("no more")].join("\n");
@@ -156,7 +158,8 @@ fn a_pool_bounds_what_is_kept_and_beginnings_are_read_once() {
     assert_eq!(lines(&output)[..2], found[..2]);
     let note = String::from_utf8(output.stderr).unwrap();
     let shared = note.split_once('(').and_then(|(_, rest)| rest.split_once(" shared"));
-    assert!(shared.unwrap().0.parse::<usize>().unwrap() >= 14, "{note}");
+    // Of three texts that begin alike, two need not read that.
+    assert!(shared.unwrap().0.parse::<usize>().unwrap() >= 2 * 32, "{note}");
 }
 
 #[test]

@@ -116,12 +116,13 @@ fn a_prompt_of_any_length_is_continued_as_a_whole_one() {
     let kept = run(&["--stream", "--memory", &memory]);
     assert_eq!(kept["tokens"], whole["tokens"]);
     // The next text finds them, and is another one for it.
-    let alone = stdout(&["generate", "-m", &model, "-n", "40", "-t", "0", "ab"]);
-    let found =
-        foveal(&["generate", "-m", &model, "-n", "40", "-t", "0", "--memory", &memory, "ab"]);
+    let short = ["generate", "-m", &model, "-n", "40", "-t", "0", "--json", "ab"];
+    let tokens = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap()["tokens"].clone();
+    let alone = tokens(stdout(&short).as_bytes());
+    let found = foveal(&[&short[..], &["--memory", &memory]].concat());
     let message = String::from_utf8_lossy(&found.stderr).into_owned();
     assert!(message.contains("are remembered"), "{message}");
-    assert_ne!(String::from_utf8(found.stdout).unwrap(), alone);
+    assert_ne!(tokens(&found.stdout), alone);
     let refused = foveal(&["generate", "--memory", &memory, "ab"]);
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && message.contains("memorizing"), "{message}");

@@ -6,7 +6,8 @@
 //!
 //! So a long prompt holds the others up for one chunk at a time, and short prompts pass it. A text's tokens are those that it has alone: they depend
 //! on its prompt, options and seed, and not on when it came or what ran beside it. Keys and values lie in pages, and what a
-//! prompt has in common with an earlier one, or with one that is just being read, is read once. A text begins when there are pages for all that it may become:
+//! prompt has in common with an earlier one is read once, as is what prompts in hand have in common, if it is worth the wait
+//! (32 tokens). A text begins when there are pages for all that it may become:
 //! none runs out of them half way. (Codes of a few bits, and what mixers keep that are named in
 //! the configuration, lie in memory of each text's own.)
 

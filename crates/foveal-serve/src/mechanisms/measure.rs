@@ -101,7 +101,7 @@ fn once(name: &str, [q, k, v]: [&Tensor<f32>; 3]) -> Result<()> {
             let plan = BlockPlan::published([HEADS, tokens.div_ceil(64), 3], 1)?;
             masked(x, BigBird { block: 64, plan, causal: false }.mask()?)
         }
-        "reformer" => {
+        "lsh" => {
             let hash = AngularHash::new(DIM, 2 * tokens.div_ceil(64), 2, 1)?;
             let buckets = hash.buckets(x.q, Cpu::detect()?)?;
             Reformer::new(64)?.forward(x.q, x.v, &buckets).map(drop)

@@ -26,7 +26,7 @@ fn words(name: &str) -> [&'static str; 2] {
             ["seen(i) = {j : |i − j| ≤ w} ∪ global; global tokens see all", "4·N·(w + g)·D"]
         }
         "bigbird" => ["seen(block) = neighbours ∪ first ∪ last ∪ r at random", "4·N·(5 + r)·b·D"],
-        "reformer" => [
+        "lsh" => [
             "seen(i) = {j ≤ i : hash(q_j) = hash(q_i)}, in chunks, several rounds",
             "8·N·c·rounds·D",
         ],

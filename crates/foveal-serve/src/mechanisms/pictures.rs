@@ -63,7 +63,7 @@ fn mask(name: &str) -> foveal::Result<Option<Mask>> {
             let plan = BlockPlan::published([1, TOKENS / 4, 2], 1)?;
             BigBird { block: 4, plan, causal: false }.mask()?
         }
-        "reformer" => {
+        "lsh" => {
             let hash = AngularHash::new(shape.dim, 12, 2, 1)?;
             Reformer::new(8)?.mask(&hash.buckets(normal(shape, 1)?.view(), Cpu::detect()?)?)
         }
