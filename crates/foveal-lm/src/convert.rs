@@ -22,7 +22,7 @@ use crate::Error;
 use crate::config::{Architecture, ModelConfig, Reach};
 use crate::folder::{self, Content, Folder, Numbers, Tensor};
 use crate::quantize::quantize;
-use crate::train::{Parameters, Vocabulary, start};
+use crate::train::{Parameters, Vocabulary};
 use crate::weights::{self, Weights};
 
 /// What a model's attention becomes.
@@ -301,7 +301,7 @@ fn assembled(
     (seed, fresh): (u64, &[&str]),
 ) -> Result<Parameters, Error> {
     let mut parameters = Parameters::initial(model, seed)?;
-    let new = start::fill(&mut parameters, folder, model)?;
+    let new = parameters.fill(folder, model)?;
     if let Some(name) = new.iter().find(|name| !fresh.iter().any(|end| name.ends_with(end))) {
         return Err(weights::Error::MissingTensor { name: name.clone() }.into());
     }

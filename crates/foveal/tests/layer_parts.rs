@@ -3,11 +3,10 @@
 mod support;
 
 use foveal::nn::{
-    ConvBackward, ConvGradients, DecayGate, DecayGateGradients, GateOrder, GatedNorm,
-    GatedNormBackward, GatedNormGradients, RmsNorm, ShortConv, SiluGateBackward, decay_gate,
-    decay_gate_backward, gated_norm, gated_norm_backward, l2_norm, l2_norm_backward, log_sigmoid,
-    log_sigmoid_backward, short_conv, short_conv_backward, sigmoid, sigmoid_backward, silu_gate,
-    silu_gate_backward,
+    ConvBackward, ConvGradients, DecayGate, DecayGateGradients, GateGradient, GateOrder, GatedNorm,
+    GatedNormBackward, GatedNormGradients, RmsNorm, ShortConv, decay_gate, decay_gate_backward,
+    gated_norm, gated_norm_backward, l2_norm, l2_norm_backward, log_sigmoid, log_sigmoid_backward,
+    short_conv, short_conv_backward, sigmoid, sigmoid_backward, silu_gate, silu_gate_gradient,
 };
 use foveal::{Error, Gradient, Level, Workspace};
 use support::{Random, error};
@@ -336,16 +335,10 @@ fn output_gates_have_the_gradients_of_their_definition() {
             let mut y = gate.clone();
             silu_gate(&mut y, &up, level).unwrap();
             close("gated", &y, &define(&inputs), 1e-6);
-            let [mut d_gate, mut d_up] = [0; 2].map(|_| vec![f32::NAN; count]);
-            let (own_gate, own_up) = (&mut d_gate, &mut d_up);
-            let args = SiluGateBackward {
-                gate: &gate,
-                up: &up,
-                d_y: &d_y,
-                d_gate: own_gate,
-                d_up: own_up,
-            };
-            silu_gate_backward(args, level).unwrap();
+            let [mut d_gate, mut d_up, mut d_h] = [&gate, &up, &d_y].map(Clone::clone);
+            let of = GateGradient { gate: &mut d_gate, up: &mut d_up, d_h: &mut d_h };
+            silu_gate_gradient(of, level).unwrap();
+            close("gated once more", &d_h, &define(&inputs), 1e-6);
             close("gradient of a gate", &d_gate, &expected[0], 2e-6);
             close("gradient of what is gated", &d_up, &expected[1], 2e-6);
         }

@@ -229,19 +229,6 @@ impl Batches {
         self.order == Order::Shuffled || self.text.ends.len() < 2
     }
 
-    /// The share of the text that this epoch has read.
-    pub fn progress(&self) -> f64 {
-        let read = match self.order {
-            Order::Shuffled => self.position.sequence * self.sequence,
-            Order::Streams => self
-                .position
-                .streams
-                .first()
-                .map_or(0, |stream| stream.at * self.position.streams.len()),
-        };
-        (read as f64 / self.text.len().max(1) as f64).min(1.0)
-    }
-
     /// The next sequences, of the streams `places`.
     pub fn next(&mut self, places: std::ops::Range<usize>) -> Sequences {
         let mut batch = Sequences::default();

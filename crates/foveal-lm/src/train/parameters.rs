@@ -18,8 +18,8 @@ use std::ops::Range;
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::names::Form;
-use crate::weights::{Description, Weights};
+use crate::folder::Folder;
+use crate::weights::{self, Weights};
 
 pub(crate) use initial::Initial;
 pub(crate) use layout::Declared;
@@ -74,27 +74,57 @@ impl Parameters {
         Ok(Parameters { entries, values })
     }
 
-    /// The numbers of a model's file, in whatever format it stores them.
+    /// The numbers of a model's file, in whatever format it stores them, and its configuration: both as a Hugging Face folder has
+    /// them, in whose arrangement of rows and norms the names promise them.
     ///
     /// # Errors
     /// Those of [`Parameters::initial`]; [`Error::Weights`] for a tensor that is missing or has another shape;
     /// [`Error::ForeignTensor`] for one that the model does not have.
-    pub fn from_weights(config: &ModelConfig, weights: &Weights) -> Result<Parameters, Error> {
-        let declared = layout::declared(config)?;
-        let entries = entries(&declared)?;
-        let form = match weights.description() {
-            Description::Gguf(_) => Form::Gguf,
-            _ => Form::HuggingFace,
-        };
-        let names: Vec<String> =
-            declared.iter().map(|declared| declared.name_in(config, form)).collect();
-        refuse_foreign(config, weights, &names)?;
-        let mut values = vec![0.0; entries.last().map_or(0, |last| last.range.end)];
-        for (entry, name) in entries.iter().zip(&names) {
-            let stored = weights.tensor(name)?.with_shape(&entry.shape)?.to_f32();
-            values[entry.range.clone()].copy_from_slice(&stored);
+    pub fn from_weights(weights: &Weights) -> Result<(ModelConfig, Parameters), Error> {
+        let folder = Folder::of(weights)?;
+        let config = ModelConfig::from_json(&folder.config)?;
+        let parameters = Parameters::from_folder(&folder, &config)?;
+        Ok((config, parameters))
+    }
+
+    /// The numbers of a folder, all of them.
+    pub(crate) fn from_folder(folder: &Folder, config: &ModelConfig) -> Result<Parameters, Error> {
+        let entries = entries(&layout::declared(config)?)?;
+        let values = vec![0.0; entries.last().map_or(0, |last| last.range.end)];
+        let mut parameters = Parameters { entries, values };
+        match parameters.fill(folder, config)?.into_iter().next() {
+            Some(name) => Err(weights::Error::MissingTensor { name }.into()),
+            None => Ok(parameters),
         }
-        Ok(Parameters { entries, values })
+    }
+
+    /// Puts the numbers of a folder's tensors to their places; returns the names of parameters that it has none for.
+    ///
+    /// # Errors
+    /// For a tensor of another shape, and one that the model does not have.
+    pub(crate) fn fill(
+        &mut self,
+        folder: &Folder,
+        config: &ModelConfig,
+    ) -> Result<Vec<String>, Error> {
+        let mut missing: BTreeMap<&str, &Entry> =
+            self.entries.iter().map(|entry| (&*entry.name, entry)).collect();
+        for tensor in &folder.tensors {
+            let Some(entry) = missing.remove(&*tensor.name) else {
+                let tied = config.tied_head && tensor.name == "lm_head.weight";
+                if tied || tensor.name.ends_with(".rotary_emb.inv_freq") {
+                    continue;
+                }
+                return Err(Error::ForeignTensor { name: tensor.name.clone() });
+            };
+            if tensor.shape != entry.shape {
+                let (name, expected, found) =
+                    (tensor.name.clone(), entry.shape.clone(), tensor.shape.clone());
+                return Err(weights::Error::WrongShape { name, expected, found }.into());
+            }
+            self.values[entry.range.clone()].copy_from_slice(&tensor.content.values());
+        }
+        Ok(missing.into_keys().map(str::to_owned).collect())
     }
 
     /// What there is, in the order of the numbers.
@@ -155,19 +185,4 @@ pub(crate) fn entries(declared: &[Declared]) -> Result<Vec<Entry>, Error> {
 pub(crate) fn ranges(config: &ModelConfig) -> Result<BTreeMap<String, Range<usize>>, Error> {
     let entries = entries(&layout::declared(config)?)?;
     Ok(entries.into_iter().map(|entry| (entry.name, entry.range)).collect())
-}
-
-/// Tensors that files may have besides: what configurations say already, or what is the embedding.
-fn redundant(config: &ModelConfig, name: &str) -> bool {
-    let tied = config.tied_head && matches!(name, "lm_head.weight" | "output.weight");
-    tied || name == "rope_freqs.weight" || name.ends_with(".rotary_emb.inv_freq")
-}
-
-fn refuse_foreign(config: &ModelConfig, weights: &Weights, names: &[String]) -> Result<(), Error> {
-    let known: std::collections::BTreeSet<&str> = names.iter().map(String::as_str).collect();
-    let foreign = weights.tensors().iter().map(|tensor| &*tensor.name);
-    match foreign.filter(|name| !known.contains(name)).find(|name| !redundant(config, name)) {
-        Some(name) => Err(Error::ForeignTensor { name: name.to_owned() }),
-        None => Ok(()),
-    }
 }

@@ -46,44 +46,6 @@ pub(super) fn model(
         let expected = format!("{} tokens at most, as many as the model has", model.vocab);
         return Err(Error::config("data.tokenizer", format!("one with {tokens}"), expected));
     }
-    let mut parameters = Parameters::initial(&model, config.train.seed)?;
-    let new = fill(&mut parameters, &folder, &model)?;
-    match new.first() {
-        Some(name) => {
-            let name = name.clone();
-            Err(crate::weights::Error::MissingTensor { name }.into())
-        }
-        None => Ok((folder.config, parameters)),
-    }
-}
-
-/// Puts the numbers of a folder's tensors to their places; returns the names of parameters that it has none for.
-///
-/// # Errors
-///
-/// For a tensor of another shape, and one that the model does not have.
-pub(crate) fn fill(
-    parameters: &mut Parameters,
-    folder: &Folder,
-    model: &ModelConfig,
-) -> Result<Vec<String>, crate::Error> {
-    let entries = parameters.entries().to_vec();
-    let mut missing: Vec<String> = entries.iter().map(|entry| entry.name.clone()).collect();
-    for tensor in &folder.tensors {
-        let Some(entry) = entries.iter().find(|entry| entry.name == tensor.name) else {
-            let tied = model.tied_head && tensor.name == "lm_head.weight";
-            if tied || tensor.name.ends_with(".rotary_emb.inv_freq") {
-                continue;
-            }
-            return Err(crate::Error::ForeignTensor { name: tensor.name.clone() });
-        };
-        if tensor.shape != entry.shape {
-            let (name, expected, found) =
-                (tensor.name.clone(), entry.shape.clone(), tensor.shape.clone());
-            return Err(crate::weights::Error::WrongShape { name, expected, found }.into());
-        }
-        parameters.values_mut()[entry.range.clone()].copy_from_slice(&tensor.content.values());
-        missing.retain(|name| *name != tensor.name);
-    }
-    Ok(missing)
+    let parameters = Parameters::from_folder(&folder, &model)?;
+    Ok((folder.config, parameters))
 }

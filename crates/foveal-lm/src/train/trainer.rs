@@ -226,16 +226,6 @@ impl Trainer {
         self.saved
     }
 
-    /// Whether there is text to evaluate on.
-    pub fn has_validation(&self) -> bool {
-        self.validation.is_some()
-    }
-
-    /// The share of the text that the current epoch has read.
-    pub fn epoch_progress(&self) -> f64 {
-        self.train.progress()
-    }
-
     /// Sequences of one call of the network.
     fn per_call(&self, text: &Batches) -> usize {
         let (batch, streams) = (self.config.data.batch, text.position().streams.len());

@@ -185,8 +185,8 @@ fn losses_are_those_of_models_that_are_run() {
         let hash = name.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31) ^ u64::from(byte));
         let folder = case.save(&hash.to_string());
         let weights = Weights::open(&folder).unwrap();
-        let config = foveal_lm::config::ModelConfig::read(&weights).unwrap();
-        assert_eq!(Parameters::from_weights(&config, &weights).unwrap(), case.parameters, "{name}");
+        let (config, parameters) = Parameters::from_weights(&weights).unwrap();
+        assert_eq!(parameters, case.parameters, "{name}");
         let model = Model::new(&weights).unwrap();
         let mut expected = 0.0;
         let mut count = 0;

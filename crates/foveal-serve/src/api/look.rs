@@ -100,7 +100,7 @@ fn overview(look: &Looking, tokenizer: &Tokenizer, id: &str) -> Value {
     let layers = look.look().layers.iter().zip(look.habits()).map(|(layer, habits)| {
         let maps: Vec<u8> = layer.heads.iter().flat_map(|head| map(head, cells)).collect();
         let habits: Vec<Value> = habits.iter().map(habit).collect();
-        json!({"reach": layer.reach, "maps": base64(&maps), "habits": habits})
+        json!({"reach": layer.reach, "maps": base64::encode(maps), "habits": habits})
     });
     let (tokens, layers): (Vec<String>, Vec<Value>) = (names.collect(), layers.collect());
     json!({"id": id, "tokens": tokens, "cells": cells, "layers": layers})
@@ -145,7 +145,7 @@ fn check(app: &App, heads: Heads) -> Result<(), Failure> {
 fn words(weights: &Weights, heads: Heads) -> String {
     let mean = weights.mean(heads.layer, heads.head);
     let word = |w: &f32| ((w.clamp(0.0, 1.0) * 65535.0).round() as u16).to_le_bytes();
-    base64(&mean.iter().flat_map(word).collect::<Vec<u8>>())
+    base64::encode(mean.iter().flat_map(word).collect::<Vec<u8>>())
 }
 
 /// Goes on with the text, and shows each new token's weights as it is made.
@@ -193,32 +193,5 @@ impl Stream for Rows {
         }
         let next = self.ready.pop_front();
         Poll::Ready(next.map(|data| Ok(Event::default().data(data))))
-    }
-}
-
-/// RFC 4648.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for part in bytes.chunks(3) {
-        let byte = |n: usize| u32::from(part.get(n).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for n in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * n) & 63) as usize];
-            text.push(if n <= part.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base64_is_that_of_the_standard() {
-        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foobar", "Zm9vYmFy")] {
-            assert_eq!(base64(bytes.as_bytes()), text);
-        }
     }
 }

@@ -125,41 +125,6 @@ pub fn decay_gate_backward(
     Ok(())
 }
 
-/// The gradients of [`super::silu_gate`], from what it was given and the gradient of its results.
-#[derive(Debug)]
-pub struct SiluGateBackward<'a> {
-    /// The gate.
-    pub gate: &'a [f32],
-    /// What it multiplies.
-    pub up: &'a [f32],
-    /// The gradient of the results.
-    pub d_y: &'a [f32],
-    /// Out: the gradient of the gate.
-    pub d_gate: &'a mut [f32],
-    /// Out: the gradient of what it multiplies.
-    pub d_up: &'a mut [f32],
-}
-
-/// See [`SiluGateBackward`].
-///
-/// # Errors
-/// [`Error::LengthMismatch`] if lengths differ. Nothing is written then.
-pub fn silu_gate_backward(args: SiluGateBackward<'_>, level: Level) -> Result<()> {
-    let SiluGateBackward { gate, up, d_y, d_gate, d_up } = args;
-    for (what, got) in [
-        ("gate and up", up.len()),
-        ("gradient of gated numbers", d_y.len()),
-        ("gradient of a gate", d_gate.len()),
-        ("gradient of what is gated", d_up.len()),
-    ] {
-        same_length(what, gate.len(), got)?;
-    }
-    d_gate.copy_from_slice(up);
-    d_up.copy_from_slice(d_y);
-    gate::silu_backward(level, gate, d_gate, d_up);
-    Ok(())
-}
-
 fn finite(what: &'static str, x: f32) -> Result<()> {
     let (expected, got) = ("a finite number", x.to_string());
     if x.is_finite() { Ok(()) } else { Err(Error::InvalidParameter { what, expected, got }) }

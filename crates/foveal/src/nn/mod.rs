@@ -20,8 +20,8 @@ pub use activation::{
 pub use conv::{ConvBackward, ConvGradients, ShortConv, short_conv, short_conv_backward};
 pub use dropout::dropout;
 pub use gate::{
-    DecayGate, DecayGateGradients, SiluGateBackward, decay_gate, decay_gate_backward, log_sigmoid,
-    log_sigmoid_backward, sigmoid, sigmoid_backward, silu_gate_backward,
+    DecayGate, DecayGateGradients, decay_gate, decay_gate_backward, log_sigmoid,
+    log_sigmoid_backward, sigmoid, sigmoid_backward,
 };
 pub use heads::{
     GateOrder, GatedNorm, GatedNormBackward, GatedNormGradients, gated_norm, gated_norm_backward,

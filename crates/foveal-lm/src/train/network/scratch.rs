@@ -19,14 +19,9 @@ impl Scratch {
         Scratch::default()
     }
 
-    /// The most bytes of activations that were in use at any moment since the last [`Scratch::forget_peak`].
+    /// The most bytes of activations that were in use at any moment.
     pub fn peak_bytes(&self) -> usize {
         self.pool.peak * size_of::<f32>()
-    }
-
-    /// Begins to count anew.
-    pub fn forget_peak(&mut self) {
-        self.pool.peak = self.pool.lent;
     }
 
     /// From now on buffers are handed out full of NaN, so that a test sees what is read without having been written.

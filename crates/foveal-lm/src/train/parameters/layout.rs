@@ -14,23 +14,16 @@ const DEVIATION: f32 = 0.02;
 #[derive(Clone, Debug)]
 pub(crate) struct Declared {
     pub(crate) name: String,
-    /// Where it has a name in GGUF too.
-    pub(super) place: Option<Place>,
     pub(crate) shape: Vec<usize>,
     pub(crate) group: Group,
     pub(crate) initial: Initial,
 }
 
 impl Declared {
-    /// The name in a file of this form.
-    pub(super) fn name_in(&self, config: &ModelConfig, form: Form) -> String {
-        self.place.map_or_else(|| self.name.clone(), |place| place.name(config, form))
-    }
-
     /// A matrix by its name.
     pub(crate) fn matrix(name: String, shape: [usize; 2]) -> Declared {
         let initial = Initial::Normal(DEVIATION);
-        Declared { name, place: None, shape: shape.to_vec(), group: Group::Matrix, initial }
+        Declared { name, shape: shape.to_vec(), group: Group::Matrix, initial }
     }
 
     /// A matrix with another deviation.
@@ -40,7 +33,7 @@ impl Declared {
 
     /// A vector by its name.
     pub(crate) fn vector(name: String, len: usize, initial: Initial) -> Declared {
-        Declared { name, place: None, shape: vec![len], group: Group::Vector, initial }
+        Declared { name, shape: vec![len], group: Group::Vector, initial }
     }
 }
 
@@ -75,10 +68,7 @@ impl Layout<'_> {
         let weight = |part| Place::Layer(layer, part, "weight");
         let matrix = |part, shape| self.matrix(weight(part), shape);
         let norm = |part, len| self.norm(weight(part), len);
-        let zeros = |place, len| {
-            let declared = Declared::vector(String::new(), len, Initial::Constant(0.0));
-            self.placed(place, declared)
-        };
+        let zeros = |place, len| Declared::vector(self.name(place), len, Initial::Constant(0.0));
         let bias = |part, len| zeros(Place::Layer(layer, part, "bias"), len);
         let residual = DEVIATION / (2.0 * config.layers.len() as f32).sqrt();
         let output =
@@ -115,17 +105,16 @@ impl Layout<'_> {
         }
     }
 
-    fn placed(&self, place: Place, declared: Declared) -> Declared {
-        let name = place.name(self.config, Form::HuggingFace);
-        Declared { name, place: Some(place), ..declared }
+    fn name(&self, place: Place) -> String {
+        place.name(self.config, Form::HuggingFace)
     }
 
     fn matrix(&self, place: Place, shape: [usize; 2]) -> Declared {
-        self.placed(place, Declared::matrix(String::new(), shape))
+        Declared::matrix(self.name(place), shape)
     }
 
     fn norm(&self, place: Place, len: usize) -> Declared {
         let initial = Initial::Constant(1.0 - self.config.norm_offset);
-        self.placed(place, Declared::vector(String::new(), len, initial))
+        Declared::vector(self.name(place), len, initial)
     }
 }
