@@ -14,8 +14,9 @@ use super::answer::{Answer, Usage, Whole, finish_reason};
 use super::body::Body;
 use super::choice::Choice;
 use super::failure::Failure;
+use super::head::Head;
 use super::stream::{self, Chunks};
-use super::{App, seconds_since_1970, tokens};
+use super::{App, tokens};
 use crate::engine::Event;
 
 /// The most alternatives of each token.
@@ -143,51 +144,29 @@ pub(crate) async fn create(
         Ok(Request { prompt: prompt.clone(), options })
     });
     let requests = requests.collect::<Result<Vec<_>, Failure>>()?;
-    let head = Head { id: app.name("chatcmpl"), created: seconds_since_1970(), app: app.clone() };
     let mut usage = Usage { prompt: prompt.len(), ..Usage::default() };
     let answer = Answer::begin(&app, requests)?;
     if choice.streams() {
+        let head = Head::new(&app, "chatcmpl", "chat.completion.chunk");
         let include_usage = choice.include_usage();
         return Ok(stream::response(answer, Deltas { head, usage, include_usage, answers }));
     }
     let texts = answer.whole(answers).await?;
-    let choices = texts.iter().enumerate().map(|(n, text)| head.choice(n, text, &mut usage));
-    let choices: Vec<Value> = choices.collect();
-    Ok(Json(head.body("chat.completion", choices, Some(usage))).into_response())
+    usage.made = texts.iter().map(|text| text.pieces.len()).sum();
+    usage.shared = texts.iter().map(|text| text.shared).max().unwrap_or(0);
+    let head = Head::new(&app, "chatcmpl", "chat.completion");
+    let choices = texts.iter().enumerate().map(|(n, text)| whole(&head, n, text)).collect();
+    Ok(Json(head.body(choices, Some(usage))).into_response())
 }
 
-/// What all chunks of an answer begin with.
-struct Head {
-    id: String,
-    created: u64,
-    app: App,
-}
-
-impl Head {
-    fn body(&self, object: &str, choices: Vec<Value>, usage: Option<Usage>) -> Value {
-        let mut body = json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.app.served.name,
-        });
-        body["choices"] = Value::Array(choices);
-        if let Some(usage) = usage {
-            body["usage"] = usage.body();
-        }
-        body
-    }
-
-    fn choice(&self, number: usize, text: &Whole, usage: &mut Usage) -> Value {
-        usage.made += text.pieces.len();
-        usage.shared = usage.shared.max(text.shared);
-        json!({
-            "index": number,
-            "message": {"role": "assistant", "content": text.text(), "refusal": null},
-            "logprobs": logprobs(&self.app.served.tokenizer, &text.pieces),
-            "finish_reason": text.stopped.map(finish_reason),
-        })
-    }
+/// A whole answer.
+fn whole(head: &Head, number: usize, text: &Whole) -> Value {
+    json!({
+        "index": number,
+        "message": {"role": "assistant", "content": text.text(), "refusal": null},
+        "logprobs": logprobs(&head.app.served.tokenizer, &text.pieces),
+        "finish_reason": text.stopped.map(finish_reason),
+    })
 }
 
 /// The probabilities of pieces, if they have them.
@@ -225,11 +204,7 @@ impl Deltas {
         choice["delta"] = delta;
         choice["logprobs"] = logprobs;
         choice["finish_reason"] = reason;
-        let mut body = self.head.body("chat.completion.chunk", vec![choice], None);
-        if self.include_usage {
-            body["usage"] = Value::Null;
-        }
-        body
+        self.head.chunk(choice, self.include_usage)
     }
 }
 
@@ -261,7 +236,7 @@ impl Chunks for Deltas {
     }
 
     fn last(&mut self) -> Vec<Value> {
-        let usage = || self.head.body("chat.completion.chunk", vec![], Some(self.usage));
+        let usage = || self.head.body(vec![], Some(self.usage));
         self.include_usage.then(usage).into_iter().collect()
     }
 }

@@ -13,8 +13,9 @@ use super::answer::{Answer, Usage, Whole, finish_reason};
 use super::body::Body;
 use super::choice::{Choice, MOST_TEXTS};
 use super::failure::Failure;
+use super::head::Head;
 use super::stream::{self, Chunks};
-use super::{App, seconds_since_1970, tokens};
+use super::{App, tokens};
 use crate::engine::Event;
 
 /// Tokens of an answer whose request doesn't say, as OpenAI has it.
@@ -99,7 +100,7 @@ pub(crate) async fn create(
             requests.push(Request { prompt: prompt.clone(), options });
         }
     }
-    let head = Head { id: app.name("cmpl"), created: seconds_since_1970(), app: app.clone() };
+    let head = Head::new(&app, "cmpl", "text_completion");
     let texts = requests.len();
     let answer = Answer::begin(&app, requests)?;
     if choice.streams() {
@@ -108,44 +109,20 @@ pub(crate) async fn create(
         return Ok(stream::response(answer, chunks));
     }
     let texts = answer.whole(texts).await?;
-    let choices = texts.iter().enumerate().map(|(n, text)| head.choice(n, text, &mut usage));
-    let choices: Vec<Value> = choices.collect();
+    usage.made = texts.iter().map(|text| text.pieces.len()).sum();
+    usage.shared = texts.iter().map(|text| text.shared).sum();
+    let choices = texts.iter().enumerate().map(|(n, text)| whole(&head, n, text)).collect();
     Ok(Json(head.body(choices, Some(usage))).into_response())
 }
 
-/// What all chunks of an answer begin with.
-struct Head {
-    id: String,
-    created: u64,
-    app: App,
-}
-
-impl Head {
-    fn body(&self, choices: Vec<Value>, usage: Option<Usage>) -> Value {
-        let mut body = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.app.served.name,
-        });
-        body["choices"] = Value::Array(choices);
-        if let Some(usage) = usage {
-            body["usage"] = usage.body();
-        }
-        body
-    }
-
-    fn choice(&self, number: usize, text: &Whole, usage: &mut Usage) -> Value {
-        usage.made += text.pieces.len();
-        usage.shared += text.shared;
-        let said = &text.pieces;
-        json!({
-            "index": number,
-            "text": text.text(),
-            "logprobs": logprobs(&self.app.served.tokenizer, said, 0),
-            "finish_reason": text.stopped.map(finish_reason),
-        })
-    }
+/// A whole text.
+fn whole(head: &Head, number: usize, text: &Whole) -> Value {
+    json!({
+        "index": number,
+        "text": text.text(),
+        "logprobs": logprobs(&head.app.served.tokenizer, &text.pieces, 0),
+        "finish_reason": text.stopped.map(finish_reason),
+    })
 }
 
 /// The probabilities of pieces, if they have them; the first begins at `offset` of the text.
@@ -177,11 +154,7 @@ struct Pieces {
 
 impl Pieces {
     fn chunk(&self, choice: Value) -> Vec<Value> {
-        let mut body = self.head.body(vec![choice], None);
-        if self.include_usage {
-            body["usage"] = Value::Null;
-        }
-        vec![body]
+        vec![self.head.chunk(choice, self.include_usage)]
     }
 }
 

@@ -8,6 +8,7 @@ mod completions;
 mod document;
 mod failure;
 mod guard;
+mod head;
 mod look;
 mod measure;
 mod metrics;
