@@ -19,7 +19,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     // Where it can't, the next line says so.
     let _ = run::run(Command::new("bash").arg(script).arg("--if-possible"));
     if !works(Command::new("mpirun").arg("--version")) || !works(Command::new("mpicc").arg("-v")) {
-        println!("\nSKIPPED, NOT TESTED: two processes with MPI; scripts/install_mpi.sh installs it\n");
+        println!(
+            "\nSKIPPED, NOT TESTED: two processes with MPI; scripts/install_mpi.sh installs it\n"
+        );
         return Ok(());
     }
     run::run(&mut cargo(&[
@@ -37,7 +39,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
 }
 
 fn target() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
     run::root().join(target)
 }
 

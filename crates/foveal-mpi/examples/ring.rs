@@ -2,8 +2,9 @@
 
 use std::error::Error;
 
+use foveal::plan::Inputs;
 use foveal::testing::normal;
-use foveal::{Attention, Mask, Shape, TensorRef, Workspace, plan::Inputs};
+use foveal::{Attention, Mask, Shape, TensorRef, Workspace};
 use foveal_mpi::Mpi;
 use foveal_processes::{Processes, RingAttention, Share};
 
@@ -19,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [q, k, v, d_out] = [0, 1, 2, 3].map(|n| whole[n].view());
     let attention = Attention::new().mask(Mask::causal());
     let once = attention.forward(q, k, v)?;
-    let gradients = attention.backward(q, k, v, &once, d_out)?;
+    let gradients = attention.backward(Inputs { q, k, v }, &once, d_out)?;
 
     let own = [q, k, v, d_out].map(|x| share.of(x, rank));
     let [q, k, v, d_out] = own;
@@ -49,5 +50,7 @@ fn farthest(a: TensorRef<'_, f32>, b: TensorRef<'_, f32>) -> f32 {
     let Shape { batch, seq, heads, .. } = a.shape();
     let rows = (0..batch * seq * heads).map(|n| (n / heads / seq, n / heads % seq, n % heads));
     let pairs = rows.flat_map(|(b_, t, h)| a.row(b_, t, h).iter().zip(b.row(b_, t, h)));
-    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, |far, x| if x > far || x.is_nan() { x } else { far })
+    pairs
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |far, x| if x > far || x.is_nan() { x } else { far })
 }

@@ -1,4 +1,4 @@
-//! Processes that MPI starts and connects: [`Mpi`], with the feature `mpi`. Without it the crate is empty, and nothing of MPI
+//! Processes that MPI starts and connects (`Mpi`), with the feature `mpi`. Without it the crate is empty, and nothing of MPI
 //! has to be installed.
 //!
 //! ```text

@@ -81,11 +81,7 @@ fn slice(len: usize, n: usize, count: usize) -> Range<usize> {
 ///
 /// # Errors
 /// Those of [`Processes::shift`]; [`Error::Kernel`] for parts of different lengths.
-pub fn sum_parts(
-    processes: &dyn Processes,
-    parts: &mut [Vec<f32>],
-    cpu: Cpu,
-) -> Result<(), Error> {
+pub fn sum_parts(processes: &dyn Processes, parts: &mut [Vec<f32>], cpu: Cpu) -> Result<(), Error> {
     let (rank, count) = (processes.rank(), processes.count());
     let Some(len) = parts.first().map(Vec::len) else { return Ok(()) };
     let own = slice(len, rank, count);

@@ -76,9 +76,7 @@ impl Share {
                 by => processes.shift(by, own.as_slice(), &mut numbers)?,
             }
             let share = TensorRef::new(&numbers, own.shape())?;
-            for (n, piece) in
-                self.held_by(crate::before(processes, by)).into_iter().enumerate()
-            {
+            for (n, piece) in self.held_by(crate::before(processes, by)).into_iter().enumerate() {
                 for (b, t, h) in rows(batch, len, heads) {
                     let to = view.row_mut(b, piece * len + t, h);
                     to.copy_from_slice(share.row(b, n * len + t, h));
@@ -95,6 +93,5 @@ pub(crate) fn rows(
     seq: usize,
     heads: usize,
 ) -> impl Iterator<Item = (usize, usize, usize)> {
-    (0..batch)
-        .flat_map(move |b| (0..seq).flat_map(move |t| (0..heads).map(move |h| (b, t, h))))
+    (0..batch).flat_map(move |b| (0..seq).flat_map(move |t| (0..heads).map(move |h| (b, t, h))))
 }

@@ -81,5 +81,7 @@ fn messages_of_wrong_lengths_and_processes_that_end_are_noticed() {
         _ => processes.shift_bytes(1, &[1], &mut [0]),
     });
     assert!(matches!(found[1], Err(Error::Gone { rank: 0 })));
-    assert!(Alone.shift(1, &[1.0], &mut []).is_err() && Alone.shift_bytes(1, &[], &mut [1]).is_err());
+    assert!(
+        Alone.shift(1, &[1.0], &mut []).is_err() && Alone.shift_bytes(1, &[], &mut [1]).is_err()
+    );
 }

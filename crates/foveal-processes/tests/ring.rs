@@ -5,7 +5,9 @@ use foveal::mask::Pattern;
 use foveal::reference::{Derivatives, Input, Options, Partial, attention, attention_backward};
 use foveal::testing::normal;
 use foveal::{Cpu, Level, Mask, Shape, Tensor, Threads as Cores, Workspace, plan::Inputs};
-use foveal_processes::{Error, Processes, RingAttention, RingGradients, RingResult, Share, Threads};
+use foveal_processes::{
+    Error, Processes, RingAttention, RingGradients, RingResult, Share, Threads,
+};
 
 /// Queries, keys, values and the gradient of the output.
 fn inputs(seq: usize) -> [Tensor<f32>; 4] {
@@ -165,7 +167,10 @@ fn what_does_not_fit_is_an_error_everywhere() {
         let ring = RingAttention::new(&processes).causal(causal);
         ring.forward(given, &mut Workspace::new()).unwrap_err().to_string()
     });
-    assert!(errors[1].contains("options of a ring") && errors[1].contains("process 0"), "{errors:?}");
+    assert!(
+        errors[1].contains("options of a ring") && errors[1].contains("process 0"),
+        "{errors:?}"
+    );
     let errors = Threads::run(2, |processes| {
         let k = k.view();
         let given = Inputs { q: q.view(), k, v: q.view() };

@@ -55,8 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     compute::with_threads(arguments.threads, || match &arguments.resume {
         Some(folder) => {
             let processes = processes::all()?;
-            let trainer =
-                Trainer::resume_among(processes, folder, &arguments.set, Some(TEXT));
+            let trainer = Trainer::resume_among(processes, folder, &arguments.set, Some(TEXT));
             go(trainer.with_context(|| format!("cannot resume {}", folder.display()))?, folder)
         }
         None => {

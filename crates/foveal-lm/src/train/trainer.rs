@@ -148,10 +148,7 @@ impl Trainer {
     }
 
     /// A run as it is on its own becomes one of several.
-    fn join(
-        own: Result<Trainer, Error>,
-        processes: Box<dyn Processes>,
-    ) -> Result<Trainer, Error> {
+    fn join(own: Result<Trainer, Error>, processes: Box<dyn Processes>) -> Result<Trainer, Error> {
         let own = own.and_then(|mut trainer| {
             trainer.pieces = together::pieces(&trainer.config, &*processes)?;
             if processes.count() > 1 {
@@ -406,8 +403,7 @@ impl Trainer {
             options.dropout = Some(Dropout { rate: train.dropout as f32, seed });
         }
         let values = self.parameters.values();
-        let loss =
-            self.network.gradients(values, &batch.view(), carried, gradients, &mut options);
+        let loss = self.network.gradients(values, &batch.view(), carried, gradients, &mut options);
         match loss {
             Ok(loss) => Ok(loss.sum),
             Err(crate::Error::NotFinite { place }) => {

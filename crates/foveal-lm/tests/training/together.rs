@@ -10,10 +10,10 @@ use foveal_processes::{Processes, Threads};
 use crate::runs::{Folder, bits, config, text};
 
 /// What a run on so many processes ends with, on each: losses, parameters, the best evaluation.
-type Result_ = (Vec<u64>, Vec<u32>, Option<u64>);
+type Ended = (Vec<u64>, Vec<u32>, Option<u64>);
 
 /// From the beginning, or from the checkpoint in `folder`, up to a step.
-fn go(count: usize, folder: &Path, settings: &[&str], stop: Option<u64>) -> Vec<Result_> {
+fn go(count: usize, folder: &Path, settings: &[&str], stop: Option<u64>) -> Vec<Ended> {
     let text = text();
     Threads::run(count, |processes| {
         let writes = processes.rank() == 0;
@@ -75,7 +75,8 @@ fn processes_change_no_bit_of_a_run_in_so_many_pieces() {
             for found in go(6 / (count + 1), &folder.0, &settings, None) {
                 assert!(found.1 == expected.1 && found.2 == expected.2, "{settings:?} resumed");
             }
-            let model = |folder: &Folder| std::fs::read(folder.0.join("model.safetensors")).unwrap();
+            let model =
+                |folder: &Folder| std::fs::read(folder.0.join("model.safetensors")).unwrap();
             assert!(model(&folder) == model(&one));
         }
     }
@@ -109,7 +110,10 @@ fn refused(count: usize, settings: impl Fn(usize) -> Config + Sync) -> Vec<Error
 fn what_can_not_be_shared_out_is_refused() {
     let errors = refused(2, |_| config(&["data.batch=3"]));
     let text = errors[1].to_string();
-    assert!(text.contains("data.batch · train.accumulate is 3, expected a multiple of the 2"), "{text}");
+    assert!(
+        text.contains("data.batch · train.accumulate is 3, expected a multiple of the 2"),
+        "{text}"
+    );
     let errors = refused(2, |_| config(&["train.pieces=3", "data.batch=6"]));
     assert!(errors[0].to_string().contains("train.pieces is 3, expected a multiple of the 2 proc"));
     // Streams are carried in calls.

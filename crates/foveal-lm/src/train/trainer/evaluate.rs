@@ -86,9 +86,11 @@ impl Trainer {
         let mut by_place = BTreeMap::new();
         for numbers in self.all_numbers(&numbers)? {
             let (entries, _) = numbers.as_chunks::<3>();
-            by_place.extend(entries.iter().map(|[place, sum, targets]| {
-                (*place as usize, (*sum, *targets as usize))
-            }));
+            by_place.extend(
+                entries
+                    .iter()
+                    .map(|[place, sum, targets]| (*place as usize, (*sum, *targets as usize))),
+            );
         }
         let add = |(sum, tokens), (loss, targets): &(f64, usize)| (sum + loss, tokens + targets);
         Ok(by_place.values().fold((0.0, 0), add))

@@ -141,9 +141,9 @@ impl Trainer {
                 break;
             }
         }
-        let summed = self.together(own).and_then(|()| {
-            Ok(sum_parts(&*self.processes, &mut parts, self.cpu)?)
-        });
+        let summed = self
+            .together(own)
+            .and_then(|()| Ok(sum_parts(&*self.processes, &mut parts, self.cpu)?));
         let mut parts = parts.into_iter();
         self.gradients = parts.next().unwrap_or_default();
         self.spare.extend(parts);
