@@ -8,6 +8,7 @@ mod ci;
 mod docs;
 mod fuzz;
 mod header;
+mod mpi;
 mod pictures;
 mod python;
 mod rules;
@@ -28,6 +29,8 @@ cargo xtask COMMAND
                              compare them)
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
+  mpi                        run ring attention and training on two processes with MPI, against one (installs Open MPI where
+                             apt-get can; says so where there is none)
   python                     build the wheel, install it into a fresh environment, test what was installed
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
   pictures MODEL             write the README's pictures of the terminal, with SmolLM2's file
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Some("docs") => docs::run(&rest),
         Some("fuzz") => fuzz::run(&rest),
         Some("pictures") => pictures::run(&rest),
+        Some("mpi") => mpi::run(&rest),
         Some("python") => python::run(&rest),
         Some("bench") => bench::run(&rest),
         Some("help" | "--help" | "-h") | None => {
