@@ -6,11 +6,11 @@ use foveal_lm::Model;
 use foveal_lm::mixer::CacheOptions;
 use serde_json::{Value, json};
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
-use super::language::{Folder, bits_per_byte, config, held_out, recurrent, trained};
+use super::language::{Folder, bits_a_token, config, held_out, recurrent, trained};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 /// Held-out bytes that are predicted.
@@ -39,7 +39,7 @@ fn remembering(segment: usize, memory: usize) -> Value {
     json!({"name": "transformer_xl", "segment": segment, "memory": memory})
 }
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let (name, tokens) = (cell.word("attention")?, cell.count("tokens")?);
     let text = held_out(PREDICTED);
     if name == "lstm" {
@@ -52,7 +52,7 @@ pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
     let pace = trained(config(cell, (kv_heads, mixer.as_ref()))?, folder.path())?;
     let bits = |length: usize| -> anyhow::Result<f64> {
         let model = Model::load(folder.path())?;
-        bits_per_byte(&model, &text, (length, 0), &CacheOptions::default())
+        bits_a_token(&model, &text, (length, 0), &CacheOptions::default())
     };
     let mut numbers =
         Numbers::from([("bits".to_owned(), bits(tokens)?), ("tokens_per_second".to_owned(), pace)]);

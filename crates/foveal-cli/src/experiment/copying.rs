@@ -8,11 +8,11 @@
 
 use foveal_lm::train::IGNORED;
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
 use super::learner::{Examples, Learner, Random};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 /// Strings that are tested.
@@ -21,7 +21,7 @@ const TESTED: usize = 512;
 const NOTHING: u32 = 0;
 const MARK: u32 = 1;
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let (tokens, vocab) = (cell.count("tokens")?, cell.count("vocab")?);
     let longest = (tokens - 1) / 2;
     anyhow::ensure!(longest <= vocab - 2, "{longest} different symbols of {}", vocab - 2);

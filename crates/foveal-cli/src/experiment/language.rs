@@ -132,8 +132,8 @@ pub(super) fn held_out(count: usize) -> Vec<u32> {
     bytes[bytes.len() - share..].iter().take(count).map(|&byte| u32::from(byte)).collect()
 }
 
-/// Bits per byte of tokens from place `from` on, cut into texts of `length` tokens, each with a state of its own.
-pub(super) fn bits_per_byte(
+/// Bits a token from place `from` on, cut into texts of `length` tokens, each with a state of its own.
+pub(super) fn bits_a_token(
     model: &Model,
     tokens: &[u32],
     (length, from): (usize, usize),

@@ -9,11 +9,11 @@
 
 use foveal_lm::train::IGNORED;
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, cross, lines};
 use super::learner::{Examples, Learner, Random};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot};
 
 /// The power of gaps.
@@ -23,7 +23,7 @@ const TESTED: usize = 512;
 /// The filler.
 const NOTHING: u32 = 0;
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let task = Task {
         pairs: cell.count("pairs")?,
         tokens: cell.count("tokens")?,
