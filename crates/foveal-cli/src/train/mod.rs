@@ -1,6 +1,5 @@
 //! `foveal train`: trains a model on texts.
 
-mod chart;
 mod processes;
 mod report;
 mod show;
@@ -18,7 +17,7 @@ use show::Show;
 /// What is trained where no configuration is given: a small model, for about a minute.
 const USUAL: &str = include_str!("usual.toml");
 /// The text of that model: Jane Austen's "Northanger Abbey" (1817).
-const TEXT: &str = include_str!("../../assets/northanger-abbey.txt");
+pub(crate) const TEXT: &str = include_str!("../../assets/northanger-abbey.txt");
 /// Where it goes.
 const FOLDER: &str = "foveal-model";
 

@@ -298,6 +298,11 @@ impl Trainer {
         &self.state
     }
 
+    /// The most bytes of activations that a step had in use.
+    pub fn activation_bytes(&self) -> usize {
+        self.scratch.peak_bytes()
+    }
+
     /// The step of the last checkpoint, if there is one.
     pub fn saved_step(&self) -> Option<u64> {
         self.saved
