@@ -8,6 +8,7 @@ mod ci;
 mod docs;
 mod fuzz;
 mod header;
+mod page;
 mod pictures;
 mod python;
 mod rules;
@@ -29,6 +30,7 @@ cargo xtask COMMAND
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
   python                     build the wheel, install it into a fresh environment, test what was installed
+  page                       check the types of the server's page and click through it, where there are npm and Chromium
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
   pictures MODEL             write the README's pictures of the terminal, with SmolLM2's file
 ";
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Some("docs") => docs::run(&rest),
         Some("fuzz") => fuzz::run(&rest),
         Some("pictures") => pictures::run(&rest),
+        Some("page") => page::run(&rest),
         Some("python") => python::run(&rest),
         Some("bench") => bench::run(&rest),
         Some("help" | "--help" | "-h") | None => {
