@@ -7,17 +7,11 @@
 mod associative;
 mod caches;
 mod cell;
-mod characters;
-mod copying;
 mod document;
 mod exactness;
 mod favor;
-mod grouping;
 mod growth;
 mod judge;
-mod language;
-mod learner;
-mod recall;
 mod results;
 
 use std::num::NonZeroUsize;
@@ -55,7 +49,7 @@ impl Models {
 
 /// An experiment.
 struct Experiment {
-    /// E1 to E12.
+    /// As in the survey of which these are.
     name: &'static str,
     /// Its title, words and cells.
     grid: &'static str,
@@ -66,40 +60,16 @@ struct Experiment {
 /// Those that there are.
 const ALL: &[Experiment] = &[
     Experiment {
-        name: "E1",
-        grid: include_str!("grids/E1.toml"),
-        run: recall::run,
-        judge: recall::judge,
-    },
-    Experiment {
-        name: "E2",
-        grid: include_str!("grids/E2.toml"),
-        run: copying::run,
-        judge: copying::judge,
-    },
-    Experiment {
         name: "E4",
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
         judge: associative::judge,
     },
     Experiment {
-        name: "E5",
-        grid: include_str!("grids/E5.toml"),
-        run: characters::run,
-        judge: characters::judge,
-    },
-    Experiment {
         name: "E7",
         grid: include_str!("grids/E7.toml"),
         run: caches::run,
         judge: caches::judge,
-    },
-    Experiment {
-        name: "E8",
-        grid: include_str!("grids/E8.toml"),
-        run: grouping::run,
-        judge: grouping::judge,
     },
     Experiment {
         name: "E9",
