@@ -4,16 +4,16 @@
 
 use foveal::cache::Rolling;
 use foveal_lm::Model;
-use foveal_lm::evaluate::token_nll;
 use foveal_lm::mixer::{CacheOptions, CacheStorage, Keep};
 use foveal_lm::tokenizer::Encode;
 
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
+use super::language::bits_a_token;
 use super::results::Results;
 use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
-use crate::{interrupt, source, train};
+use crate::{source, train};
 
 /// How many of the first tokens a window keeps.
 const SINKS: usize = 4;
@@ -61,20 +61,6 @@ pub(super) fn run(cell: &Cell, models: &Models) -> anyhow::Result<Numbers> {
         numbers.insert(name, bits_a_token(&model, (&text, from), &options)?);
     }
     Ok(numbers)
-}
-
-/// Bits a token of a text from place `from` on, with keys and values kept as `options` say.
-fn bits_a_token(
-    model: &Model,
-    (text, from): (&[u32], usize),
-    options: &CacheOptions,
-) -> anyhow::Result<f64> {
-    let mut state = model.state_with(options)?;
-    let nll = token_nll(model, text, &mut state, &mut |_| interrupt::flow())?;
-    // The first token is predicted by nothing.
-    let own = &nll[from - 1..];
-    let sum = own.iter().map(|&nll| f64::from(nll)).sum::<f64>();
-    Ok(sum / std::f64::consts::LN_2 / own.len() as f64)
 }
 
 /// Another place of the novel for each seed, so many bytes.

@@ -10,8 +10,10 @@ mod cell;
 mod document;
 mod exactness;
 mod favor;
+mod grouping;
 mod growth;
 mod judge;
+mod language;
 mod results;
 
 use std::num::NonZeroUsize;
@@ -70,6 +72,12 @@ const ALL: &[Experiment] = &[
         grid: include_str!("grids/E7.toml"),
         run: caches::run,
         judge: caches::judge,
+    },
+    Experiment {
+        name: "E8",
+        grid: include_str!("grids/E8.toml"),
+        run: grouping::run,
+        judge: grouping::judge,
     },
     Experiment {
         name: "E9",
