@@ -20,7 +20,7 @@ const DASHES: [&str; 3] = ["", "6 3", "2 3"];
 /// The box of lines: left, top, width, height.
 const BOX: (f64, f64, f64, f64) = (62.0, 30.0, 400.0, 220.0);
 /// Room for the legend.
-const LEGEND: f64 = 170.0;
+const LEGEND: f64 = 200.0;
 
 /// How an axis is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -44,8 +44,8 @@ pub(crate) struct Figures {
     pub(crate) tokens: u64,
     /// Of training.
     pub(crate) train_tokens_per_second: f64,
-    /// Parameters, gradients, moments and activations at their peak.
-    pub(crate) train_bytes: usize,
+    /// Parameters, gradients, moments and activations at their peak; unknown where another process took all steps.
+    pub(crate) train_bytes: Option<usize>,
     /// Tokens read, and the loss in nats a token.
     pub(crate) losses: Vec<(f64, f64)>,
     /// By position within texts of at most four sequences.
@@ -103,7 +103,7 @@ mod tests {
             parameters: 1,
             tokens: 1,
             train_tokens_per_second: 1.0,
-            train_bytes: 1,
+            train_bytes: Some(1),
             losses: vec![],
             quality: vec![part(0, 64, 30.0), part(64, 128, 20.0), part(128, 256, 10.0)],
             speed: vec![at(100, 1000), at(200, 2000), at(400, 4000)],

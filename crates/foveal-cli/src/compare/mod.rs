@@ -16,10 +16,8 @@ use foveal_lm::atomic_file;
 
 use crate::{compute, interrupt, numbers, output, train};
 use choice::Need;
-use contender::Contender;
+use contender::{Contender, Sizes};
 use training::{Budget, Text};
-
-pub(crate) use contender::{Sizes, mixer};
 
 /// Where it goes.
 const FOLDER: &str = "foveal-compare";
@@ -29,7 +27,7 @@ const FOLDER: &str = "foveal-compare";
 /// Trains the same small model with each attention, on the same tokens in the same order and with as many parameters, and
 /// measures how well each predicts the end of the text, by position and beyond the length of training; the speed and memory of
 /// training, of reading prompts and of making tokens; and the bytes that a text leaves behind. The folder gets a page, index.html, a table,
-/// figures.csv, and the models. Without arguments it takes about ten minutes on two processors, on the novel that is built in. What
+/// figures.csv, and the models. Without arguments it takes about five minutes on two processors, on the novel that is built in. What
 /// is finished is not done again: the same command goes on after Ctrl-C.
 ///
 /// With --kernels-only nothing is trained: mechanisms, and the unfused computation, run on random numbers over lengths of context.

@@ -86,7 +86,7 @@ fn row(one: &Figures) -> Vec<String> {
         bits(one.within()),
         bits(one.beyond()),
         format!("{:.0}", one.train_tokens_per_second),
-        numbers::bytes(one.train_bytes).to_string(),
+        one.train_bytes.map_or_else(|| "–".to_owned(), |bytes| numbers::bytes(bytes).to_string()),
         format!("{read:.0}"),
         format!("{made:.0}"),
         numbers::bytes(left).to_string(),
@@ -165,7 +165,9 @@ pub(super) fn csv(all: &[Figures]) -> String {
         line("parameters", 0, 0, one.parameters as f64);
         line("training tokens", 0, 0, one.tokens as f64);
         line("training tokens a second", 0, 0, one.train_tokens_per_second);
-        line("training bytes", 0, 0, one.train_bytes as f64);
+        if let Some(bytes) = one.train_bytes {
+            line("training bytes", 0, 0, bytes as f64);
+        }
         for part in &one.quality {
             line("bits per byte at positions", part.from, part.to, part.bits_per_byte());
         }

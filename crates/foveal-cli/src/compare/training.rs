@@ -218,7 +218,9 @@ fn train(config: Config, settings: &str, folder: &Path) -> anyhow::Result<Figure
         tokens: trainer.state().tokens,
         train_tokens_per_second,
         // Parameters, their gradients, and two moments of each.
-        train_bytes: 4 * parameters * size_of::<f32>() + trainer.activation_bytes(),
+        train_bytes: Some(trainer.activation_bytes())
+            .filter(|&bytes| bytes > 0)
+            .map(|bytes| bytes + 4 * parameters * size_of::<f32>()),
         losses,
         quality: vec![],
         speed: vec![],

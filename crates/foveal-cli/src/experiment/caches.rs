@@ -58,7 +58,7 @@ pub(super) fn run(cell: &Cell, models: &Models) -> anyhow::Result<Numbers> {
     let from = tokens * 2 / 3;
     let mut numbers = Numbers::new();
     for (name, options) in caches(tokens, window)? {
-        numbers.insert(name, bits_a_token(&model, &text, (tokens, from), &options)?);
+        numbers.insert(name, bits_a_token(&model, (&text, from), &options)?);
     }
     Ok(numbers)
 }

@@ -67,12 +67,12 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let full = Attention::new().mask(Mask::causal());
     let [a, b] = match cell.word("pair")? {
         "full/reference" => {
-            both(&full.forward(x.q, x.k, x.v)?.out, defined(&text, Mask::causal())?)
+            both(&full.forward(x.q, x.k, x.v)?.out, defined(&text, &Mask::causal())?)
         }
         "window/reference" => {
             let mask = Mask::window(WINDOW);
             let kernel = Attention::new().mask(mask.clone()).forward(x.q, x.k, x.v)?.out;
-            both(&kernel, defined(&text, mask)?)
+            both(&kernel, defined(&text, &mask)?)
         }
         "full/split" => both(&full.forward(x.q, x.k, x.v)?.out, split(&text)?),
         "full/cached" => both(&full.forward(x.q, x.k, x.v)?.out, one_by_one(&text)?),
@@ -111,11 +111,11 @@ fn both(a: &Tensor<f32>, b: Vec<f64>) -> [Vec<f64>; 2] {
 }
 
 /// The definition, in f64.
-fn defined(text: &Text, mask: Mask) -> anyhow::Result<Vec<f64>> {
+fn defined(text: &Text, mask: &Mask) -> anyhow::Result<Vec<f64>> {
     let [q, k, v] = [&text.q, &text.k, &text.v].map(|x| wide(x.as_slice()));
     let shape = text.q.shape();
     let inputs = [&q, &k, &v].map(|data| Input { data, shape });
-    Ok(attention(inputs, (shape.dim as f64).powf(-0.5), &mask)?.out)
+    Ok(attention(inputs, (shape.dim as f64).powf(-0.5), mask)?.out)
 }
 
 /// Parts of the keys, each by itself, joined row by row.

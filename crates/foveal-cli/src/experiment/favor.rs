@@ -84,7 +84,7 @@ fn first_layer(tokens: usize, sharpness: f64) -> anyhow::Result<Layer> {
     let kv_heads = k.len() / tokens / dim;
     let shape = Shape { batch: 1, seq: tokens, heads, dim };
     let spread = |x: &[f32]| grouped(x, (kv_heads, heads), dim);
-    let base = config.layers.first().map_or(1e4, |layer| f64::from(layer.rope.base));
+    let base = config.layers.first().map_or(1e4, |layer| layer.rope.base);
     // Queries and keys take a root of it each.
     let factor = sharpness.sqrt() as f32;
     let turned = |mut x: Vec<f32>| {

@@ -29,9 +29,13 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let tokens = cell.count("tokens")?;
     let text = held_out(PREDICTED);
     let bits = |folder: &Path| -> anyhow::Result<f64> {
-        bits_a_token(&Model::load(folder)?, &text, (tokens, 0), &CacheOptions::default())
+        let model = Model::load(folder)?;
+        let parts = text.chunks_exact(tokens);
+        let bits = parts.map(|part| bits_a_token(&model, (part, 0), &CacheOptions::default()));
+        let bits = bits.collect::<anyhow::Result<Vec<f64>>>()?;
+        Ok(bits.iter().sum::<f64>() / bits.len().max(1) as f64)
     };
-    let base = config(cell, (cell.count("heads")?, None))?;
+    let base = config(cell)?;
     let before = Folder::new(&format!("{}-before", cell.name()))?;
     trained(base.clone(), before.path())?;
     let mut numbers = Numbers::from([("before".to_owned(), bits(before.path())?)]);

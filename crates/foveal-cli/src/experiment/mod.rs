@@ -7,8 +7,6 @@
 mod associative;
 mod caches;
 mod cell;
-mod characters;
-mod copying;
 mod document;
 mod exactness;
 mod favor;
@@ -16,8 +14,6 @@ mod grouping;
 mod growth;
 mod judge;
 mod language;
-mod learner;
-mod recall;
 mod results;
 
 use std::num::NonZeroUsize;
@@ -55,7 +51,7 @@ impl Models {
 
 /// An experiment.
 struct Experiment {
-    /// E1 to E12.
+    /// As in the survey of which these are.
     name: &'static str,
     /// Its title, words and cells.
     grid: &'static str,
@@ -66,28 +62,10 @@ struct Experiment {
 /// Those that there are.
 const ALL: &[Experiment] = &[
     Experiment {
-        name: "E1",
-        grid: include_str!("grids/E1.toml"),
-        run: recall::run,
-        judge: recall::judge,
-    },
-    Experiment {
-        name: "E2",
-        grid: include_str!("grids/E2.toml"),
-        run: copying::run,
-        judge: copying::judge,
-    },
-    Experiment {
         name: "E4",
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
         judge: associative::judge,
-    },
-    Experiment {
-        name: "E5",
-        grid: include_str!("grids/E5.toml"),
-        run: characters::run,
-        judge: characters::judge,
     },
     Experiment {
         name: "E7",

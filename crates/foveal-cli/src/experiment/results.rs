@@ -117,6 +117,6 @@ impl Results {
 
     /// How long all of it took.
     pub(super) fn seconds(&self) -> f64 {
-        self.all.iter().map(|one| one.seconds).sum()
+        self.all.iter().fold(0.0, |sum, one| sum + one.seconds)
     }
 }
