@@ -117,8 +117,8 @@ impl Global {
         of: &Taking,
         tools: &mut Tools<'_>,
     ) -> Result<Made, Error> {
-        let rows = gathered(call.x, of, of.rows.iter().copied(), tools);
-        let seen = gathered(call.x, of, 0..of.keys, tools);
+        let rows = gathered(call.x, of, &of.rows.iter().copied(), tools);
+        let seen = gathered(call.x, of, &(0..of.keys), tools);
         let mut project = |projected: &Projected, x: &[f32]| {
             let count = x.len() / projected.shape.in_features.max(1);
             let mut y = tools.pool.take(count * projected.shape.out_features);
@@ -260,8 +260,8 @@ impl Global {
                 tools.pool.give(std::mem::replace(d, d_plain));
             }
         }
-        let rows = gathered(call.x, of, of.rows.iter().copied(), tools);
-        let seen = gathered(call.x, of, 0..of.keys, tools);
+        let rows = gathered(call.x, of, &of.rows.iter().copied(), tools);
+        let seen = gathered(call.x, of, &(0..of.keys), tools);
         let mut d_rows = tools.pool.take(rows.len());
         let mut d_seen = tools.pool.take(seen.len());
         let arenas = (call.parameters, &mut *gradients);
@@ -270,8 +270,8 @@ impl Global {
         self.key.backward(arenas, (&seen, &d_k), Gradient::Write(&mut d_seen), tools)?;
         let arenas = (call.parameters, gradients);
         self.value.backward(arenas, (&seen, &d_v), Gradient::Add(&mut d_seen), tools)?;
-        scattered(&d_rows, of, of.rows.iter().copied(), d_x, tools)?;
-        scattered(&d_seen, of, 0..of.keys, d_x, tools)?;
+        scattered(&d_rows, of, &of.rows.iter().copied(), d_x, tools)?;
+        scattered(&d_seen, of, &(0..of.keys), d_x, tools)?;
         let buffers = [rows, seen, d_rows, d_seen, d_q, d_k, d_v];
         buffers.into_iter().for_each(|buffer| tools.pool.give(buffer));
         Ok(())
@@ -298,7 +298,7 @@ fn row_of(x: TensorRef<'_, f32>, (sequence, token): (usize, usize)) -> Vec<f32> 
 fn gathered(
     x: &[f32],
     of: &Taking,
-    rows: impl Iterator<Item = usize> + Clone,
+    rows: &(impl Iterator<Item = usize> + Clone),
     tools: &mut Tools<'_>,
 ) -> Vec<f32> {
     let width = x.len() / (of.sequences * of.tokens).max(1);
@@ -314,7 +314,7 @@ fn gathered(
 fn scattered(
     d_rows: &[f32],
     of: &Taking,
-    rows: impl Iterator<Item = usize> + Clone,
+    rows: &(impl Iterator<Item = usize> + Clone),
     d_x: &mut [f32],
     tools: &Tools<'_>,
 ) -> Result<(), Error> {
