@@ -315,7 +315,7 @@ fn forgotten(dim: usize, cpu: Cpu) -> foveal::Result<()> {
     silent.qkv[1].fill(0.0);
     fn one<R: Recurrence + Clone>(
         name: &str,
-        mechanism: R,
+        mechanism: &R,
         (text, silent): (&Text, &Text),
         cpu: Cpu,
     ) -> foveal::Result<()> {
@@ -333,7 +333,7 @@ fn forgotten(dim: usize, cpu: Cpu) -> foveal::Result<()> {
     }
     println!("{TOKENS} tokens without keys ÷ as many with keys");
     let texts = (&text, &silent);
-    one("retention", Retention::new(HEADS), texts, cpu)?;
-    one("gla", VectorDecay::new(), texts, cpu)?;
-    one("gated_delta", Delta::gated(), texts, cpu)
+    one("retention", &Retention::new(HEADS), texts, cpu)?;
+    one("gla", &VectorDecay::new(), texts, cpu)?;
+    one("gated_delta", &Delta::gated(), texts, cpu)
 }
