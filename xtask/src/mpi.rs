@@ -24,11 +24,11 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         );
         return Ok(());
     }
+    // The whole workspace, so that its crates are those that the tests have built.
     run::run(&mut cargo(&[
         "build",
         "--release",
-        "--package=foveal-cli",
-        "--package=foveal-mpi",
+        "--workspace",
         "--features=foveal-cli/mpi,foveal-mpi/mpi",
         "--bin=foveal",
         "--example=ring",
