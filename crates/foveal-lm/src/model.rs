@@ -19,7 +19,6 @@ mod watched;
 
 use std::path::Path;
 
-use foveal::cache::Rolling;
 use foveal::position::Rope;
 use foveal::projection::Activations;
 use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache, nn};
@@ -59,7 +58,10 @@ pub struct Model {
 }
 
 /// What a model holds of one text: the keys and values of its tokens, layer by layer.
-#[derive(Debug)]
+///
+/// A clone goes on by itself from the same tokens. It shares pages until one of the two writes them, and holds in RAM what the
+/// other one keeps in files.
+#[derive(Clone, Debug)]
 pub struct State {
     layers: Vec<LayerState>,
     position: usize,
@@ -122,7 +124,15 @@ impl Model {
     /// Those of [`ModelConfig::read`]; [`Error::Weights`] for a tensor that is missing, has another shape than the
     /// configuration implies, or a format that isn't supported; [`Error::Kernel`].
     pub fn new(weights: &Weights) -> Result<Model, Error> {
-        let config = ModelConfig::read(weights)?;
+        Model::assembled(weights, ModelConfig::read(weights)?)
+    }
+
+    /// The same by a description that differs from the file's in what tensors do not depend on, such as a memory's length.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Model::new`].
+    pub fn assembled(weights: &Weights, config: ModelConfig) -> Result<Model, Error> {
         let cpu = Cpu::detect()?;
         let parts = Parts::new(weights, &config);
         let mut ropes = Ropes::new(&config);
@@ -249,9 +259,7 @@ impl Model {
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.options.keep {
             Keep::Rolling(rolling) => Some(rolling),
-            Keep::Retrieve(retrieval) => {
-                Some(Rolling::new(retrieval.first_tokens(), retrieval.window)?)
-            }
+            Keep::Retrieve(retrieval) => Some(retrieval.places(state.position + tokens.len())?),
             _ => None,
         };
         scratch.activations.set_positions(&self.ropes, &positions, rolling)?;

@@ -281,6 +281,7 @@ pub(crate) fn mixers() -> Vec<Value> {
         json!({"name": "infini", "segment": 6}),
         json!({"name": "infini", "segment": 7, "update": "delta", "rotated": false}),
         json!({"name": "memorizing", "segment": 6, "top": 4, "capacity": 20}),
+        json!({"name": "memorizing", "segment": 6, "top": 3, "capacity": 40, "index": {"lists": 1, "probes": 1}}),
         json!([{"name": "memorizing", "segment": 5, "top": 3, "capacity": 100, "previous": true}, {"name": "infini", "segment": 9}]),
         json!([
             {"name": "transformer_xl", "segment": 8, "memory": 8},
