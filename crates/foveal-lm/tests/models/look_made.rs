@@ -188,7 +188,8 @@ fn memories_say_what_was_retrieved_and_their_gates() {
             assert!(weights.is_sorted_by(|a, b| a >= b), "{weights:?}");
             assert_eq!(recalled.entries.len(), recalled.segment.min(12).min(4));
             let mut entries = recalled.entries.clone();
-            (entries.sort_unstable(), seen.sort_unstable());
+            entries.sort_unstable();
+            seen.sort_unstable();
             assert_eq!(entries, seen);
             let sum: f32 = weights.iter().sum();
             assert!(entries.is_empty() || (sum - gate).abs() < 1e-5, "{sum} of {gate}");
