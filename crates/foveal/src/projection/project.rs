@@ -348,10 +348,8 @@ fn generated(projections: &mut [Projection<'_>], x: Input<'_>, call: Call, mut f
             None => {
                 let (packed, rest) = std::mem::take(&mut free).split_at_mut(x.rows * stride);
                 free = rest;
-                for (row, out) in packed.chunks_exact_mut(stride).enumerate() {
-                    let x = &x.data[row * x.stride..][..width];
-                    pack(call.row_inputs(format), format, x, out);
-                }
+                let rows = (0..x.rows).map(|row| &x.data[row * x.stride..][..width]);
+                pack(call.row_inputs(format), format, rows, packed.chunks_exact_mut(stride));
                 Input { data: packed, rows: x.rows, stride }
             }
         };

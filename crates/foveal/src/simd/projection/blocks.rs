@@ -10,7 +10,8 @@
 //! Σ_p scale_p · Σ_c q_(2c+p) x_(2c+p)  +  Σ_p minimum_p · X_p
 //! ```
 //!
-//! where w = scale (q − c) + minimum. Centring keeps the two parts as small as the weights are.
+//! where w = scale (q − c) + minimum; where both `p` of a lane lie in one block, all eight products are one chain under its
+//! scale. Centring keeps the two parts as small as the weights are.
 
 use crate::projection::Format;
 use crate::simd::words::Words;
@@ -73,42 +74,70 @@ impl Layout {
     /// Writes a row of inputs in the order of the weights, divided by the scales of their fields,
     /// with the sums that minima need; inputs beyond the end are zero.
     #[inline(always)]
-    pub(super) fn pack<S: Words>(&self, x: &[f32], out: &mut [f32]) {
+    pub(super) fn pack<S: Words>(&self, order: &Order, x: &[f32], out: &mut [f32]) {
         assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
         for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
-            let base = self.base(chunk, S::LANES);
-            let parity_stride =
-                if self.parity_stride == 0 { 4 * S::LANES } else { self.parity_stride };
-            let mut sums = [[0.0; 16]; 2];
-            for k in 0..8 {
-                let (c, p) = (k / 2, k % 2);
-                let scale = 1.0 / (1u32 << self.exponents[k]) as f32;
-                let vector = &mut out[k * S::LANES..][..S::LANES];
-                for (lane, out) in vector.iter_mut().enumerate() {
-                    let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
-                    let at = piece * self.piece_stride + p * parity_stride + 4 * word + c;
-                    let x = x.get(base + at).copied().unwrap_or(0.0);
-                    *out = x * scale;
-                    sums[p][lane] += x;
+            let x = x.get(self.base(chunk, S::LANES)..).unwrap_or(&[]);
+            match x.first_chunk() {
+                Some(x) => self.pack_chunk::<S>(order, x, out),
+                None => {
+                    let mut rest = [0.0; SPAN];
+                    rest[..x.len()].copy_from_slice(x);
+                    self.pack_chunk::<S>(order, &rest, out);
                 }
-            }
-            if self.sums == 1 {
-                for lane in 0..S::LANES {
-                    sums[0][lane] += sums[1][lane];
-                }
-            }
-            for (out, sums) in out[8 * S::LANES..].chunks_exact_mut(S::LANES).zip(&sums) {
-                out.copy_from_slice(&sums[..S::LANES]);
             }
         }
     }
+
+    #[inline(always)]
+    fn pack_chunk<S: Words>(&self, order: &Order, x: &[f32; SPAN], out: &mut [f32]) {
+        let (packed, minima) = out.split_at_mut(8 * S::LANES);
+        let mut sums = [[0.0; 16]; 2];
+        let vectors = packed.chunks_exact_mut(S::LANES).zip(order.chunks_exact(S::LANES));
+        for (k, (vector, order)) in vectors.enumerate() {
+            let scale = 1.0 / (1u32 << self.exponents[k]) as f32;
+            let lanes = vector.iter_mut().zip(order).zip(&mut sums[k % 2]);
+            for ((out, &at), sum) in lanes {
+                let x = x[usize::from(at) % SPAN];
+                *out = x * scale;
+                *sum += x;
+            }
+        }
+        if self.sums == 1 {
+            for lane in 0..S::LANES {
+                sums[0][lane] += sums[1][lane];
+            }
+        }
+        for (out, sums) in minima.chunks_exact_mut(S::LANES).zip(&sums) {
+            out.copy_from_slice(&sums[..S::LANES]);
+        }
+    }
+
+    /// Which input, counted from a chunk's first, each number of a packed chunk is.
+    pub(super) fn order(&self, lanes: usize) -> Order {
+        let parity_stride = if self.parity_stride == 0 { 4 * lanes } else { self.parity_stride };
+        let mut order = [0; SPAN];
+        for (n, at) in order[..8 * lanes].iter_mut().enumerate() {
+            let (k, lane) = (n / lanes, n % lanes);
+            let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
+            let from = piece * self.piece_stride + k % 2 * parity_stride + 4 * word + k / 2;
+            *at = from as u8;
+        }
+        order
+    }
 }
+
+/// Inputs from a chunk's first to its last, at most.
+const SPAN: usize = 128;
+
+/// See [`Layout::order`].
+pub(super) type Order = [u8; SPAN];
 
 /// Inputs of a row of 8-bit integers that share a scale.
 const RUN: usize = 32;
 
 impl Layout {
-    /// Whether both `p` of a lane lie in one run of 32.
+    /// Whether both `p` of a lane lie in one run of 32, which is one block then.
     pub(super) const fn shared(&self) -> bool {
         0 < self.parity_stride && self.parity_stride < RUN
     }

@@ -141,19 +141,19 @@ fn rows_of_integers(pairs: Pairs, format: Format, call: RowCall<'_>) {
 
 fn rows_of_numbers(level: Level, format: Format, call: RowCall<'_>) {
     use blocks::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
-    use row::{Bf16, F16, F32, Grouped, run};
+    use row::{Bf16, F16, F32, run, run_packed};
     match format {
         Format::F32 => run(level, F32, call),
         Format::F16 => run(level, F16, call),
         Format::BF16 => run(level, Bf16, call),
-        Format::Q8_0 => run(level, Grouped(Q8_0), call),
-        Format::Q4_0 => run(level, Grouped(Q4_0), call),
-        Format::Q4_1 => run(level, Grouped(Q4_1), call),
-        Format::Q5_0 => run(level, Grouped(Q5_0), call),
-        Format::Q5_1 => run(level, Grouped(Q5_1), call),
-        Format::Q4_K => run(level, Grouped(Q4_K), call),
-        Format::Q5_K => run(level, Grouped(Q5_K), call),
-        Format::Q6_K => run(level, Grouped(Q6_K), call),
+        Format::Q8_0 => run_packed(level, Q8_0, call),
+        Format::Q4_0 => run_packed(level, Q4_0, call),
+        Format::Q4_1 => run_packed(level, Q4_1, call),
+        Format::Q5_0 => run_packed(level, Q5_0, call),
+        Format::Q5_1 => run_packed(level, Q5_1, call),
+        Format::Q4_K => run_packed(level, Q4_K, call),
+        Format::Q5_K => run_packed(level, Q5_K, call),
+        Format::Q6_K => run_packed(level, Q6_K, call),
     }
 }
 
@@ -178,22 +178,39 @@ fn lanes(level: Level) -> usize {
     }
 }
 
-/// Packs an input row for a format whose [`packed_len`] is not 0.
-pub(crate) fn pack(inputs: RowInputs, format: Format, x: &[f32], out: &mut [f32]) {
+/// Packs input rows for a format whose [`packed_len`] is not 0; each of `out` is as long as that.
+pub(crate) fn pack<'a>(
+    inputs: RowInputs,
+    format: Format,
+    x: impl Iterator<Item = &'a [f32]>,
+    out: std::slice::ChunksExactMut<'_, f32>,
+) {
     let layout = blocks::layout(format).expect("a packed format");
     match inputs {
-        RowInputs::Numbers(level) => pack_numbers(level, layout, x, out),
-        RowInputs::Integers(pairs) => pack_integers(pairs, layout, x, out),
+        RowInputs::Numbers(level) => {
+            let order = layout.order(lanes(level));
+            x.zip(out).for_each(|(x, out)| pack_numbers(level, layout, &order, x, out));
+        }
+        RowInputs::Integers(pairs) => {
+            x.zip(out).for_each(|(x, out)| pack_integers(pairs, layout, x, out));
+        }
     }
 }
 
 dispatch! {
-    fn pack_numbers(layout: Layout, x: &[f32], out: &mut [f32]) = pack_numbers_kernel
+    fn pack_numbers(layout: Layout, order: &blocks::Order, x: &[f32], out: &mut [f32])
+        = pack_numbers_kernel
 }
 
 #[inline(always)]
-fn pack_numbers_kernel<S: Words>(_: S, layout: Layout, x: &[f32], out: &mut [f32]) {
-    layout.pack::<S>(x, out);
+fn pack_numbers_kernel<S: Words>(
+    _: S,
+    layout: Layout,
+    order: &blocks::Order,
+    x: &[f32],
+    out: &mut [f32],
+) {
+    layout.pack::<S>(order, x, out);
 }
 
 dispatch_pairs! {

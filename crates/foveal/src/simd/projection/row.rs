@@ -8,6 +8,7 @@ use super::blocks::{Chunk, Packed};
 use crate::simd::words::Words;
 use crate::simd::{Simd, dispatch};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Weight rows whose lanes are added up together.
 const TOGETHER: usize = 16;
@@ -35,65 +36,40 @@ pub(super) trait Dots: Copy {
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [<Self::S as Simd>::F; R];
 }
 
-/// A format whose inputs are numbers.
-#[derive(Clone, Copy)]
-struct Numbers<S, B>(S, PhantomData<B>);
-
-impl<S: Words, B: RowFormat> Dots for Numbers<S, B> {
-    type S = S;
-
-    #[inline(always)]
-    fn simd(self) -> S {
-        self.0
-    }
-    #[inline(always)]
-    fn width(self, in_features: usize) -> usize {
-        B::width(in_features, S::LANES)
-    }
-    #[inline(always)]
-    unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
-        // SAFETY: the caller's promise is the callee's.
-        unsafe { B::dots::<S, R>(self.0, row, x) }
-    }
+dispatch! {
+    pub(super) fn run<N: Number>(format: N, call: RowCall<'_>) = run_numbers
 }
 
-/// How one weight row meets R input rows of numbers.
-pub(super) trait RowFormat: Copy + Send + Sync {
-    /// Numbers of an input row of the kind that the format takes.
-    fn width(in_features: usize, lanes: usize) -> usize {
-        let _ = lanes;
-        in_features
-    }
-
-    /// Sums that are still spread over lanes.
-    /// # Safety
-    /// `row` is valid for reading a weight row, and `x` for reading R input rows of the kind that
-    /// the format takes.
-    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R];
+#[inline(always)]
+fn run_numbers<S: Words, N: Number>(s: S, _: N, call: RowCall<'_>) {
+    run_rows(Numbers(s, PhantomData::<N>), &call);
 }
 
 dispatch! {
-    pub(super) fn run<B: RowFormat>(format: B, call: RowCall<'_>) = run_kernel
+    pub(super) fn run_packed<B: Packed>(format: B, call: RowCall<'_>) = run_packed_kernel
 }
 
 #[inline(always)]
-fn run_kernel<S: Words, B: RowFormat>(s: S, _: B, call: RowCall<'_>) {
-    run_rows(Numbers(s, PhantomData::<B>), &call);
+fn run_packed_kernel<S: Words, B: Packed>(s: S, format: B, call: RowCall<'_>) {
+    run_rows(Grouped(s, format), &call);
 }
 
-/// All weight rows of a call, against all input rows.
+/// The weight rows of a call, some at a time.
+fn together(call: &RowCall<'_>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let count = call.columns.len();
+    (0..count).step_by(TOGETHER).map(move |first| first..count.min(first + TOGETHER))
+}
+
+/// All weight rows of a call, against all input rows: some of these, which stay near, against all weights, then the next.
 #[inline(always)]
 pub(super) fn run_rows<D: Dots>(dots: D, call: &RowCall<'_>) {
-    let count = call.columns.len();
     let width = dots.width(call.in_features);
     let reached = call.rows.saturating_sub(1) * call.x_stride + width;
     assert!(call.rows == 0 || call.x.len() >= reached);
     let group = if D::S::LANES == 16 { 4 } else { 2 };
-    for first in (0..count).step_by(TOGETHER) {
-        let weights = first..count.min(first + TOGETHER);
-        for row in (0..call.rows).step_by(group) {
-            let (weights, rows) = (weights.clone(), (call.rows - row).min(group));
-            match rows {
+    for row in (0..call.rows).step_by(group) {
+        for weights in together(call) {
+            match (call.rows - row).min(group) {
                 1 => block::<D, 1>(dots, call, weights, row),
                 2 => block::<D, 2>(dots, call, weights, row),
                 3 if D::S::LANES == 16 => block::<D, 3>(dots, call, weights, row),
@@ -104,18 +80,17 @@ pub(super) fn run_rows<D: Dots>(dots: D, call: &RowCall<'_>) {
     }
 }
 
-#[inline(always)]
-fn block<D: Dots, const R: usize>(
-    dots: D,
-    call: &RowCall<'_>,
-    weights: std::ops::Range<usize>,
-    row: usize,
-) {
-    let x = Inputs {
+fn inputs(call: &RowCall<'_>, row: usize) -> Inputs {
+    Inputs {
         data: call.x[row * call.x_stride..].as_ptr(),
         stride: call.x_stride,
         in_features: call.in_features,
-    };
+    }
+}
+
+#[inline(always)]
+fn block<D: Dots, const R: usize>(dots: D, call: &RowCall<'_>, weights: Range<usize>, row: usize) {
+    let x = inputs(call, row);
     let s = dots.simd();
     let mut lanes = [[s.splat(0.0); TOGETHER]; R];
     for (j, n) in weights.clone().enumerate() {
@@ -126,6 +101,18 @@ fn block<D: Dots, const R: usize>(
             lanes[j] = dot;
         }
     }
+    write(s, call, weights, row, &lanes);
+}
+
+/// Adds up the lanes of each weight row and input row.
+#[inline(always)]
+fn write<S: Simd, const R: usize>(
+    s: S,
+    call: &RowCall<'_>,
+    weights: Range<usize>,
+    row: usize,
+    lanes: &[[S::F; TOGETHER]; R],
+) {
     for (r, lanes) in lanes.iter().enumerate() {
         let mut sums = [0.0; TOGETHER];
         let columns = call.columns.start + weights.start..call.columns.start + weights.end;
@@ -138,30 +125,37 @@ fn block<D: Dots, const R: usize>(
     }
 }
 
-/// A format of [`Packed`] chunks.
+/// A format of [`Packed`] chunks, whose inputs are numbers.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Grouped<B>(pub(super) B);
+struct Grouped<S, B>(S, B);
 
-impl<B: Packed> RowFormat for Grouped<B> {
-    fn width(in_features: usize, lanes: usize) -> usize {
-        B::LAYOUT.packed_len(in_features, lanes)
-    }
+impl<S: Words, B: Packed> Dots for Grouped<S, B> {
+    type S = S;
 
     #[inline(always)]
-    unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
+    fn simd(self) -> S {
+        self.0
+    }
+    #[inline(always)]
+    fn width(self, in_features: usize) -> usize {
+        B::LAYOUT.packed_len(in_features, S::LANES)
+    }
+    #[inline(always)]
+    unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
+        let s = self.0;
         let mut sums = [[s.splat(0.0); 2]; R];
         let (whole, rest) = (x.in_features / (8 * S::LANES), x.in_features % (8 * S::LANES));
-        for chunk in 0..whole {
-            // SAFETY: chunk < whole, and the caller's promise.
+        for n in 0..whole {
+            // SAFETY: chunk n < whole is all there, and the caller's promise.
             unsafe {
-                add_chunk::<S, B, R>(s, B::chunk(s, row, chunk, S::LANES / 4), chunk, x, &mut sums)
-            };
+                add_chunk::<S, B, R>(s, B::chunk(s, row, n, S::LANES / 4), n, x, &mut sums);
+            }
         }
         if rest > 0 {
             // SAFETY: the last chunk has `rest` weights, and the caller's promise.
             unsafe {
-                add_chunk::<S, B, R>(s, B::chunk(s, row, whole, rest / 32), whole, x, &mut sums)
-            };
+                add_chunk::<S, B, R>(s, B::chunk(s, row, whole, rest / 32), whole, x, &mut sums);
+            }
         }
         sums.map(|[even, odd]| s.add(even, odd))
     }
@@ -184,6 +178,17 @@ unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
         let x = |k: usize| unsafe {
             s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
         };
+        if B::LAYOUT.shared() {
+            let mut part = s.mul(q[0], x(0));
+            for k in 1..8 {
+                part = s.fma(q[k], x(k), part);
+            }
+            sums[0] = s.fma(weights.scale[0], part, sums[0]);
+            if vectors > 8 {
+                sums[0] = s.fma(weights.minimum[0], x(8), sums[0]);
+            }
+            continue;
+        }
         for (p, sum) in sums.iter_mut().enumerate() {
             let mut part = s.mul(q[p], x(p));
             for c in 1..4 {
@@ -197,8 +202,8 @@ unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
     }
 }
 
-/// A plain number.
-trait Number: Copy + Send + Sync {
+/// A plain number; inputs are taken as they come.
+pub(super) trait Number: Copy + Send + Sync {
     const SIZE: usize;
     /// # Safety
     /// `p` is valid for reading `LANES` numbers; it need not be aligned.
@@ -219,22 +224,36 @@ macro_rules! number {
                 unsafe { s.$load(p.cast()) }
             }
         }
-
-        impl RowFormat for $name {
-            #[inline(always)]
-            unsafe fn dots<S: Words, const R: usize>(s: S, row: *const u8, x: Inputs) -> [S::F; R] {
-                // SAFETY: the caller's promise is the callee's.
-                unsafe { number_dots::<S, $name, R>(s, row, x) }
-            }
-        }
     };
 }
 number!(F32, 4, load, "Binary32.");
 number!(F16, 2, load_f16, "Binary16.");
 number!(Bf16, 2, load_bf16, "The upper half of a binary32.");
 
+/// A format of [`Number`]s.
+#[derive(Clone, Copy)]
+struct Numbers<S, N>(S, PhantomData<N>);
+
+impl<S: Words, N: Number> Dots for Numbers<S, N> {
+    type S = S;
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
+    }
+    #[inline(always)]
+    fn width(self, in_features: usize) -> usize {
+        in_features
+    }
+    #[inline(always)]
+    unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { number_dots::<S, N, R>(self.0, row, x) }
+    }
+}
+
 /// # Safety
-/// That of [`RowFormat::dots`].
+/// That of [`Dots::dots`].
 #[inline(always)]
 unsafe fn number_dots<S: Simd, N: Number, const R: usize>(
     s: S,
