@@ -12,6 +12,7 @@ mod block;
 pub mod chat;
 pub mod config;
 pub mod convert;
+pub mod documents;
 mod error;
 pub mod evaluate;
 pub mod folder;

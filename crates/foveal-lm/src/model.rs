@@ -19,7 +19,6 @@ mod watched;
 
 use std::path::Path;
 
-use foveal::cache::Rolling;
 use foveal::position::Rope;
 use foveal::projection::Activations;
 use foveal::{Cpu, MAX_GENERATED_ROWS, Phase, Workspace, cache, nn};
@@ -37,6 +36,7 @@ use crate::weights::Weights;
 pub use batch::{Batch, MAX_TEXTS};
 pub use memories::MemoryFolder;
 pub use watched::Observer;
+use watched::Watch;
 
 /// Prompt tokens that go through the layers together, at most.
 pub const CHUNK: usize = cache::TILE;
@@ -58,7 +58,10 @@ pub struct Model {
 }
 
 /// What a model holds of one text: the keys and values of its tokens, layer by layer.
-#[derive(Debug)]
+///
+/// A clone goes on by itself from the same tokens. It shares pages until one of the two writes them, and holds in RAM what the
+/// other one keeps in files.
+#[derive(Clone, Debug)]
 pub struct State {
     layers: Vec<LayerState>,
     position: usize,
@@ -121,7 +124,15 @@ impl Model {
     /// Those of [`ModelConfig::read`]; [`Error::Weights`] for a tensor that is missing, has another shape than the
     /// configuration implies, or a format that isn't supported; [`Error::Kernel`].
     pub fn new(weights: &Weights) -> Result<Model, Error> {
-        let config = ModelConfig::read(weights)?;
+        Model::assembled(weights, ModelConfig::read(weights)?)
+    }
+
+    /// The same by a description that differs from the file's in what tensors do not depend on, such as a memory's length.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Model::new`].
+    pub fn assembled(weights: &Weights, config: ModelConfig) -> Result<Model, Error> {
         let cpu = Cpu::detect()?;
         let parts = Parts::new(weights, &config);
         let mut ropes = Ropes::new(&config);
@@ -231,7 +242,7 @@ impl Model {
         state: &mut State,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
-        self.run_chunk(tokens, phase, (state, scratch), None)
+        self.run_chunk(tokens, phase, (state, scratch), Watch::Nobody)
     }
 
     fn run_chunk(
@@ -239,7 +250,7 @@ impl Model {
         tokens: &[u32],
         phase: Phase,
         (state, scratch): (&mut State, &mut Scratch),
-        mut observer: Option<&mut dyn Observer>,
+        mut watch: Watch<'_, '_>,
     ) -> Result<(), Error> {
         if let Some((pages, needed)) = state.needed(tokens.len()) {
             pages.has_free(&needed)?;
@@ -248,9 +259,7 @@ impl Model {
         let positions: Vec<usize> = (state.position..).take(tokens.len()).collect();
         let rolling = match state.options.keep {
             Keep::Rolling(rolling) => Some(rolling),
-            Keep::Retrieve(retrieval) => {
-                Some(Rolling::new(retrieval.first_tokens(), retrieval.window)?)
-            }
+            Keep::Retrieve(retrieval) => Some(retrieval.places(state.position + tokens.len())?),
             _ => None,
         };
         scratch.activations.set_positions(&self.ropes, &positions, rolling)?;
@@ -258,10 +267,19 @@ impl Model {
         let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
         for (n, (block, layer)) in self.blocks.iter().zip(&mut state.layers).enumerate() {
             let states = std::slice::from_mut(layer);
+            if let Watch::Traces(traces) = &mut watch {
+                *scratch.activations.trace() = Some(std::mem::take(&mut traces[n]));
+            }
             block.forward(&mut scratch.x, states, &mut scratch.activations, &mut run)?;
-            if let Some(observer) = &mut observer {
-                let attended = block.attended(layer, &scratch.activations, self.cpu)?;
-                observer.attention(n, &attended)?;
+            match &mut watch {
+                Watch::Nobody => {}
+                Watch::Observer(observer) => {
+                    let attended = block.attended(layer, &scratch.activations, self.cpu)?;
+                    observer.attention(n, &attended)?;
+                }
+                Watch::Traces(traces) => {
+                    traces[n] = scratch.activations.trace().take().unwrap_or_default();
+                }
             }
         }
         state.position += tokens.len();

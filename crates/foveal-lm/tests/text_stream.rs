@@ -139,7 +139,7 @@ fn mixers() -> Vec<Value> {
     };
     let previous = json!({
         "name": "memorizing", "segment": 20, "top": 3, "capacity": 600, "previous": true,
-        "heads": 2, "kv_heads": 1,
+        "index": {"lists": 4, "probes": 2}, "heads": 2, "kv_heads": 1,
     });
     vec![
         xl.clone(),

@@ -8,9 +8,7 @@
 use foveal::plan::{Gradients, Inputs, Saved, TermGradients, Upstream};
 use foveal::position::RelativeEncoding;
 use foveal::testing::multiply_add;
-use foveal::{
-    Attention, Cpu, DType, Forward, Level, Mask, Result, Shape, Tensor, Threads, Workspace,
-};
+use foveal::{Attention, Cpu, DType, Level, Mask, Result, Shape, Tensor, Threads, Workspace};
 use std::time::Instant;
 
 const HEADS: usize = 8;
@@ -33,6 +31,17 @@ struct Case {
     v: Tensor<f32>,
     keys: Tensor<f32>,
     bias: Vec<f32>,
+}
+
+/// What calls write to.
+struct Buffers {
+    out: Tensor<f32>,
+    lse: Tensor<f32>,
+    forward: Workspace,
+    backward: Workspace,
+    /// Gradients of q, k, v and of the keys by distance.
+    inputs: [Tensor<f32>; 4],
+    biases: [Vec<f32>; 2],
 }
 
 fn numbers(seq: usize, factor: usize) -> Result<Tensor<f32>> {
@@ -82,25 +91,18 @@ impl Case {
 
     fn prompt(&self, cpu: Cpu, rounds: usize) -> Result<()> {
         let attentions = self.attentions(cpu)?;
+        let mut buffers = [self.buffers(&attentions[0])?, self.buffers(&attentions[1])?];
         let [mut forward, mut backward] = [[f64::INFINITY; 2]; 2];
         let mut peak = 0.0f64;
         for _ in 0..rounds {
             peak = peak.max(flops(cpu.level));
-            for (n, attention) in attentions.iter().enumerate() {
+            for (n, (attention, buffers)) in attentions.iter().zip(&mut buffers).enumerate() {
                 let plan = attention.plan(self.q.shape(), self.k.shape(), self.k.shape())?;
-                let mut out = Tensor::<f32>::zeros(plan.out_shape())?;
-                let mut lse = Tensor::<f32>::zeros(plan.out_shape().per_row())?;
-                let mut workspace = Workspace::for_plan(&plan);
-                forward[n] = forward[n].min(time(|| {
-                    plan.forward(
-                        self.inputs(),
-                        out.view_mut(),
-                        Some(lse.view_mut()),
-                        &mut workspace,
-                    )
-                })?);
-                let result = Forward { out, lse };
-                backward[n] = backward[n].min(self.backward(attention, &result, n == 1)?);
+                let Buffers { out, lse, forward: workspace, .. } = buffers;
+                let results = (out.view_mut(), Some(lse.view_mut()));
+                forward[n] = forward[n]
+                    .min(time(|| plan.forward(self.inputs(), results.0, results.1, workspace))?);
+                backward[n] = backward[n].min(self.backward(attention, buffers, n == 1)?);
             }
         }
         self.report("forward", (forward, [2, 3]), peak);
@@ -108,32 +110,43 @@ impl Case {
         Ok(())
     }
 
+    /// Memory of calls, which are the same in each round: a new page costs as much as what is written to it.
+    fn buffers(&self, attention: &Attention<'_>) -> Result<Buffers> {
+        let plan = attention.plan(self.q.shape(), self.k.shape(), self.k.shape())?;
+        let zeros = |x: &Tensor<f32>| Tensor::<f32>::zeros(x.shape());
+        Ok(Buffers {
+            out: Tensor::zeros(plan.out_shape())?,
+            lse: Tensor::zeros(plan.out_shape().per_row())?,
+            forward: Workspace::for_plan(&plan),
+            backward: Workspace::for_backward::<f32>(&plan),
+            inputs: [zeros(&self.q)?, zeros(&self.k)?, zeros(&self.k)?, zeros(&self.keys)?],
+            biases: [(); 2].map(|()| vec![0.0; HEADS * DIM]),
+        })
+    }
+
     fn backward(
         &self,
         attention: &Attention<'_>,
-        result: &Forward<f32>,
+        buffers: &mut Buffers,
         distances: bool,
     ) -> Result<f64> {
         let plan = attention.plan(self.q.shape(), self.k.shape(), self.k.shape())?;
-        let zeros = |x: &Tensor<f32>| Tensor::<f32>::zeros(x.shape());
-        let [mut d_q, mut d_k, mut d_v, mut d_keys] =
-            [zeros(&self.q)?, zeros(&self.k)?, zeros(&self.k)?, zeros(&self.keys)?];
-        let [mut d_u, mut d_w] = [(); 2].map(|()| vec![0.0; HEADS * DIM]);
+        let Buffers { out, lse, backward: workspace, inputs, biases, .. } = buffers;
+        let ([d_q, d_k, d_v, d_keys], [d_u, d_w]) = (inputs, biases);
         let terms = match distances {
             true => TermGradients {
                 d_relative_keys: Some(d_keys.view_mut()),
-                d_content_bias: Some(&mut d_u),
-                d_position_bias: Some(&mut d_w),
+                d_content_bias: Some(d_u),
+                d_position_bias: Some(d_w),
                 ..TermGradients::default()
             },
             false => TermGradients::default(),
         };
         let (d_q, d_k, d_v) = (d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
-        let mut workspace = Workspace::for_backward::<f32>(&plan);
-        let saved = Saved { out: result.out.view(), lse: result.lse.view() };
+        let saved = Saved { out: out.view(), lse: lse.view() };
         let upstream = Upstream { d_out: self.q.view(), d_lse: None };
         let gradients = Gradients { d_q, d_k, d_v, terms };
-        time(|| plan.backward(self.inputs(), saved, upstream, gradients, &mut workspace))
+        time(|| plan.backward(self.inputs(), saved, upstream, gradients, workspace))
     }
 
     fn report(&self, what: &str, (times, products): ([f64; 2], [usize; 2]), peak: f64) {

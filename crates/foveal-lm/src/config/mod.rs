@@ -15,7 +15,8 @@ use crate::weights::{Description, Weights};
 
 pub(crate) use hugging_face::to_json;
 pub use sections::{
-    CombineHeads, Factorised, KernelMap, Mechanism, MemoryUpdate, NearWindow, SectionConfig,
+    CombineHeads, Factorised, KernelMap, Mechanism, MemoryIndex, MemoryUpdate, NearWindow,
+    SectionConfig,
 };
 
 /// The families of models that can be assembled.
@@ -321,6 +322,36 @@ impl ModelConfig {
         let config = hugging_face::read(json)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// The same with other memories for all sections of Transformer-XL than they were trained with: tokens before a segment that its
+    /// queries see, and the distance that those beyond it count as. What is `None` stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for a model without such sections.
+    pub fn with_xl_memory(
+        mut self,
+        tokens: Option<usize>,
+        farthest: Option<usize>,
+    ) -> Result<ModelConfig, Error> {
+        let mut any = false;
+        for section in self.layers.iter_mut().flat_map(|layer| &mut layer.sections) {
+            let Mechanism::TransformerXl { memory, clamp, .. } = &mut section.mechanism else {
+                continue;
+            };
+            any = true;
+            *memory = tokens.unwrap_or(*memory);
+            *clamp = farthest.or(*clamp);
+        }
+        match any {
+            true => Ok(self),
+            false => {
+                let (what, found) =
+                    ("model whose memory is to be another", "none of transformer_xl");
+                Err(Error::config(what, found, "layers of transformer_xl"))
+            }
+        }
     }
 
     /// How many tokens a layer's attention reaches, its own included: its window, or the whole context.

@@ -198,7 +198,20 @@ pub enum Mechanism {
         /// Whether the segment before is seen whole as well.
         #[serde(default)]
         previous: bool,
+        /// Whether entries are found by an inverted file, once there are many. Training looks at all of them.
+        #[serde(default)]
+        index: Option<MemoryIndex>,
     },
+}
+
+/// See [`foveal::memory::memorizing::Index`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryIndex {
+    /// Lists of a key/value head.
+    pub lists: usize,
+    /// Lists that a query searches.
+    pub probes: usize,
 }
 
 /// See [`foveal::memory::infini::Update`].

@@ -1,5 +1,7 @@
 //! Long texts behind a short attention: exact while all is seen, what was hidden is fetched, and what bits may not depend on.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use foveal::Phase;
 use foveal::cache::Rolling;
 use foveal::projection::Format;
@@ -14,14 +16,17 @@ use crate::formats::Folder;
 use crate::latent::logits;
 use crate::laws::assert_same;
 
-const SMALL: Retrieval = Retrieval { sinks: 3, fetched: 12, window: 9, piece: 4 };
+const SMALL: Retrieval = Retrieval { sinks: 3, fetched: 12, window: 9, piece: 4, near: 2 };
 
 fn options(keep: Keep) -> CacheOptions {
     CacheOptions { keep, ..CacheOptions::default() }
 }
 
 fn model(family: &str) -> (Folder, Model, Weights) {
-    let folder = Folder::new(&format!("retrieve-{family}"));
+    // A folder for each: tests run side by side.
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    let folder = Folder::new(&format!("retrieve-{family}-{number}"));
     let sizes = TinySizes { layers: 3, ..TinySizes::default() };
     Tiny::new(family, sizes).save_folder(&folder.0, Format::F32, 1).unwrap();
     let weights = Weights::open(&folder.0).unwrap();
@@ -62,7 +67,7 @@ fn it_is_exact_while_all_is_seen() {
 fn with_nothing_to_fetch_it_rolls() {
     let (_folder, model, _) = model("llama");
     let text = text(60);
-    let none = Retrieval { sinks: 4, fetched: 0, window: 9, piece: 4 };
+    let none = Retrieval { sinks: 4, fetched: 0, window: 9, piece: 4, near: 9 };
     let mut state = model.state_with(&options(Keep::Retrieve(none))).unwrap();
     let rolling = options(Keep::Rolling(Rolling::new(4, 9).unwrap()));
     let mut rolled = model.state_with(&rolling).unwrap();
@@ -128,6 +133,8 @@ fn what_makes_no_sense_is_refused() {
     for retrieval in [
         Retrieval { piece: 0, ..SMALL },
         Retrieval { window: 0, ..SMALL },
+        Retrieval { near: 0, ..SMALL },
+        Retrieval { near: 10, ..SMALL },
         Retrieval { fetched: 13, ..SMALL },
         Retrieval { fetched: 400, ..SMALL },
     ] {

@@ -6,4 +6,5 @@ mod laws;
 mod mechanisms;
 mod runs;
 mod setup;
+mod together;
 mod translation;

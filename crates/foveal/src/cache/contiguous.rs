@@ -164,6 +164,11 @@ impl<E: Element> ContiguousCache<E> {
         Ok(())
     }
 
+    /// The keys of a full cache, `[head][token][dim]`.
+    pub(crate) fn keys(&self) -> &[E] {
+        &self.keys
+    }
+
     fn rows<'a>(&self, data: &'a [E], dim: usize, head: usize, at: Range<usize>) -> Rows<'a, E> {
         let first = head * self.capacity + at.start;
         let rows = Rows::new(&data[first * dim..], dim, at.len(), dim);

@@ -16,16 +16,20 @@
 //! No gradient reaches the memory, nor the segment before: both are constants. Queries have gradients of both softmaxes.
 //!
 //! Cost a token and query head: 2·M·Dk operations for M entries, and selection; attention to k gathered entries. Memory: entries
-//! in their storage type, Dk + Dv numbers each and key/value head, and two segments in f32.
+//! in their storage type, Dk + Dv numbers each and key/value head, and two segments in f32. With an [`Index`], retrieval is approximate and
+//! costs a small share of that.
 
 mod backward;
 mod best;
 mod bounded;
+mod index;
+mod probe;
 mod retrieve;
 mod search;
 mod state;
 
 pub use backward::MemorizingBackward;
+pub use index::Index;
 pub use state::MemorizingState;
 
 use crate::cpu::Cpu;
@@ -69,6 +73,7 @@ pub struct Memorizing {
     top: usize,
     capacity: usize,
     previous: bool,
+    index: Option<Index>,
     cpu: Option<Cpu>,
 }
 
@@ -190,12 +195,17 @@ impl Memorizing {
                 return Err(Error::InvalidParameter { what, expected, got: n.to_string() });
             }
         }
-        Ok(Memorizing { segment, top, capacity, previous: false, cpu: None })
+        Ok(Memorizing { segment, top, capacity, previous: false, index: None, cpu: None })
     }
 
     /// Whether local attention sees the whole segment before, too (Transformer-XL's cache): constants.
     pub fn previous(self, previous: bool) -> Memorizing {
         Memorizing { previous, ..self }
+    }
+
+    /// Whether retrieval is approximate, by an inverted file, once the memory is large: see [`Index`]. All else stays as it is.
+    pub fn index(self, index: Option<Index>) -> Memorizing {
+        Memorizing { index, ..self }
     }
 
     /// Which instructions and threads to use, instead of [`Cpu::detect`].
@@ -211,6 +221,11 @@ impl Memorizing {
     /// Tokens that are remembered.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// How retrieval is approximate, if it is.
+    pub fn indexed(&self) -> Option<Index> {
+        self.index
     }
 
     /// Whether local attention sees the segment before.

@@ -53,6 +53,17 @@ impl Attended<'_> {
         self.state.start()..self.state.end()
     }
 
+    /// Queries `[1, tokens, heads, dim]` and keys `[1, tokens, kv_heads, dim]` of the call's tokens, rotated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kernel`] if the call was not observed.
+    pub fn rows(&self) -> Result<[TensorRef<'_, f32>; 2], Error> {
+        let (layer, seq) = (&self.layer, self.saved.tokens);
+        let q = TensorRef::new(&self.saved.q, layer.shape([1, seq], layer.heads))?;
+        Ok([q, TensorRef::new(&self.saved.k, layer.shape([1, seq], layer.kv_heads))?])
+    }
+
     /// The weights of the queries at `positions`, `[1, positions, heads, keys]`.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use std::path::Path;
 use foveal::cache::{KvStore, TILE};
 use foveal::mask::{Coverage, Pattern, Site};
 use foveal::memory::infini::{self, Infini, InfiniState};
-use foveal::memory::memorizing::{self, Memorizing, MemorizingState};
+use foveal::memory::memorizing::{self, Index, Memorizing, MemorizingState};
 use foveal::position::RelativeEncoding;
 use foveal::sparse::StateHeads;
 use foveal::{Mask, Scale, Shape, Tensor, TensorRef};
@@ -98,6 +98,10 @@ impl MemoryState {
             MemoryState::Memorizing(state) => {
                 let parts = WINDOW.iter().zip(state.window());
                 parts.for_each(|(name, numbers)| contents.numbers(name, numbers));
+                if let Some((made_at, centroids)) = state.centroids() {
+                    contents.count(INDEX[0], made_at);
+                    contents.numbers(INDEX[1], centroids);
+                }
                 state.store().save(contents)
             }
         }
@@ -141,6 +145,8 @@ impl MemoryState {
 /// What is held of Infini's open segment, and of the tokens that a memorizing section sees, in a file.
 const SEGMENT: [&str; 3] = ["segment_keys", "segment_values", "segment_plain_keys"];
 const WINDOW: [&str; 2] = ["window_keys", "window_values"];
+/// After how many tokens the centroids of an index were made, and the centroids.
+const INDEX: [&str; 2] = ["index_made", "index_centroids"];
 
 /// [`MemoryState::restore`] of a memory that grows.
 fn restore(
@@ -160,7 +166,14 @@ fn restore(
     let entries = entries.restored(gone / TILE * TILE..end, taken)?;
     *state = memorizing.resume(heads, entries)?;
     let before = if memorizing.sees_previous() && end > 0 { segment } else { 0 };
-    Ok(state.restore(tokens, before, window.each_ref().map(Vec::as_slice))?)
+    state.restore(tokens, before, window.each_ref().map(Vec::as_slice))?;
+    let Some(index) = memorizing.indexed() else { return Ok(()) };
+    let made_at = taken.count(INDEX[0])?;
+    if made_at > 0 {
+        let count = index.lists() * heads.kv_heads * heads.key_dim;
+        state.restore_centroids(made_at, &taken.vector(INDEX[1], count)?)?;
+    }
+    Ok(())
 }
 
 impl Remembering {
@@ -181,8 +194,10 @@ impl Remembering {
                 let layer = Infini::new(segment)?.update(update).scale(scale);
                 Remembering::Infini { layer, gate: vector("gate")?, rotated }
             }
-            Mechanism::Memorizing { segment, top, capacity, previous } => {
-                let layer = Memorizing::new(segment, top, capacity)?.previous(previous);
+            Mechanism::Memorizing { segment, top, capacity, previous, index } => {
+                let index = index.map(|index| Index::new(index.lists, index.probes)).transpose()?;
+                let layer =
+                    Memorizing::new(segment, top, capacity)?.previous(previous).index(index);
                 Remembering::Memorizing { layer, gate: vector("gate")?, scale: vector("scale")? }
             }
             _ => return Ok(None),

@@ -9,6 +9,8 @@
 //! A state names its parts twice, in the same order: to be written ([`Contents`]), and to be filled ([`Taken`]), which
 //! refuses what has another length than a state of so many tokens has, before anything is allocated for it.
 
+use std::borrow::Cow;
+
 use safetensors::{Dtype, SafeTensors};
 
 use super::snapshot::{Array, Span};
@@ -20,7 +22,7 @@ use crate::Error;
 pub(crate) struct Contents<'a> {
     prefix: String,
     stores: Vec<(String, &'a Store)>,
-    numbers: Vec<(String, &'a [f32])>,
+    numbers: Vec<(String, Cow<'a, [f32]>)>,
 }
 
 impl<'a> Contents<'a> {
@@ -34,7 +36,13 @@ impl<'a> Contents<'a> {
     }
 
     pub(crate) fn numbers(&mut self, name: &str, numbers: &'a [f32]) {
-        self.numbers.push((format!("{}{name}", self.prefix), numbers));
+        self.numbers.push((format!("{}{name}", self.prefix), Cow::Borrowed(numbers)));
+    }
+
+    /// A number of tokens, as two halves of 16 bits.
+    pub(crate) fn count(&mut self, name: &str, count: usize) {
+        let halves = [count >> 16, count & 0xffff].map(|half| half as f32);
+        self.numbers.push((format!("{}{name}", self.prefix), Cow::Owned(halves.to_vec())));
     }
 
     /// The stores in order, each with its whole name.
@@ -43,7 +51,7 @@ impl<'a> Contents<'a> {
     }
 
     /// The numbers, likewise.
-    pub(crate) fn all_numbers(&self) -> &[(String, &'a [f32])] {
+    pub(crate) fn all_numbers(&self) -> &[(String, Cow<'a, [f32]>)] {
         &self.numbers
     }
 }
@@ -106,6 +114,25 @@ impl<'f> Taken<'f> {
         let mut numbers = vec![0.0; len];
         self.numbers(name, &mut numbers)?;
         Ok(numbers)
+    }
+
+    /// What [`Contents::count`] wrote.
+    ///
+    /// # Errors
+    /// [`foveal::Error::LengthMismatch`] unless the file has it; [`foveal::Error::OutOfRange`] for what is none.
+    pub(crate) fn count(&self, name: &str) -> Result<usize, Error> {
+        let mut halves = [0.0; 2];
+        self.numbers(name, &mut halves)?;
+        let limit = 1 << 16;
+        let half = |x: f32| {
+            let got = x as usize;
+            let (what, whole) = ("half of a number of tokens in a file", got as f32 == x);
+            match whole && got < limit {
+                true => Ok(got),
+                false => Err(foveal::Error::OutOfRange { what, got, limit }),
+            }
+        };
+        Ok(half(halves[0])? << 16 | half(halves[1])?)
     }
 
     fn bytes(&self, name: &str, expected: usize) -> Result<&'f [u8], Error> {

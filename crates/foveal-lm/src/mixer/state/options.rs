@@ -97,15 +97,27 @@ pub struct Retrieval {
     pub window: usize,
     /// Tokens of a piece.
     pub piece: usize,
+    /// How far before a query the last fetched token is placed, at most `window`: models read best what is near.
+    pub near: usize,
 }
 
 impl Retrieval {
-    /// So many tokens in all: half of them the newest, a piece of the first, the others in pieces of 32.
+    /// So many tokens in all: half of them the newest, a piece of the first, the others in pieces of 32, of which the last is
+    /// placed 16 tokens before a query.
     pub fn within(budget: usize) -> Retrieval {
         let piece = 32;
         let fetched = (budget / 2).saturating_sub(piece) / piece * piece;
         let sinks = piece.min(budget / 4);
-        Retrieval { sinks, fetched, window: budget - sinks - fetched, piece }
+        let window = budget - sinks - fetched;
+        Retrieval { sinks, fetched, window, piece, near: window.clamp(1, 16) }
+    }
+
+    /// Where queries of a call are placed towards what comes before the newest tokens, of a text of so many tokens: where they
+    /// are while all is seen, and near to what is fetched then.
+    pub(crate) fn places(self, tokens: usize) -> Result<Rolling, Error> {
+        let first = self.first_tokens();
+        let all = tokens <= first.saturating_add(self.window);
+        Ok(Rolling::new(first, if all { self.window } else { self.near })?)
     }
 
     /// Tokens that come before the newest.
@@ -165,10 +177,11 @@ impl CacheOptions {
             let expected = format!("1 to the context of {context}");
             return refuse("number of keys to keep", budget.to_string(), expected);
         }
-        if let Keep::Retrieve(Retrieval { window, fetched, piece, .. }) = self.keep
-            && (window == 0 || piece == 0 || !fetched.is_multiple_of(piece))
+        if let Keep::Retrieve(Retrieval { window, fetched, piece, near, .. }) = self.keep
+            && (!(1..=window).contains(&near) || piece == 0 || !fetched.is_multiple_of(piece))
         {
-            let expected = "a window, and whole pieces of 1 token or more".to_owned();
+            let expected =
+                "a window, a place within it, and whole pieces of 1 token or more".to_owned();
             return refuse("part of a text to see", format!("{:?}", self.keep), expected);
         }
         let evicting = matches!(self.keep, Keep::HeavyHitters { .. } | Keep::SnapKv { .. });

@@ -4,12 +4,14 @@
 //! ```text
 //! seen         the first M tokens  |  C tokens of chosen pieces, in their order  |  the newest N, own included
 //! at places    0 .. M              |  M .. M + C                                 |  M + C .. M + C + N
+//! a query      is at M + C + near − 1 to the first two, whatever its place among the newest
 //! score of a piece for a key/value head = Σ over its queries of softmax over pieces (scale · Σ_c max(q_c · high_c, q_c · low_c))
 //! ```
 //!
 //! with the largest and the smallest number of each channel of a piece's keys: the inner sum is no less than any key's score
 //! (Quest: Tang et al. 2024). Queries and keys are compared without rotation, and fetched keys are rotated to their places, so
-//! that no distance occurs that training had not (InfLLM: Xiao et al. 2024, which gives all of them one distance). As long as a
+//! that no distance occurs that training had not, and near to queries: small models do not read what lies behind a thousand other
+//! tokens, fetched or not (InfLLM, Xiao et al. 2024, gives all of them one distance, that of the window). As long as a
 //! text has no more than M + C + N tokens, all are seen where they are, which is exact. Keys and values of the whole text lie in
 //! RAM or in a file.
 
@@ -171,7 +173,7 @@ impl Retrieving {
     /// key/value head.
     fn choose(&self, asking: Asking<'_>, run: &mut Run<'_>) -> Result<Vec<Vec<usize>>, Error> {
         let Asking { q, scale, .. } = asking;
-        let Retrieval { sinks, fetched, window, piece } = self.options;
+        let Retrieval { sinks, fetched, window, piece, .. } = self.options;
         let Shape { seq, heads, dim, .. } = q.shape();
         let last = (self.past.end() + 1 - seq).saturating_sub(window) / piece;
         let pieces = sinks.div_ceil(piece).min(last)..last;
@@ -273,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_pieces_whose_keys_suit_best_are_in_place() {
-        let options = Retrieval { sinks: 3, fetched: 4, window: 5, piece: 2 };
+        let options = Retrieval { sinks: 3, fetched: 4, window: 5, piece: 2, near: 5 };
         let heads = Heads { heads: 4, kv_heads: 2, dims: (4, 4) };
         let mut retrieving = Retrieving::new(options, CacheStorage::F32, heads).unwrap();
         let (mut k, v, q) = (rows(40, 2, 37), rows(40, 2, 29), rows(1, 4, 53));

@@ -42,6 +42,7 @@
 mod attention;
 mod block;
 mod carried;
+mod embedding;
 mod encoder_decoder;
 mod feed_forward;
 mod head;
@@ -53,8 +54,8 @@ mod tools;
 use std::ops::Range;
 
 use foveal::position::Rope;
-use foveal::projection::{Activations, Matrix, MatrixShape, embed};
-use foveal::{Cpu, Dropout, nn};
+use foveal::projection::{Activations, Matrix, MatrixShape};
+use foveal::{Cpu, Dropout};
 
 use self::attention::Tokens;
 use self::block::{Block, Keep, Saved, drop_rows};
@@ -350,7 +351,7 @@ impl Work<'_> {
         let mut x = tools.pool.take(self.batch.tokens.len() * config.width);
         let shape = MatrixShape { out_features: config.vocab, in_features: config.width };
         let table = Matrix::from_floats(shape, &self.parameters[network.embedding.clone()])?;
-        embed(&table, self.batch.tokens, &mut x, tools.cpu.level)?;
+        embedding::forward(&table, self.batch.tokens, &mut x, tools.cpu)?;
         if config.embedding_scale != 1.0 {
             x.iter_mut().for_each(|x| *x *= config.embedding_scale);
         }
@@ -392,14 +393,12 @@ impl Work<'_> {
             d = block.backward(d, self.layer(of, n), (own, carried), gradients, tools)?;
         }
         drop_rows(self.layer(of, network.blocks.len()), 0, &mut d, tools.cpu)?;
-        let (width, scale) = (network.config.width, network.config.embedding_scale);
+        let scale = network.config.embedding_scale;
         if scale != 1.0 {
             d.iter_mut().for_each(|d| *d *= scale);
         }
         let table = &mut gradients[network.embedding.clone()];
-        for (&token, d) in self.batch.tokens.iter().zip(d.chunks_exact(width)) {
-            nn::add(&mut table[token as usize * width..][..width], d, tools.cpu.level)?;
-        }
+        embedding::backward(table, self.batch.tokens, &d, tools.cpu);
         tools.pool.give(d);
         Ok(())
     }

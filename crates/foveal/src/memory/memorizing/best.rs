@@ -114,6 +114,20 @@ impl Best {
         }
     }
 
+    /// Looks at keys that lie anywhere: an equal may come later and lie earlier.
+    pub(super) fn take_listed(&mut self, level: Level, scored: &Scored<'_>, positions: &[u32]) {
+        let least = self.least.next_down();
+        if scored.max > least {
+            let candidates = &mut self.candidates;
+            scored.each_above(level, least, |score, j| {
+                candidates.push((score, positions[j as usize]));
+            });
+            if self.candidates.len() >= 2 * self.top {
+                self.prune();
+            }
+        }
+    }
+
     fn write(&mut self, to: &mut [u32]) {
         self.prune();
         self.candidates.sort_unstable_by(order);

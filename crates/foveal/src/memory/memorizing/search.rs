@@ -33,7 +33,7 @@ use std::ops::Range;
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Queries that share the packed keys of a tile.
-const QUERIES: usize = 512;
+pub(super) const QUERIES: usize = 512;
 
 /// What a thread writes to.
 struct Scratch<S> {
@@ -50,7 +50,7 @@ struct Part<'a> {
 }
 
 /// Where entries are looked for.
-type Where<'a> = (&'a dyn MemoryStore, Range<usize>);
+pub(super) type Where<'a> = (&'a dyn MemoryStore, Range<usize>);
 
 /// The positions of the `top` best keys in a range of a store, for each query of `[1, n, H, Dk]`: `[H][n][top]`. `q` is dense.
 pub(super) fn search(

@@ -9,6 +9,8 @@
 //! cut into calls. The N-th token of a segment writes it.
 
 use super::super::{Gate, MemoryStore};
+use super::index::Lists;
+use super::probe::search_lists;
 use super::retrieve::Entries;
 use super::search::{NONE, search};
 use super::{Memorizing, MemorizingForward, Normal, Selected, Tokens};
@@ -29,6 +31,8 @@ pub struct MemorizingState<M> {
     pub(super) memorizing: Memorizing,
     pub(super) shape: StateHeads,
     pub(super) store: M,
+    /// Where retrieval is approximate.
+    lists: Option<Lists>,
     /// `[kv head][window]`.
     pub(super) keys: Vec<f32>,
     values: Vec<f32>,
@@ -44,6 +48,7 @@ impl<M: Clone> Clone for MemorizingState<M> {
         MemorizingState {
             memorizing: self.memorizing.clone(),
             store: self.store.clone(),
+            lists: self.lists.clone(),
             keys: self.keys.clone(),
             values: self.values.clone(),
             workspace: Workspace::new(),
@@ -110,10 +115,12 @@ impl Memorizing {
             let of = Shape { batch: 1, seq: self.window(), heads: kv_heads, dim };
             Ok(Tensor::zeros(of)?.into_vec())
         };
+        let lists = self.index.map(|index| Lists::new(index, kv_heads, key_dim)).transpose()?;
         Ok(MemorizingState {
             memorizing: self.clone(),
             shape,
             store,
+            lists,
             keys: window(key_dim)?,
             values: window(value_dim)?,
             before: 0,
@@ -125,13 +132,14 @@ impl Memorizing {
 }
 
 impl<M: MemoryStore> MemorizingState<M> {
-    /// Bytes of the memory, and of the window that is allocated from the beginning.
+    /// Bytes of the memory, of its index, and of the window that is allocated from the beginning.
     pub fn bytes(&self) -> usize {
         let (key_dim, value_dim) = self.store.dims();
         let entries = (self.store.end() - self.store.start()) * self.store.kv_heads();
         let window = size_of::<f32>() * (self.keys.len() + self.values.len());
         let rows = entries * (key_dim + value_dim) * self.store.dtype().size();
-        window + self.store.held_bytes().unwrap_or(rows)
+        let lists = self.lists.as_ref().map_or(0, |lists| lists.bytes(self.remembered()));
+        window + lists + self.store.held_bytes().unwrap_or(rows)
     }
 
     /// Tokens of the document that were seen.
@@ -210,6 +218,33 @@ impl<M: MemoryStore> MemorizingState<M> {
         Ok(())
     }
 
+    /// What an [`Index`] is besides the store: after how many tokens its centroids were made, and the centroids,
+    /// `[kv head][list][dim]`; none while all entries are searched. `None` without an index.
+    pub fn centroids(&self) -> Option<(usize, &[f32])> {
+        self.lists.as_ref().map(Lists::made)
+    }
+
+    /// Takes up the [`MemorizingState::centroids`] of another state of the same description, whose store this one has already,
+    /// if there are any. Entries find their lists again when the next token is read.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] for other numbers than those of the lists; [`Error::OutOfRange`] for centroids that were made
+    /// after the newest token. The state is unchanged then.
+    pub fn restore_centroids(&mut self, made_at: usize, centroids: &[f32]) -> Result<()> {
+        let limit = self.store.end() + 1;
+        if made_at == 0 || made_at >= limit {
+            let what = "the token after which centroids were made";
+            return Err(Error::OutOfRange { what, got: made_at, limit });
+        }
+        match &mut self.lists {
+            Some(lists) => lists.restore(made_at, centroids),
+            None => {
+                let (what, got) = ("numbers of an index's centroids", centroids.len());
+                Err(Error::LengthMismatch { what, expected: 0, got })
+            }
+        }
+    }
+
     /// What keeps the entries, alone.
     pub fn into_store(self) -> M {
         self.store
@@ -218,6 +253,7 @@ impl<M: MemoryStore> MemorizingState<M> {
     /// Forgets everything, as at the end of a document, and keeps the memory that it takes.
     pub fn clear(&mut self) {
         self.store.clear();
+        self.lists.iter_mut().for_each(Lists::clear);
         (self.before, self.open, self.tokens) = (0, 0, 0);
     }
 
@@ -288,6 +324,10 @@ impl<M: MemoryStore> MemorizingState<M> {
         phase: Phase,
     ) -> Result<()> {
         let cpu = self.memorizing.machine()?;
+        let (range, capacity) = (self.range(), self.memorizing.capacity);
+        if let Some(lists) = &mut self.lists {
+            lists.catch_up(&self.store, (&range, capacity), cpu)?;
+        }
         let normal = Normal::of(cpu.level, tokens)?;
         self.hold(&normal);
         let bias = self.bias(tokens)?;
@@ -322,7 +362,11 @@ impl<M: MemoryStore> MemorizingState<M> {
         // More than there are would only be searched in vain.
         let most = top.min(range.len());
         let mut best = vec![NONE; heads * seq * most];
-        search((&self.store, range), q, (most, cpu, phase), &mut best);
+        let at: (&dyn MemoryStore, _) = (&self.store, range);
+        match self.lists.as_ref().filter(|lists| lists.ready()) {
+            Some(lists) => search_lists(lists, at, q, (most, cpu, phase), &mut best),
+            None => search(at, q, (most, cpu, phase), &mut best),
+        }
         if most == top {
             return best;
         }

@@ -46,7 +46,7 @@ const ARRAYS: usize = 4;
 
 impl Remembered {
     pub(super) fn new(mechanism: &Mechanism, place: SectionPlace<'_>) -> Result<Remembered, Error> {
-        let &Mechanism::Memorizing { segment, top, capacity, previous } = mechanism else {
+        let &Mechanism::Memorizing { segment, top, capacity, previous, .. } = mechanism else {
             return Err(Error::SectionState);
         };
         let dim = place.config.attention.head_dim;
