@@ -7,15 +7,14 @@ use std::path::Path;
 use foveal::projection::Format;
 use foveal_lm::Model;
 use foveal_lm::convert::{Attention, Conversion, Pool, convert};
-use foveal_lm::mixer::CacheOptions;
 use foveal_lm::train::Config;
 use foveal_lm::train::config::{ModelSection, ScheduleSection};
 
+use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
 use super::language::{Folder, bits_a_token, config, held_out, trained};
 use super::results::Results;
-use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 /// Held-out bytes that are predicted.
@@ -25,15 +24,11 @@ const SHARES: [usize; 3] = [0, 5, 20];
 const POOLS: [(&str, Pool); 3] =
     [("mean", Pool::Mean), ("first", Pool::First), ("random", Pool::Random)];
 
-pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
     let tokens = cell.count("tokens")?;
     let text = held_out(PREDICTED);
     let bits = |folder: &Path| -> anyhow::Result<f64> {
-        let model = Model::load(folder)?;
-        let parts = text.chunks_exact(tokens);
-        let bits = parts.map(|part| bits_a_token(&model, (part, 0), &CacheOptions::default()));
-        let bits = bits.collect::<anyhow::Result<Vec<f64>>>()?;
-        Ok(bits.iter().sum::<f64>() / bits.len().max(1) as f64)
+        bits_a_token(&Model::load(folder)?, &text, tokens)
     };
     let base = config(cell)?;
     let before = Folder::new(&format!("{}-before", cell.name()))?;

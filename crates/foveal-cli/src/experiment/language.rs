@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use foveal_lm::Model;
 use foveal_lm::evaluate::token_nll;
-use foveal_lm::mixer::CacheOptions;
 use foveal_lm::train::config::{
     DataSection, ModelSection, OptimizerSection, ScheduleSection, TrainSection,
 };
@@ -88,17 +87,16 @@ pub(super) fn held_out(count: usize) -> Vec<u32> {
     bytes[bytes.len() - share..].iter().take(count).map(|&byte| u32::from(byte)).collect()
 }
 
-/// Bits a token of a text from place `from` on, with keys and values kept as `options` say.
-pub(super) fn bits_a_token(
-    model: &Model,
-    (text, from): (&[u32], usize),
-    options: &CacheOptions,
-) -> anyhow::Result<f64> {
-    let mut state = model.state_with(options)?;
-    let nll = token_nll(model, text, &mut state, &mut |_| interrupt::flow())?;
-    // The first token is predicted by nothing.
-    let own = nll.get(from.saturating_sub(1)..).unwrap_or(&[]);
-    anyhow::ensure!(!own.is_empty(), "a text of {} tokens, to be read from {from} on", text.len());
-    let sum = own.iter().map(|&nll| f64::from(nll)).sum::<f64>();
-    Ok(sum / std::f64::consts::LN_2 / own.len() as f64)
+/// Bits a token, each of the texts of `length` tokens with a state of its own.
+pub(super) fn bits_a_token(model: &Model, tokens: &[u32], length: usize) -> anyhow::Result<f64> {
+    let (mut sum, mut count) = (0.0, 0);
+    let mut state = model.state()?;
+    for text in tokens.chunks_exact(length) {
+        state.reset();
+        let nll = token_nll(model, text, &mut state, &mut |_| interrupt::flow())?;
+        sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+        count += nll.len();
+    }
+    anyhow::ensure!(count > 0, "no text of {length} tokens is held out");
+    Ok(sum / std::f64::consts::LN_2 / count as f64)
 }

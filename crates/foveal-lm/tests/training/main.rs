@@ -3,7 +3,6 @@
 mod across;
 mod encoders;
 mod laws;
-mod lstm;
 mod mechanisms;
 mod runs;
 mod setup;
