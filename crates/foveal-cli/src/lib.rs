@@ -8,6 +8,7 @@ mod chat;
 mod completions;
 mod compute;
 mod convert;
+mod documents;
 mod evaluate;
 mod generate;
 mod input;
