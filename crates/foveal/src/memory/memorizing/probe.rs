@@ -106,16 +106,16 @@ pub(super) fn search_lists(
 
 impl Search<'_> {
     fn part(&self, part: Part<'_>, scratch: &mut Scratch) {
+        let Part { kv_head, first, probed, selected } = part;
         let Shape { seq, dim, .. } = self.q.shape();
         let (width, probes) = (padded(dim), self.lists.probes());
-        let rows = part.selected.len() / self.top;
+        let rows = selected.len() / self.top;
         for n in 0..rows {
-            let at = part.first + n;
+            let at = first + n;
             scratch.queries[n * width..][..dim].copy_from_slice(self.q.row(0, at % seq, at / seq));
             scratch.best[n].reset(self.top);
         }
-        let mut pairs: Vec<(u32, u32)> = part
-            .probed
+        let mut pairs: Vec<(u32, u32)> = probed
             .iter()
             .enumerate()
             .filter(|(_, list)| **list != NONE)
@@ -126,15 +126,15 @@ impl Search<'_> {
             for (to, (_, row)) in scratch.own.chunks_exact_mut(width).zip(asking) {
                 to.copy_from_slice(&scratch.queries[*row as usize * width..][..width]);
             }
-            let members = self.lists.members(part.kv_head, asking[0].0, self.start);
+            let members = self.lists.members(kv_head, asking[0].0, self.start);
             for positions in members.chunks(KEY_TILE) {
-                self.take((part.kv_head, positions), asking, scratch);
+                self.take((kv_head, positions), asking, scratch);
             }
         }
-        for (n, selected) in part.selected.chunks_exact_mut(self.top).enumerate() {
+        for (n, selected) in selected.chunks_exact_mut(self.top).enumerate() {
             let query = &scratch.queries[n * width..][..dim];
             let Search { store, cpu, .. } = *self;
-            let exact = Exact { level: cpu.level, store, kv_head: part.kv_head, query };
+            let exact = Exact { level: cpu.level, store, kv_head, query };
             scratch.best[n].finish(&exact, selected);
         }
     }
