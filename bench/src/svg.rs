@@ -4,8 +4,10 @@ use std::fmt::Write;
 
 const PANEL: (f64, f64) = (400.0, 250.0);
 /// Room around a panel: left, top, right, bottom.
-const MARGIN: (f64, f64, f64, f64) = (58.0, 30.0, 14.0, 42.0);
-const HEAD: f64 = 64.0;
+const MARGIN: (f64, f64, f64, f64) = (68.0, 30.0, 24.0, 42.0);
+/// Room for the title, and for each line of the legend.
+const HEAD: f64 = 44.0;
+const LEGEND: f64 = 20.0;
 /// Middle tones, which stand out from white and from black.
 const COLOURS: [&str; 9] = [
     "#e4572e", "#2e86ab", "#7b6cd9", "#2a9d5c", "#c08a00", "#b8559f", "#3fa7a0", "#8c6d46",
@@ -56,18 +58,24 @@ impl Picture<'_> {
     pub(crate) fn draw(&self) -> String {
         let cell = (MARGIN.0 + PANEL.0 + MARGIN.2, MARGIN.1 + PANEL.1 + MARGIN.3);
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let (width, height) = (cell.0 * columns as f64, HEAD + cell.1 * self.rows.len() as f64);
+        let width = cell.0 * columns as f64;
+        let (places, head_height) = self.legend_places(width);
+        let height = head_height + cell.1 * self.rows.len() as f64;
         let mut text = head(width, height);
         let _ = writeln!(text, "<title>{}</title>", escaped(&self.title));
         let _ = writeln!(text, r#"<rect class="page" width="{width}" height="{height}"/>"#);
         let _ =
             writeln!(text, r#"<text class="big" x="14" y="24">{}</text>"#, escaped(&self.title));
-        self.legend(&mut text);
+        for (n, (name, (x, y))) in self.names.iter().zip(places).enumerate() {
+            let (end, name) = (x + 22.0, escaped(name));
+            let _ = writeln!(text, r#"<path class="{}" d="M{x} {y}H{end}"/>"#, class(n));
+            let _ = writeln!(text, r#"<text x="{}" y="{}">{name}</text>"#, end + 6.0, y + 4.0);
+        }
         for (r, row) in self.rows.iter().enumerate() {
             let axes = Axes::of(row);
             for (c, panel) in row.iter().enumerate() {
                 let left = cell.0 * c as f64 + MARGIN.0;
-                let top = HEAD + cell.1 * r as f64 + MARGIN.1;
+                let top = head_height + cell.1 * r as f64 + MARGIN.1;
                 let _ = writeln!(text, r#"<g transform="translate({left} {top})">"#);
                 panel.draw(&mut text, axes, self.across);
                 text += "</g>\n";
@@ -76,14 +84,20 @@ impl Picture<'_> {
         text + "</svg>\n"
     }
 
-    fn legend(&self, text: &mut String) {
-        let mut x = 14.0;
-        for (n, name) in self.names.iter().enumerate() {
-            let end = x + 22.0;
-            let _ = writeln!(text, r#"<path class="{}" d="M{x} 46H{end}"/>"#, class(n));
-            let _ = writeln!(text, r#"<text x="{}" y="50">{}</text>"#, end + 6.0, escaped(name));
-            x = end + 24.0 + 7.2 * name.chars().count() as f64;
-        }
+    /// Where the legend's lines begin, in as many rows as fit the width; the height of all above the panels.
+    fn legend_places(&self, width: f64) -> (Vec<(f64, f64)>, f64) {
+        let (mut x, mut y) = (14.0, HEAD);
+        let place = |name: &String| {
+            let needed = 46.0 + 7.0 * name.chars().count() as f64;
+            if x > 14.0 && x + needed > width {
+                (x, y) = (14.0, y + LEGEND);
+            }
+            let at = (x, y);
+            x += needed;
+            at
+        };
+        let places = self.names.iter().map(place).collect();
+        (places, y + LEGEND)
     }
 }
 
@@ -138,7 +152,7 @@ impl Panel {
         let middle = height / 2.0;
         let _ = writeln!(
             text,
-            r#"<text class="mid dim" transform="translate(-46 {middle}) rotate(-90)">{}</text>"#,
+            r#"<text class="mid dim" transform="translate(-56 {middle}) rotate(-90)">{}</text>"#,
             escaped(self.label)
         );
         // Ours comes last, above the others.
@@ -261,6 +275,15 @@ mod tests {
         assert_eq!(text.matches("<circle").count(), 3);
         // Seven decades: 3 s is half a decade below the top.
         assert!(text.contains(r#"cx="400.0" cy="18.7""#), "{text}");
+    }
+
+    #[test]
+    fn a_legend_that_is_too_wide_goes_on_below() {
+        let names = ["a".repeat(60), "b".repeat(60)];
+        let picture = Picture { title: String::new(), names: &names, rows: vec![] };
+        assert_eq!(picture.legend_places(2000.0).0[1].1, HEAD);
+        let (places, height) = picture.legend_places(500.0);
+        assert_eq!((places[1], height), ((14.0, HEAD + LEGEND), HEAD + 2.0 * LEGEND));
     }
 
     #[test]

@@ -8,6 +8,8 @@ mod ci;
 mod docs;
 mod fuzz;
 mod header;
+mod mpi;
+mod page;
 mod pictures;
 mod python;
 mod rules;
@@ -28,7 +30,10 @@ cargo xtask COMMAND
                              compare them)
   fuzz [TARGET...] [--runs N] [--time SECONDS]
                              run libFuzzer on all targets or some, a million inputs each
+  mpi                        run ring attention and training on two processes with MPI, against one (installs Open MPI where
+                             apt-get can; says so where there is none)
   python                     build the wheel, install it into a fresh environment, test what was installed
+  page                       check the types of the server's page and click through it, where there are npm and Chromium
   bench [ARGS...]            run the benchmarks (foveal-bench ARGS...)
   pictures MODEL             write the README's pictures of the terminal, with SmolLM2's file
 ";
@@ -44,6 +49,8 @@ fn main() -> ExitCode {
         Some("docs") => docs::run(&rest),
         Some("fuzz") => fuzz::run(&rest),
         Some("pictures") => pictures::run(&rest),
+        Some("mpi") => mpi::run(&rest),
+        Some("page") => page::run(&rest),
         Some("python") => python::run(&rest),
         Some("bench") => bench::run(&rest),
         Some("help" | "--help" | "-h") | None => {

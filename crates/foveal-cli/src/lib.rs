@@ -4,12 +4,15 @@
 
 mod batch;
 mod bench;
+mod chart;
 mod chat;
+mod compare;
 mod completions;
 mod compute;
 mod convert;
 mod documents;
 mod evaluate;
+mod experiment;
 mod generate;
 mod input;
 mod inspect;
@@ -21,6 +24,7 @@ mod memory;
 mod numbers;
 mod output;
 mod pattern;
+mod plot;
 mod progress;
 mod quantize;
 mod sampling;
@@ -46,9 +50,11 @@ enum Command {
     Batch(batch::Arguments),
     Bench(bench::Arguments),
     Chat(chat::Arguments),
+    Compare(compare::Arguments),
     Completions(completions::Arguments),
     Convert(convert::Arguments),
     Eval(evaluate::Arguments),
+    Experiment(experiment::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
     List(list::Arguments),
@@ -65,9 +71,11 @@ impl Command {
             Command::Batch(arguments) => batch::run(arguments),
             Command::Bench(arguments) => bench::run(arguments),
             Command::Chat(arguments) => chat::run(arguments),
+            Command::Compare(arguments) => compare::run(arguments),
             Command::Completions(arguments) => completions::run(arguments, Arguments::command()),
             Command::Convert(arguments) => convert::run(arguments),
             Command::Eval(arguments) => evaluate::run(arguments),
+            Command::Experiment(arguments) => experiment::run(arguments),
             Command::Generate(arguments) => generate::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
             Command::List(arguments) => list::run(arguments),

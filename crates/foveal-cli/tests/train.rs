@@ -290,3 +290,15 @@ fn what_is_wrong_is_said_in_one_line() {
         &["model.layers"],
     );
 }
+
+/// Two processes that do not know of each other would write to the same folder.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_for_one_process_is_no_part_of_several() {
+    let (folder, config) = small("train-several");
+    let out = path(&folder, "out");
+    let mut command = foveal(&["train", &config, "--out", &out]);
+    let output = command.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();
+    assert_fails(&output, 1, &["2 processes", "--features mpi"]);
+    assert!(!Path::new(&out).exists());
+}

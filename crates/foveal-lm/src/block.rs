@@ -14,7 +14,7 @@ use foveal::{Cpu, nn};
 use crate::Error;
 use crate::config::Activation;
 use crate::linear::{Linear, Run, forward_together};
-use crate::mixer::{Attended, LayerState, StoredMixer, attention};
+use crate::mixer::{Attended, LayerState, StoredMixer, Trace, attention};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
 
@@ -124,6 +124,11 @@ impl Activations {
     /// Whether calls leave what an observer needs.
     pub(crate) fn observe(&mut self, observed: bool) {
         self.attention.observe(observed);
+    }
+
+    /// Where the next layer leaves what it is given.
+    pub(crate) fn trace(&mut self) -> &mut Option<Trace> {
+        self.attention.trace()
     }
 
     /// Prepares the rotations of the tokens at `positions`, of one sequence, or one token of each; for queries to rolling

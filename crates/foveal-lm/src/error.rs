@@ -79,16 +79,11 @@ pub enum Error {
     /// A state that gives up keys by itself, where every weight is to be seen.
     #[error("attention can't be looked at in a state that gives up keys by itself; keep all")]
     ObservedKeep,
-    /// A layer that makes keys and values anew, where weights are to be seen.
+    /// A layer of latent attention, or one whose mixer is named in the configuration, where an observer is to be shown weights.
     #[error(
-        "the weights of latent attention (MLA) can't be looked at; take a model with grouped attention"
+        "states of latent attention (MLA) and of mixers that are named in the configuration do not keep what weights are made of; look at the text with Look or Looking"
     )]
-    ObservedLatent,
-    /// A layer whose mixer is named in the configuration, where weights are to be seen.
-    #[error(
-        "the weights of a layer whose mixer is named in the configuration can't be looked at; take a model without"
-    )]
-    ObservedSections,
+    ObservedMixer,
     /// A state of another mixer than the layer's.
     #[error(
         "the state is that of another mixer than the layer's; make it with Model::state of the same model"

@@ -36,6 +36,7 @@ use crate::weights::Weights;
 pub use batch::{Batch, MAX_TEXTS};
 pub use memories::MemoryFolder;
 pub use watched::Observer;
+use watched::Watch;
 
 /// Prompt tokens that go through the layers together, at most.
 pub const CHUNK: usize = cache::TILE;
@@ -241,7 +242,7 @@ impl Model {
         state: &mut State,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
-        self.run_chunk(tokens, phase, (state, scratch), None)
+        self.run_chunk(tokens, phase, (state, scratch), Watch::Nobody)
     }
 
     fn run_chunk(
@@ -249,7 +250,7 @@ impl Model {
         tokens: &[u32],
         phase: Phase,
         (state, scratch): (&mut State, &mut Scratch),
-        mut observer: Option<&mut dyn Observer>,
+        mut watch: Watch<'_, '_>,
     ) -> Result<(), Error> {
         if let Some((pages, needed)) = state.needed(tokens.len()) {
             pages.has_free(&needed)?;
@@ -266,10 +267,19 @@ impl Model {
         let mut run = Run { cpu: self.cpu, phase, activations: self.activations, workspace };
         for (n, (block, layer)) in self.blocks.iter().zip(&mut state.layers).enumerate() {
             let states = std::slice::from_mut(layer);
+            if let Watch::Traces(traces) = &mut watch {
+                *scratch.activations.trace() = Some(std::mem::take(&mut traces[n]));
+            }
             block.forward(&mut scratch.x, states, &mut scratch.activations, &mut run)?;
-            if let Some(observer) = &mut observer {
-                let attended = block.attended(layer, &scratch.activations, self.cpu)?;
-                observer.attention(n, &attended)?;
+            match &mut watch {
+                Watch::Nobody => {}
+                Watch::Observer(observer) => {
+                    let attended = block.attended(layer, &scratch.activations, self.cpu)?;
+                    observer.attention(n, &attended)?;
+                }
+                Watch::Traces(traces) => {
+                    traces[n] = scratch.activations.trace().take().unwrap_or_default();
+                }
             }
         }
         state.position += tokens.len();

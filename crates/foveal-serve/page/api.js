@@ -81,12 +81,13 @@ export async function* events(path, body, signal) {
 export const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
 /**
- * Weights of 16 bits.
+ * Weights of 16 bits, with their signs.
  * @param {string} text base64
+ * @param {number} scale what the greatest number stands for
  */
-export function weights(text) {
-  const all = bytes(text);
-  return Float32Array.from({ length: all.length / 2 }, (_, n) => (all[2 * n] + 256 * all[2 * n + 1]) / 65535);
+export function weights(text, scale) {
+  const all = new DataView(bytes(text).buffer);
+  return Float32Array.from({ length: all.byteLength / 2 }, (_, n) => (scale * all.getInt16(2 * n, true)) / 32767);
 }
 
 /**

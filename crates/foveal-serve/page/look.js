@@ -31,24 +31,53 @@ function word(text, n) {
   return span;
 }
 
+/** @typedef {{ weights: string, scale: number, seen: [number, number][], recalled: { gate: number, segment: number, entries: number[] } | null }} Row */
+
+/** @param {number} n */
+const name = (n) => `“${shown(look?.tokens[n] ?? "").trim() || "␣"}” at ${n}`;
+
 /**
- * The background of every token, and the greatest weights in words.
- * @param {Float32Array} row
+ * The background of every token that is seen, and the greatest weights in words.
+ * @param {Row} answer
  */
-function colour(row) {
+function colour(answer) {
+  const row = weights(answer.weights, answer.scale);
+  const seen = new Set(answer.seen.flatMap(([first, end]) => Array.from({ length: end - first }, (_, n) => first + n)));
   words().forEach((span, n) => {
-    const seen = n < row.length;
-    const value = level(row[n] ?? 0);
-    span.style.background = seen ? css(value) : "";
-    span.style.color = seen ? ink(value) : "";
+    const value = level(Math.abs(row[n] ?? 0));
+    span.style.background = seen.has(n) ? css(value) : "";
+    span.style.color = seen.has(n) ? ink(value) : "";
+    span.classList.toggle("minus", row[n] < 0);
   });
-  const best = Array.from(row, (w, n) => ({ w, n })).sort((a, b) => b.w - a.w || a.n - b.n).slice(0, 8);
-  element("best", HTMLElement).replaceChildren(...best.filter(({ w }) => w > 0).map(({ w, n }) => {
+  const best = Array.from(row, (w, n) => ({ w, n })).sort((a, b) => Math.abs(b.w) - Math.abs(a.w) || a.n - b.n).slice(0, 8);
+  element("best", HTMLElement).replaceChildren(...best.filter(({ n }) => seen.has(n)).map(({ w, n }) => {
     const item = document.createElement("li"), code = document.createElement("code");
     code.textContent = shown(look?.tokens[n] ?? "").trimEnd() || "␣";
     item.append(w.toFixed(4), " ", code, ` at ${n}`);
     return item;
   }));
+  element("mixer", HTMLElement).textContent = about(answer.recalled);
+}
+
+/**
+ * What is shown of heads whose mechanism the model's configuration names.
+ * @param {Row["recalled"]} recalled
+ */
+function about(recalled) {
+  const all = look?.layers ?? [];
+  if (layer === null || head === null) {
+    const names = [...new Set((layer === null ? all : [all[layer]]).flatMap(({ sections }) => sections.map((/** @type {maps.Section} */ { name }) => name)))];
+    return names.length ? `${names.join(", ")}: means of magnitudes. Choose a head for its own weights.` : "";
+  }
+  const section = maps.section(all[layer].sections, head);
+  if (!section) return "";
+  if (section.recurrent) return `${section.name} has no softmax: shown is how much of each token's value is left in what this token reads of the state, as a share of all such magnitudes; dashed where it counts negative.`;
+  if (!recalled) return `${section.name}: tokens without a colour are not seen.`;
+  const share = `${section.name}: gate ${(100 * recalled.gate).toFixed(0)} % for the memory of what lies before token ${recalled.segment}`;
+  if (recalled.segment === 0) return `${share}: nothing yet.`;
+  if (!recalled.entries.length) return `${share}, one matrix.`;
+  const first = recalled.entries.slice(0, 6).map(name).join(", ");
+  return `${share}; retrieved ${first}${recalled.entries.length > 6 ? ` and ${recalled.entries.length - 6} more` : ""}.`;
 }
 
 /** @param {number} n */
@@ -68,7 +97,7 @@ async function row() {
   const mine = ++asked;
   try {
     const answer = await json(`/page/look/${look.id}/row`, { position: token, ...heads() });
-    if (mine === asked) colour(weights(answer.weights));
+    if (mine === asked) colour(answer);
   } catch (error) {
     if (mine === asked) notice(error);
   }
@@ -139,11 +168,11 @@ async function more() {
   running = new AbortController();
   button.textContent = "Stop";
   try {
-    for await (const { token: text, position, weights: row } of events(`/page/look/${look.id}/continue`, { tokens: 64, ...heads() }, running.signal)) {
-      look.tokens.push(text);
-      element("tokens", HTMLElement).append(word(text, position));
-      mark(position);
-      colour(weights(row));
+    for await (const answer of events(`/page/look/${look.id}/continue`, { tokens: 64, ...heads() }, running.signal)) {
+      look.tokens.push(answer.token);
+      element("tokens", HTMLElement).append(word(answer.token, answer.position));
+      mark(answer.position);
+      colour(answer);
     }
   } catch (error) {
     if (!(error instanceof DOMException && error.name === "AbortError")) notice(error);

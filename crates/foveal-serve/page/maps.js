@@ -5,6 +5,8 @@ import { paint } from "./colour.js";
 /** @typedef {{ previous: number, first: number, same: number, own: number, spread: number, distance: number }} Habits */
 /** @typedef {{ layer: number, head: number, habits: Habits, tile: HTMLElement }} Tile */
 
+/** @typedef {{ name: string, heads: number, recurrent: boolean }} Section */
+
 /** @type {Tile[]} */
 let tiles = [];
 /** @type {Tile[]} in the order in which they are shown */
@@ -15,13 +17,13 @@ let choose = () => {};
 
 /**
  * A small map of every head: a lower triangle of levels, as the server sent it.
- * @param {{ cells: number, layers: { maps: string, habits: Habits[] }[] }} look
+ * @param {{ cells: number, layers: { maps: string, habits: Habits[], sections: Section[] }[] }} look
  */
 export function draw(look) {
   const { cells } = look, triangle = (cells * (cells + 1)) / 2;
   const place = element("maps", HTMLElement);
   place.replaceChildren();
-  tiles = look.layers.flatMap(({ maps, habits }, layer) => {
+  tiles = look.layers.flatMap(({ maps, habits, sections }, layer) => {
     const all = bytes(maps);
     return habits.map((habit, head) => {
       const levels = new Uint8Array(cells * cells);
@@ -35,7 +37,7 @@ export function draw(look) {
       const name = document.createElement("span");
       name.textContent = `${layer}·${head}`;
       tile.append(canvas, name);
-      tile.title = about(layer, head, habit);
+      tile.title = about(layer, head, habit) + (section(sections, head)?.name ?? "");
       tile.setAttribute("aria-label", tile.title);
       return { layer, head, habits: habit, tile };
     });
@@ -52,7 +54,17 @@ export function draw(look) {
 function about(layer, head, habits) {
   const share = (/** @type {number} */ x) => `${Math.round(100 * x)} %`;
   return `layer ${layer}, head ${head}: token before ${share(habits.previous)}, first ${share(habits.first)}, ` +
-    `same ${share(habits.same)}, itself ${share(habits.own)}, entropy ${share(habits.spread)}`;
+    `same ${share(habits.same)}, itself ${share(habits.own)}, entropy ${share(habits.spread)} `;
+}
+
+/**
+ * The mechanism of a head, where it is another than attention to the newest tokens.
+ * @param {Section[]} sections
+ * @param {number} head
+ */
+export function section(sections, head) {
+  let end = 0;
+  return sections.find(({ heads }) => head < (end += heads));
 }
 
 /** @param {string} by a habit; nothing for layers in order */

@@ -2,7 +2,7 @@
 import { element, json, notice } from "./api.js";
 import { css, paint } from "./colour.js";
 
-/** @typedef {{ name: string, group: string, summary: string, paper: string, forward: boolean, backward: boolean, decode: boolean, equation: string, cost: string, picture: string[], measured: boolean }} Mechanism */
+/** @typedef {{ name: string, group: string, summary: string, paper: string, forward: boolean, backward: boolean, decode: boolean, equation: string, cost: string, picture: string[] }} Mechanism */
 
 /** @type {Mechanism[]} */
 let all = [];
@@ -33,6 +33,7 @@ function side(n) {
   for (const { name, group } of all) select.append(new Option(`${name} (${group})`, name));
   measure.type = "button";
   measure.id = `measure-${n}`;
+  measure.textContent = "Measure here";
   canvas.setAttribute("role", "img");
   box.append(select, canvas, equation, words, measure);
   element("sides", HTMLElement).append(box);
@@ -46,8 +47,6 @@ function side(n) {
     equation.textContent = found.equation;
     const forms = ["forward", "backward", "decode"].filter((form) => found[/** @type {"forward"} */ (form)]);
     words.textContent = `${found.summary}. Cost of a prompt and head: ${found.cost}. ${forms.join(", ")}. ${found.paper}`;
-    measure.disabled = !found.measured;
-    measure.textContent = found.measured ? "Measure here" : "Not measured here: has parameters of its own";
     plot();
   };
   select.addEventListener("change", () => show(select.value));

@@ -1,7 +1,8 @@
 //! Looks that are kept for the page, and the work for them between the steps of texts.
 //!
 //! A look is read a chunk of 256 tokens at a time, a row of weights is one token's work, and a text that goes on makes one
-//! token at a time: none of it holds others up for longer. The newest few looks are kept.
+//! token at a time: none of it holds others up for longer. Where weights are made of what layers were given, a layer is a bit of
+//! work. The newest few looks are kept.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -108,10 +109,13 @@ impl Aside for Reading {
     }
 }
 
-/// Reads one token again for its weights.
+/// The weights of one token: it is read again, or they are made layer by layer.
 pub(crate) struct Row {
     look: Shared,
     position: usize,
+    layer: Option<usize>,
+    /// Of the layers that are done, where all are asked for one by one.
+    made: Weights,
     done: Option<oneshot::Sender<Result<Weights, Error>>>,
 }
 
@@ -119,15 +123,34 @@ impl Row {
     pub(crate) fn new(
         look: Shared,
         position: usize,
+        layer: Option<usize>,
     ) -> (Row, oneshot::Receiver<Result<Weights, Error>>) {
         let (done, receiver) = oneshot::channel();
-        (Row { look, position, done: Some(done) }, receiver)
+        (Row { look, position, layer, made: Weights::default(), done: Some(done) }, receiver)
+    }
+
+    /// `None` while there are more layers.
+    fn go_on(&mut self, served: &Served) -> Result<Option<Weights>, Error> {
+        let (look, model) = (lock(&self.look), &served.model);
+        if self.layer.is_some() || !look.is_made_by_layer() {
+            return look.row(model, self.position, self.layer).map(Some);
+        }
+        let n = self.made.layers.len();
+        let mut next = look.row(model, self.position, Some(n))?;
+        self.made.keys = next.keys.clone();
+        self.made.layers.extend(next.layers.drain(..).nth(n));
+        self.made.recalled.extend(next.recalled.drain(..).nth(n));
+        let all = n + 1 >= model.config().layers.len();
+        Ok(all.then(|| std::mem::take(&mut self.made)))
     }
 }
 
 impl Aside for Row {
     fn step(&mut self, served: &Served) -> ControlFlow<()> {
-        let row = lock(&self.look).row(&served.model, self.position);
+        if self.done.as_ref().is_none_or(oneshot::Sender::is_closed) {
+            return ControlFlow::Break(());
+        }
+        let Some(row) = self.go_on(served).transpose() else { return ControlFlow::Continue(()) };
         if let Some(done) = self.done.take() {
             let _ = done.send(row);
         }
@@ -146,6 +169,7 @@ pub(crate) struct Newest {
 pub(crate) struct Continuing {
     look: Shared,
     left: usize,
+    layer: Option<usize>,
     sampler: Sampler,
     events: mpsc::UnboundedSender<Result<Newest, Error>>,
 }
@@ -154,10 +178,14 @@ pub(crate) struct Continuing {
 pub(crate) type Tokens = mpsc::UnboundedReceiver<Result<Newest, Error>>;
 
 impl Continuing {
-    pub(crate) fn new(look: Shared, tokens: usize) -> Result<(Continuing, Tokens), Error> {
+    pub(crate) fn new(
+        look: Shared,
+        tokens: usize,
+        layer: Option<usize>,
+    ) -> Result<(Continuing, Tokens), Error> {
         let (events, receiver) = mpsc::unbounded_channel();
         let sampler = Sampler::new(Sampling::greedy())?;
-        Ok((Continuing { look, left: tokens, sampler, events }, receiver))
+        Ok((Continuing { look, left: tokens, layer, sampler, events }, receiver))
     }
 
     fn next(&mut self, served: &Served) -> Result<Option<Newest>, Error> {
@@ -171,7 +199,7 @@ impl Continuing {
         if served.tokenizer.is_end(token) {
             return Ok(None);
         }
-        let weights = look.append(&served.model, token)?;
+        let weights = look.append(&served.model, token, self.layer)?;
         Ok(Some(Newest { token, position, weights }))
     }
 }

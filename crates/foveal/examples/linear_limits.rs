@@ -5,6 +5,7 @@
 //! … growth [DIM]     time and memory from 4096 to 262144 tokens
 //! … stream [DIM]     a token at position 100 and at position 1000000, and what the workspace holds
 //! … steps [DIM]      one call next to a call for each token
+//! … forgotten [DIM]  states that have decayed to nothing next to ones that are written to
 //! ```
 //!
 //! Both sides take turns in every round; medians of ratios, and the best of each.
@@ -31,8 +32,9 @@ fn main() -> foveal::Result<()> {
         "growth" => growth(dim, cpu),
         "stream" => stream(dim, cpu),
         "steps" => steps(dim, cpu),
+        "forgotten" => forgotten(dim, cpu),
         _ => {
-            println!("say crossover, growth, stream or steps");
+            println!("say crossover, growth, stream, steps or forgotten");
             Ok(())
         }
     }
@@ -302,4 +304,36 @@ fn steps(dim: usize, cpu: Cpu) -> foveal::Result<()> {
     one("gla", VectorDecay::new(), &text, cpu)?;
     one("delta", Delta::new(), &text, cpu)?;
     one("gated_delta", Delta::gated(), &text, cpu)
+}
+
+/// Time of tokens whose keys are zero, long after the last one that was not, ÷ time of tokens with keys. Without care the
+/// state would pass through subnormal numbers, which processors compute slowly, for hundreds of tokens.
+fn forgotten(dim: usize, cpu: Cpu) -> foveal::Result<()> {
+    const TOKENS: usize = 2048;
+    let text = Text::new(TOKENS, dim);
+    let mut silent = Text::new(TOKENS, dim);
+    silent.qkv[1].fill(0.0);
+    fn one<R: Recurrence + Clone>(
+        name: &str,
+        mechanism: &R,
+        (text, silent): (&Text, &Text),
+        cpu: Cpu,
+    ) -> foveal::Result<()> {
+        let mut ratios = vec![];
+        for _ in 0..ROUNDS {
+            let mut written = Runner::new(mechanism.clone(), text, cpu)?;
+            let mut decayed = Runner::new(mechanism.clone(), text, cpu)?;
+            written.run(text, 0..TOKENS)?;
+            decayed.run(text, 0..TOKENS)?;
+            let seconds = written.run(text, 0..TOKENS)?;
+            ratios.push(decayed.run(silent, 0..TOKENS)? / seconds);
+        }
+        println!("{name}: {:.3}", median(ratios));
+        Ok(())
+    }
+    println!("{TOKENS} tokens without keys ÷ as many with keys");
+    let texts = (&text, &silent);
+    one("retention", &Retention::new(HEADS), texts, cpu)?;
+    one("gla", &VectorDecay::new(), texts, cpu)?;
+    one("gated_delta", &Delta::gated(), texts, cpu)
 }

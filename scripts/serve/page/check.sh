@@ -1,20 +1,34 @@
 #!/usr/bin/env bash
-# Checks the page's types with tsc, then clicks through it in a headless Chromium, and writes the pictures of the documentation.
-# scripts/serve/page/check.sh FOVEAL MODEL       needs npm and chromium (Debian: apt-get install npm chromium)
+# Checks the page's types with tsc, then clicks through it in a headless Chromium.
+# scripts/serve/page/check.sh FOVEAL MIXED [MODEL]       needs npm and chromium (Debian: apt-get install npm chromium)
+# MIXED: a folder from `cargo run --release -p foveal-lm --example random_model -- FOLDER "$(cat scripts/serve/page/mixers.json)"`.
+# With MODEL, SmolLM2's file, the pictures of the documentation are written; without it the built-in model is served.
 set -euo pipefail
 foveal=$(realpath "$1")
-model=$(realpath "$2")
+mixed=$(realpath "$2")
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # npm writes beside its own copy, not into the repository.
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/foveal/page-check
-mkdir -p "$folder"
+mkdir -p "$folder/pictures"
+pictures=$folder/pictures
+model=()
+if [ $# -gt 2 ]; then
+    model=(--model "$(realpath "$3")" --name SmolLM2)
+    pictures=$here/../../../docs/pictures
+fi
 cp "$here/package.json" "$here/click.mjs" "$folder/"
-(cd "$folder" && npm install --no-audit --no-fund --silent) || { echo "*** npm can't be reached: the page is NOT checked ***" >&2; exit 1; }
+(cd "$folder" && npm install --no-audit --no-fund --silent) || { echo "*** npm can't be reached: the page is NOT checked ***" >&2; exit 3; }
 "$folder/node_modules/.bin/tsc" -p "$here"
 echo "tsc: no errors"
-port=18090
-"$foveal" serve --model "$model" --name SmolLM2 --port $port 2>"$folder/log" &
-server=$!
-trap 'kill $server 2>/dev/null || true' EXIT
-for _ in $(seq 200); do curl -sf "http://127.0.0.1:$port/health" >/dev/null && break; sleep 0.1; done
-CHROMIUM=${CHROMIUM:-$(command -v chromium)} node "$folder/click.mjs" "http://127.0.0.1:$port" "$here/../../../docs/pictures"
+servers=()
+trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
+serve() {
+    "$foveal" serve --port "$@" 2>"$folder/log-$1" &
+    servers+=($!)
+    for _ in $(seq 200); do curl -sf "http://127.0.0.1:$1/health" >/dev/null && return; sleep 0.1; done
+    cat "$folder/log-$1" >&2
+    return 1
+}
+serve 18090 "${model[@]}"
+serve 18091 --model "$mixed" --name mixed
+CHROMIUM=${CHROMIUM:-$(command -v chromium)} node "$folder/click.mjs" http://127.0.0.1:18090 http://127.0.0.1:18091 "$pictures"

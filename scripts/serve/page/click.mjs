@@ -2,14 +2,16 @@
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
-const [base, pictures] = process.argv.slice(2);
+// Arguments: a server, one whose model has the layers of MIXERS below, and a folder for pictures.
+const [base, mixed, pictures] = process.argv.slice(2);
+const { layers, heads } = (await (await fetch(`${base}/v1/models`)).json()).data[0];
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ["--no-sandbox"] });
 const context = await browser.newContext({ viewport: { width: 1180, height: 860 } });
 const page = await context.newPage();
 const wrong = [];
 page.on("console", (message) => message.type() === "error" && wrong.push(message.text()));
 page.on("pageerror", (error) => wrong.push(String(error)));
-page.on("request", (request) => request.url().startsWith(base) || request.url().startsWith("data:") || wrong.push(`asks ${request.url()}`));
+page.on("request", (request) => [base, mixed].some((own) => request.url().startsWith(own)) || request.url().startsWith("data:") || wrong.push(`asks ${request.url()}`));
 
 // Chat: an answer comes piece by piece, and can be stopped.
 await page.goto(base);
@@ -34,7 +36,8 @@ await page.fill("#max-tokens", "2000");
 await page.fill("#say", "Tell me a long story.");
 await page.keyboard.press("Enter");
 await page.waitForFunction(() => (document.querySelectorAll("article div")[3]?.textContent.length ?? 0) > 20, null, { timeout: 60000 });
-await page.click("#halt");
+// A small model may have come to its own end.
+await page.evaluate(() => document.getElementById("halt").click());
 await page.waitForFunction(() => !document.getElementById("send").disabled);
 await page.waitForFunction(() => document.getElementById("gauge-texts").textContent.startsWith("0 of"), null, { timeout: 10000 });
 
@@ -42,11 +45,12 @@ await page.waitForFunction(() => document.getElementById("gauge-texts").textCont
 await page.keyboard.press("Tab");
 await page.click("#tab-look");
 await page.click("#see");
-await page.waitForSelector("#map-29-8", { timeout: 60000 });
-assert.equal(await page.locator("#maps > div").count(), 270);
+await page.waitForSelector(`#map-${layers - 1}-${heads - 1}`, { timeout: 60000 });
+assert.equal(await page.locator("#maps > div").count(), layers * heads);
 const words = await page.locator("#tokens span").count();
-await page.click("#map-5-3");
-await page.waitForFunction(() => document.querySelector("#head").value === "3" && document.querySelectorAll("#best li").length > 3);
+const [chosenLayer, chosenHead] = [Math.min(5, layers - 1), Math.min(3, heads - 1)];
+await page.click(`#map-${chosenLayer}-${chosenHead}`);
+await page.waitForFunction((head) => document.querySelector("#head").value === String(head) && document.querySelectorAll("#best li").length > 3, chosenHead);
 await page.focus("#tokens");
 await page.keyboard.press("ArrowLeft");
 await page.waitForFunction((n) => document.querySelector(`#token-${n}`).getAttribute("aria-selected") === "true", words - 2);
@@ -59,7 +63,7 @@ await page.keyboard.press("ArrowLeft");
 await page.waitForTimeout(500);
 const last = answers.find(({ position }) => position === words - 2);
 const raw = Buffer.from(last.weights, "base64");
-const row = Array.from({ length: raw.length / 2 }, (_, n) => raw.readUInt16LE(2 * n) / 65535);
+const row = Array.from({ length: raw.length / 2 }, (_, n) => (last.scale * raw.readInt16LE(2 * n)) / 32767);
 assert.ok(Math.abs(Math.max(...row) - weight) < 1e-4, `${Math.max(...row)} and ${weight}`);
 assert.ok(Math.abs(row.reduce((a, b) => a + b) - 1) < 0.01);
 const drawn = await page.evaluate((n) => getComputedStyle(document.getElementById(`token-${n}`)).backgroundColor, row.indexOf(Math.max(...row)));
@@ -70,15 +74,15 @@ await page.waitForTimeout(200);
 await page.evaluate(() => scrollTo(0, 0));
 await page.screenshot({ path: `${pictures}/serve-look.png` });
 await page.click("#more");
-await page.waitForFunction((n) => document.querySelectorAll("#tokens span").length > n + 3, words, { timeout: 60000 });
-await page.click("#more");
+await page.waitForFunction((n) => document.querySelectorAll("#tokens span").length > n + 3 || document.getElementById("more").textContent === "Go on", words, { timeout: 60000 });
+await page.evaluate(() => document.getElementById("more").textContent === "Stop" && document.getElementById("more").click());
 
-// A long text stays smooth: 30 layers of 9 heads, some 2,000 tokens.
-const long = Array.from({ length: 1900 }, (_, n) => ["time", "people", "way", "water"][(n * n + (n >> 3)) % 4]).join(" ");
+// A long text stays smooth: SmolLM2's 30 layers of 9 heads, some 2,000 tokens.
+const long = Array.from({ length: layers < 30 ? 400 : 1900 }, (_, n) => ["time", "people", "way", "water"][(n * n + (n >> 3)) % 4]).join(" ");
 await page.waitForFunction(() => document.getElementById("more").textContent === "Go on");
 await page.fill("#text", long);
 await page.click("#see");
-await page.waitForFunction(() => /(1[89]\d\d|2\d\d\d) tokens read/.test(document.getElementById("look-figures").textContent), null, { timeout: 120000 });
+await page.waitForFunction(() => /\d{3,} tokens read/.test(document.getElementById("look-figures").textContent), null, { timeout: 120000 });
 console.log(await page.textContent("#look-figures"));
 const slow = await page.evaluate(async () => {
   let longest = 0;
@@ -92,10 +96,21 @@ console.log(`longest task while scrolling: ${slow} ms`);
 // Mechanisms: two side by side, measured here.
 await page.click("#tab-mechanisms");
 await page.waitForSelector("#measure-1");
-for (const n of [0, 1]) {
+const measure = async (n) => {
   await page.click(`#measure-${n}`);
   await page.waitForFunction((n) => !document.getElementById(`measure-${n}`).disabled, n, { timeout: 60000 });
+};
+const names = await page.evaluate(() => [...document.querySelectorAll("#side-0 option")].map(({ value }) => value));
+for (const name of names) {
+  await page.selectOption("#side-0", name);
+  await measure(0);
+  assert.match(await page.textContent("#curve-text"), new RegExp(`${name}: 256 tokens [0-9.e-]+ ms.*4096 tokens`));
+  const drawn = await page.evaluate(() => { const canvas = document.querySelector("#sides canvas"); return new Set(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data).size; });
+  assert.ok(name === "linformer" || drawn > 3, `${name} has no picture`);
 }
+console.log(`${names.length} mechanisms have a picture and a curve`);
+await page.selectOption("#side-0", "full");
+await measure(1);
 assert.match(await page.textContent("#curve-text"), /full: 256 tokens .*gated_delta: 256 tokens/);
 await page.screenshot({ path: `${pictures}/serve-mechanisms.png`, fullPage: true });
 
@@ -114,6 +129,33 @@ for (const view of ["chat", "look", "mechanisms"]) {
 await page.click("#tab-chat");
 const shift = await page.evaluate(() => new Promise((done) => { let sum = 0; new PerformanceObserver((list) => { for (const entry of list.getEntries()) if (!entry.hadRecentInput) sum += entry.value; }).observe({ type: "layout-shift", buffered: true }); setTimeout(() => done(sum), 300); }));
 console.log(`layout shifts: ${shift.toFixed(4)}`);
+
+// Layers whose mixers the configuration names: what they show, and in which words.
+await page.setViewportSize({ width: 1180, height: 860 });
+await page.emulateMedia({ colorScheme: "light" });
+await page.goto(`${mixed}#look`);
+await page.click("#see");
+await page.waitForSelector("#map-3-3", { timeout: 60000 });
+for (const [map, words] of [
+  ["0-0", /^window: tokens without a colour are not seen/],
+  ["0-3", /^sparse_transformer: tokens without/],
+  ["2-1", /^infini: gate \d+ % for the memory of what lies before token 32, one matrix/],
+  ["3-2", /^linear has no softmax/],
+  ["1-1", /^memorizing: gate \d+ % for the memory of what lies before token 32; retrieved “.” at \d+/],
+]) {
+  await page.click(`#map-${map}`);
+  await page.waitForFunction((words) => new RegExp(words).test(document.getElementById("mixer").textContent), words.source, { timeout: 20000 });
+  const shown = await page.evaluate(() => [...document.querySelectorAll("#tokens span")].filter((span) => span.style.background).length);
+  const of = await page.locator("#tokens span").count();
+  if (map === "0-0") assert.equal(shown, 16);
+  if (map === "3-2") assert.equal(shown, of);
+}
+assert.match(await page.getAttribute("#map-0-0", "title"), /window$/);
+await page.evaluate(() => scrollTo(0, 0));
+await page.screenshot({ path: `${pictures}/serve-look-memory.png` });
+await page.click("#more");
+await page.waitForFunction(() => document.querySelectorAll("#tokens span").length > 45, null, { timeout: 60000 });
+await page.evaluate(() => document.getElementById("more").textContent === "Stop" && document.getElementById("more").click());
 assert.deepEqual(wrong, []);
 await browser.close();
 console.log("chat, look and mechanisms do what they say");

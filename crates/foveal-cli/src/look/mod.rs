@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use foveal_lm::atomic_file;
 use foveal_lm::generate::prompt_tokens;
-use foveal_lm::look::{Look, Row, Wanted};
+use foveal_lm::look::{Layer, Look, Row, Wanted};
 use foveal_lm::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -84,6 +84,8 @@ struct Chosen<'a> {
     head: usize,
     strength: f32,
     row: &'a Row,
+    /// Its name, where it is another than attention to the newest tokens.
+    mechanism: Option<&'static str>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -208,13 +210,24 @@ fn strongest<'a>(arguments: &Arguments, look: &'a Look, at: usize, text: &Text) 
             let asked = arguments.layer.is_none_or(|layer| layer == l)
                 && arguments.head.is_none_or(|head| head == h);
             if let Some(row) = head.rows.get(at).filter(|_| asked) {
-                heads.push(Chosen { layer: l, head: h, strength: strength(row, text), row });
+                let strength = strength(row, text);
+                heads.push(Chosen { layer: l, head: h, strength, row, mechanism: named(layer, h) });
             }
         }
     }
     heads.sort_by(|a, b| b.strength.total_cmp(&a.strength));
     heads.truncate(arguments.top);
     heads
+}
+
+/// The mechanism of a head whose section has a name.
+fn named(layer: &Layer, head: usize) -> Option<&'static str> {
+    let mut end = 0;
+    let own = layer.sections.iter().find(|section| {
+        end += section.heads;
+        head < end
+    });
+    own.map(|section| section.name)
 }
 
 /// The weight on the token that counts; else the greatest on another one than the first and the one that looks, and
@@ -225,17 +238,18 @@ fn strength(row: &Row, &Text { chosen, to, .. }: &Text) -> f32 {
         None => chosen <= 1 || (position != 0 && position != chosen),
     };
     let counted = row.weights.iter().filter(|(position, _)| counts(*position));
-    counted.map(|(_, weight)| *weight).fold(0.0, f32::max)
+    counted.map(|(_, weight)| weight.abs()).fold(0.0, f32::max)
 }
 
 fn as_json(arguments: &Arguments, text: &Text, heads: &[Chosen<'_>]) -> serde_json::Value {
-    let heads = heads.iter().map(|Chosen { layer, head, strength, row }| {
+    let heads = heads.iter().map(|Chosen { layer, head, strength, row, mechanism }| {
         let weights = row.weights.iter().take(arguments.keys.max(1)).map(|&(position, weight)| {
             json!({ "position": position, "token": text.labels[position], "weight": weight })
         });
         json!({
             "layer": layer,
             "head": head,
+            "mechanism": mechanism,
             "strength": strength,
             "entropy": row.entropy,
             "sum": row.sum,

@@ -72,11 +72,11 @@ fn map(head: &Head, cells: usize) -> impl Iterator<Item = u8> {
     })
 }
 
-/// [`KEPT`] times a position of four bytes and 65535 · weight of two, low bytes first.
+/// [`KEPT`] times a position of four bytes and 65535 · |weight| of two, low bytes first.
 fn row(row: &Row) -> impl Iterator<Item = u8> {
     (0..KEPT).flat_map(|n| {
         let (position, weight) = row.weights.get(n).copied().unwrap_or_default();
-        let weight = (weight.clamp(0.0, 1.0) * 65535.0).round() as u16;
+        let weight = (weight.abs().min(1.0) * 65535.0).round() as u16;
         let [a, b, c, d] = (position as u32).to_le_bytes();
         let [e, f] = weight.to_le_bytes();
         [a, b, c, d, e, f]
@@ -100,11 +100,14 @@ mod tests {
 
     /// Two tokens, one layer with one head.
     fn small(labels: [&str; 2]) -> String {
-        let row =
-            |weights: &[(usize, f32)]| Row { weights: weights.to_vec(), sum: 1.0, entropy: 0.0 };
+        let row = |weights: &[(usize, f32)]| Row {
+            weights: weights.to_vec(),
+            sum: 1.0,
+            ..Row::default()
+        };
         let head =
             Head { map: vec![1.0, 0.0, 0.25, 0.75], rows: vec![row(&[(1, 0.75), (0, 0.25)])] };
-        let layer = foveal_lm::look::Layer { reach: Some(2), heads: vec![head] };
+        let layer = foveal_lm::look::Layer { reach: Some(2), sections: vec![], heads: vec![head] };
         let text = Text { labels: labels.map(str::to_owned).to_vec(), chosen: 1, to: None };
         page("a <model>", &text, &Look { layers: vec![layer] }, &[1])
     }
@@ -126,7 +129,7 @@ mod tests {
 
     #[test]
     fn rows_are_positions_and_weights() {
-        let row = Row { weights: vec![(70_000, 1.0), (3, 0.5)], sum: 1.0, entropy: 0.0 };
+        let row = Row { weights: vec![(70_000, 1.0), (3, 0.5)], sum: 1.0, ..Row::default() };
         let bytes: Vec<u8> = super::row(&row).collect();
         assert_eq!(bytes.len(), 6 * KEPT);
         assert_eq!(bytes[..12], [0x70, 0x11, 1, 0, 0xff, 0xff, 3, 0, 0, 0, 0, 0x80]);

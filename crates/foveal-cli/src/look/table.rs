@@ -15,17 +15,20 @@ const COLOURS: [u8; 8] = [18, 24, 60, 66, 102, 144, 185, 227];
 /// The heads of `chosen`, each with its `keys` strongest tokens.
 pub(super) fn table(text: &Text, chosen: &[Chosen<'_>], keys: usize, colour: bool) -> String {
     let mut table = String::new();
-    for Chosen { layer, head, row, .. } in chosen {
+    for Chosen { layer, head, row, mechanism, .. } in chosen {
+        let name = mechanism.map(|name| format!(" ({name})")).unwrap_or_default();
         // Writing to a string can't fail.
-        let _ = writeln!(table, "\nlayer {layer} head {head}, entropy {:.2}", row.entropy);
+        let _ = writeln!(table, "\nlayer {layer} head {head}{name}, entropy {:.2}", row.entropy);
         for &(position, weight) in row.weights.iter().take(keys) {
-            let bar = bar(weight);
-            let bar = if colour { paint(&bar, weight) } else { bar };
+            let bar = bar(weight.abs());
+            let bar = if colour { paint(&bar, weight.abs()) } else { bar };
             let label = output::one_line(&text.shown(position));
             let _ = writeln!(table, "  {bar} {weight:.3}  {position:>5}  {label}");
         }
-        let shown: f32 = row.weights.iter().take(keys).map(|(_, weight)| weight).sum();
-        let rest = row.sum - shown;
+        let shown: f32 = row.weights.iter().take(keys).map(|(_, weight)| weight.abs()).sum();
+        // Shares with signs are shares of all magnitudes.
+        let signed = row.weights.iter().any(|(_, weight)| *weight < 0.0);
+        let rest = if signed { 1.0 } else { row.sum } - shown;
         if rest >= 0.0005 {
             let _ = writeln!(table, "  {:WIDTH$} {rest:.3}         on all others", "");
         }

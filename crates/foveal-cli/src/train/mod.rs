@@ -1,6 +1,6 @@
 //! `foveal train`: trains a model on texts.
 
-mod chart;
+mod processes;
 mod report;
 mod show;
 
@@ -17,7 +17,7 @@ use show::Show;
 /// What is trained where no configuration is given: a small model, for about a minute.
 const USUAL: &str = include_str!("usual.toml");
 /// The text of that model: Jane Austen's "Northanger Abbey" (1817).
-const TEXT: &str = include_str!("../../assets/northanger-abbey.txt");
+pub(crate) const TEXT: &str = include_str!("../../assets/northanger-abbey.txt");
 /// Where it goes.
 const FOLDER: &str = "foveal-model";
 
@@ -26,6 +26,7 @@ const FOLDER: &str = "foveal-model";
 /// Without a configuration a small model learns from the novel that is built in, for about a minute. The folder holds a
 /// model that `foveal generate --model DIR` runs, and all that is needed to go on: Ctrl-C, a power cut or a full disk lose
 /// nothing that is older than the last checkpoint, and a resumed run gives the same bits as one that was never stopped.
+/// A build with the feature `mpi` shares a run out over processes: mpirun -n 2 foveal train …
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// A TOML file; docs/training.md has all its keys.
@@ -52,12 +53,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     interrupt::catch();
     compute::with_threads(arguments.threads, || match &arguments.resume {
         Some(folder) => {
-            let trainer = Trainer::resume(folder, &arguments.set, Some(TEXT));
+            let processes = processes::all()?;
+            let trainer = Trainer::resume_among(processes, folder, &arguments.set, Some(TEXT));
             go(trainer.with_context(|| format!("cannot resume {}", folder.display()))?, folder)
         }
         None => {
             let folder = arguments.out.as_deref().unwrap_or(Path::new(FOLDER));
-            let trainer = Trainer::new(config(arguments)?, Some(TEXT))?;
+            let config = config(arguments)?;
+            let trainer = Trainer::new_among(processes::all()?, config, Some(TEXT))?;
             begin(&trainer, folder)?;
             go(trainer, folder)
         }
@@ -78,22 +81,29 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
 }
 
 fn go(mut trainer: Trainer, folder: &Path) -> anyhow::Result<()> {
-    let mut show = Show::new(&trainer);
+    // The first process speaks for all.
+    let mut show = trainer.writes().then(|| Show::new(&trainer));
     let mut failed = None;
     let end = run_all(&mut trainer, folder, &mut |trainer, event| {
-        show.event(trainer, &event);
-        if matches!(event, Event::Saved) {
-            // A report is no reason to stop a run.
-            failed = report::write(folder, trainer).err();
+        if let Some(show) = &mut show {
+            show.event(trainer, &event);
+            if matches!(event, Event::Saved) {
+                // A report is no reason to stop a run.
+                failed = report::write(folder, trainer).err();
+            }
         }
         if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
-    show.clear();
+    if let Some(show) = &mut show {
+        show.clear();
+    }
     let end = end.with_context(|| kept(&trainer, folder))?;
     if let Some(error) = failed {
         output::note(&format!("foveal: no report: {}", output::sentence(&error)));
     }
-    show.end(&trainer, end, folder);
+    if let Some(show) = &mut show {
+        show.end(&trainer, end, folder);
+    }
     match end {
         End::Interrupted => Err(foveal_lm::Error::Interrupted.into()),
         _ => Ok(()),

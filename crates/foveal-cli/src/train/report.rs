@@ -8,7 +8,7 @@ use foveal_lm::atomic_file;
 use foveal_lm::train::{METRICS, Trainer};
 use serde_json::Value;
 
-use super::chart::{Line, draw, escaped};
+use crate::chart::{Line, draw, escaped};
 
 const PAGE: &str = include_str!("report.html");
 /// Where the page has what differs.

@@ -62,7 +62,7 @@ impl Habits {
         }
     }
 
-    fn add(&mut self, row: &Habits, share: f32) {
+    pub(super) fn add(&mut self, row: &Habits, share: f32) {
         for (sum, x) in [
             (&mut self.previous, row.previous),
             (&mut self.first, row.first),

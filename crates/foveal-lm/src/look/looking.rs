@@ -3,14 +3,15 @@
 //!
 //! ```text
 //! state: keys and values of t₀ … tₙ₋₁, in pages       row i: a fork at i reads tᵢ again, one token's work
+//! latent attention, named mixers: what layers were given      row i: made of that, see [`Section`](super::Section)
 //! ```
 
 use std::ops::Range;
 
 use super::habits::{self, Habits, Watching};
-use super::{Look, Wanted, Watcher};
+use super::{Look, Recalled, Wanted, Watcher, made};
 use crate::Error;
-use crate::mixer::{Attended, CacheOptions};
+use crate::mixer::{Attended, CacheOptions, Trace};
 use crate::model::{CHUNK, Model, Observer, Scratch, State};
 
 /// A text, what a model holds of it, and what was seen so far.
@@ -23,6 +24,9 @@ pub struct Looking {
     habits: Vec<Vec<Habits>>,
     state: State,
     scratch: Scratch,
+    /// What each layer was given, where weights are made of that.
+    traces: Option<Vec<Trace>>,
+    options: CacheOptions,
 }
 
 /// The weights of a token under all heads.
@@ -30,8 +34,10 @@ pub struct Looking {
 pub struct Weights {
     /// Positions that they are of; others have 0.
     pub keys: Range<usize>,
-    /// For each layer and head, in order.
+    /// For each layer and head, in order; nothing of layers that were not asked for.
     pub layers: Vec<Vec<Vec<f32>>>,
+    /// What heads with a memory read of it, likewise.
+    pub recalled: Vec<Vec<Option<Recalled>>>,
 }
 
 impl Looking {
@@ -50,12 +56,18 @@ impl Looking {
         if tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let room = tokens.len().saturating_add(more).saturating_add(4 * CHUNK);
-        let state = model.state_in(&model.pages(options, room)?)?;
+        let (state, traces) = match model.traced() {
+            true => (model.state_with(options)?, Some(vec![])),
+            false => {
+                let room = tokens.len().saturating_add(more).saturating_add(4 * CHUNK);
+                (model.state_in(&model.pages(options, room)?)?, None)
+            }
+        };
         let wanted = Wanted { cells, rows: vec![], kept: 0 };
         let sampled = habits::rows(tokens.len());
         let (look, habits, scratch) = (Look::default(), vec![], Scratch::new());
-        Ok(Looking { tokens, wanted, sampled, look, habits, state, scratch })
+        let options = *options;
+        Ok(Looking { tokens, wanted, sampled, look, habits, state, scratch, traces, options })
     }
 
     /// The text.
@@ -78,17 +90,26 @@ impl Looking {
         &self.habits
     }
 
+    /// Whether weights are made of what layers were given, each layer for itself: then a row of all of them takes as many times
+    /// longer.
+    pub fn is_made_by_layer(&self) -> bool {
+        self.traces.is_some()
+    }
+
     /// The logits of the token after the last one, once all is read.
     pub fn logits(&self) -> &[f32] {
         self.scratch.logits()
     }
 
-    /// Reads a chunk; whether there is more.
+    /// Reads a chunk, or makes a layer's weights; whether there is more.
     ///
     /// # Errors
     ///
     /// Those of [`Model::forward_observed`], after which the look is of no use.
     pub fn step(&mut self, model: &Model) -> Result<bool, Error> {
+        if self.traces.is_some() {
+            return self.step_traced(model);
+        }
         let done = self.state.position();
         let end = self.tokens.len().min(done + CHUNK);
         if done == end {
@@ -108,15 +129,43 @@ impl Looking {
         Ok(end < length)
     }
 
-    /// The weights of the token at `position`, read once more.
+    /// The same where weights are made of what layers were given: first all is read, then layer by layer.
+    fn step_traced(&mut self, model: &Model) -> Result<bool, Error> {
+        let Looking { tokens, state, scratch, look, .. } = self;
+        let (Some(traces), done) = (&mut self.traces, state.position()) else { return Ok(false) };
+        let (layers, made) = (model.config().layers.len(), look.layers.len());
+        if done < tokens.len() && made == 0 {
+            let chunk = &tokens[done..tokens.len().min(done + CHUNK)];
+            model.forward_traced(chunk, state, scratch, traces)?;
+            return Ok(layers > 0);
+        }
+        if let Some(trace) = traces.get(made) {
+            let text = (&tokens[..], &self.wanted, &self.sampled[..]);
+            let (layer, habits) = made::layer(model, (made, trace), text, &self.options)?;
+            look.layers.push(layer);
+            self.habits.push(habits);
+        }
+        Ok(look.layers.len() < layers)
+    }
+
+    /// The weights of the token at `position` in all layers, or in one; read once more, unless they are made of what layers were
+    /// given.
     ///
     /// # Errors
     ///
     /// [`Error::Position`] for one that was not read, or that a window has left behind.
-    pub fn row(&self, model: &Model, position: usize) -> Result<Weights, Error> {
+    pub fn row(
+        &self,
+        model: &Model,
+        position: usize,
+        layer: Option<usize>,
+    ) -> Result<Weights, Error> {
         let none = Error::Position { found: position, tokens: self.state.position() };
         if position >= self.state.position() {
             return Err(none);
+        }
+        if let Some(traces) = &self.traces {
+            return self.made(model, traces, (position, layer));
         }
         let Some(mut fork) = self.state.fork(model, position) else { return Err(none) };
         let mut row = Weights::default();
@@ -125,12 +174,42 @@ impl Looking {
         Ok(row)
     }
 
-    /// Goes on with a token, which takes the next position; its weights.
+    fn made(
+        &self,
+        model: &Model,
+        traces: &[Trace],
+        (position, layer): (usize, Option<usize>),
+    ) -> Result<Weights, Error> {
+        let mut weights = Weights { keys: 0..position + 1, ..Weights::default() };
+        for (n, trace) in traces.iter().enumerate() {
+            let (mut rows, mut recalled) = (vec![], vec![]);
+            if layer.is_none_or(|layer| layer == n) {
+                let made = made::row(model, (n, trace), position, &self.options)?;
+                rows = made.rows.into_iter().flatten().collect();
+                recalled = made.recalled.into_iter().flatten().collect();
+            }
+            weights.layers.push(rows);
+            weights.recalled.push(recalled);
+        }
+        Ok(weights)
+    }
+
+    /// Goes on with a token, which takes the next position; its weights in all layers, or in one.
     ///
     /// # Errors
     ///
     /// Those of [`Model::forward_observed`].
-    pub fn append(&mut self, model: &Model, token: u32) -> Result<Weights, Error> {
+    pub fn append(
+        &mut self,
+        model: &Model,
+        token: u32,
+        layer: Option<usize>,
+    ) -> Result<Weights, Error> {
+        if let Some(traces) = &mut self.traces {
+            model.forward_traced(&[token], &mut self.state, &mut self.scratch, traces)?;
+            self.tokens.push(token);
+            return self.row(model, self.tokens.len() - 1, layer);
+        }
         let mut row = Weights::default();
         model.forward_observed(&[token], &mut self.state, &mut self.scratch, &mut row)?;
         self.tokens.push(token);
@@ -139,7 +218,8 @@ impl Looking {
 }
 
 impl Weights {
-    /// The mean of some heads' weights, on positions from 0: of all layers and heads, a layer's, or one head's.
+    /// The mean of some heads' weights, on positions from 0: of all layers and heads, a layer's, or one head's. Of several heads it
+    /// is the mean of magnitudes.
     pub fn mean(&self, layer: Option<usize>, head: Option<usize>) -> Vec<f32> {
         let chosen = |wanted: Option<usize>, n: usize| wanted.is_none_or(|wanted| wanted == n);
         let layers = self.layers.iter().enumerate().filter(|(n, _)| chosen(layer, *n));
@@ -149,7 +229,8 @@ impl Weights {
         for row in &heads {
             // A layer with a window has fewer keys than others, the newest.
             let from = self.keys.end - row.len();
-            mean[from..].iter_mut().zip(*row).for_each(|(sum, w)| *sum += w);
+            let size = |w: f32| if heads.len() > 1 { w.abs() } else { w };
+            mean[from..].iter_mut().zip(*row).for_each(|(sum, w)| *sum += size(*w));
         }
         mean.iter_mut().for_each(|sum| *sum /= heads.len().max(1) as f32);
         mean
@@ -163,6 +244,7 @@ impl Observer for Weights {
         let weights = attended.weights(position..position + 1)?;
         let rows = (0..attended.heads()).map(|h| weights.view().row(0, 0, h).to_vec());
         self.layers.push(rows.collect());
+        self.recalled.push(vec![None; attended.heads()]);
         let keys = attended.keys();
         self.keys = self.keys.start.min(keys.start)..keys.end;
         Ok(())

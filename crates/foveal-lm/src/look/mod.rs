@@ -11,13 +11,15 @@
 
 mod habits;
 mod looking;
+mod made;
 
 use std::ops::{ControlFlow, Range};
 
 use crate::Error;
 use crate::mixer::Attended;
-use crate::model::{Model, Observer, Scratch, State};
+use crate::model::{CHUNK, Model, Observer, Scratch, State};
 
+pub use crate::mixer::Recalled;
 pub use habits::Habits;
 pub use looking::{Looking, Weights};
 
@@ -47,8 +49,22 @@ pub struct Look {
 pub struct Layer {
     /// How many of the newest tokens a token sees at most.
     pub reach: Option<usize>,
+    /// The mechanisms of neighbouring heads, where they are other than attention to the newest tokens.
+    pub sections: Vec<Section>,
     /// Query heads.
     pub heads: Vec<Head>,
+}
+
+/// Neighbouring heads of one mechanism.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Its name in the registry.
+    pub name: &'static str,
+    /// Query heads.
+    pub heads: usize,
+    /// Whether there is no softmax: weights are what is left of each token's value in what a row reads of a matrix, as shares of
+    /// all such magnitudes, some of them negative.
+    pub recurrent: bool,
 }
 
 /// One head.
@@ -63,12 +79,14 @@ pub struct Head {
 /// The weights of one token.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
-    /// Positions and weights, the greatest first; of equal ones the older.
+    /// Positions and weights, the greatest magnitude first; of equal ones the older.
     pub weights: Vec<(usize, f32)>,
-    /// The sum of all weights, those that are not kept too; 1 but for rounding, and for what a sink takes.
+    /// The sum of all weights, those that are not kept too; 1 but for rounding, and for what a sink or a gate takes.
     pub sum: f32,
     /// In nats: 0 where one token gets everything, ln n where n share evenly.
     pub entropy: f32,
+    /// What was read of a memory, if the head has one.
+    pub recalled: Option<Recalled>,
 }
 
 impl Look {
@@ -106,11 +124,37 @@ impl Look {
             return Err(Error::Position { found, tokens: tokens.len() });
         }
         state.reset();
+        if model.traced() {
+            return Look::made(model, tokens, wanted, (state, watch));
+        }
         let cells = wanted.cells.min(tokens.len());
         let mut watcher =
             Watcher { look: Look::default(), wanted, cells, length: tokens.len(), watch };
         model.forward_observed(tokens, state, &mut Scratch::new(), &mut watcher)?;
         Ok(watcher.look)
+    }
+}
+
+impl Look {
+    /// The same of layers whose weights are made of what they were given.
+    fn made(
+        model: &Model,
+        tokens: &[u32],
+        wanted: &Wanted,
+        (state, watch): (&mut State, &mut dyn FnMut(usize) -> ControlFlow<()>),
+    ) -> Result<Look, Error> {
+        let (mut scratch, mut traces) = (Scratch::new(), vec![]);
+        for (n, chunk) in tokens.chunks(CHUNK).enumerate() {
+            if watch(n * CHUNK).is_break() {
+                return Err(Error::Interrupted);
+            }
+            model.forward_traced(chunk, state, &mut scratch, &mut traces)?;
+        }
+        let options = *state.options();
+        let layers = traces.iter().enumerate().map(|(n, trace)| {
+            Ok(made::layer(model, (n, trace), (tokens, wanted, &[]), &options)?.0)
+        });
+        Ok(Look { layers: layers.collect::<Result<_, Error>>()? })
     }
 }
 
@@ -131,7 +175,7 @@ impl Observer for Watcher<'_> {
         if layer == self.look.layers.len() {
             let head = Head { map: vec![0.0; self.cells * self.cells], rows: Vec::new() };
             let heads = vec![head; attended.heads()];
-            self.look.layers.push(Layer { reach: attended.reach(), heads });
+            self.look.layers.push(Layer { reach: attended.reach(), sections: vec![], heads });
         }
         self.add_to_maps(layer, attended)?;
         self.add_rows(layer, attended)
@@ -193,6 +237,7 @@ impl Watcher<'_> {
                     weights: greatest(weights, self.wanted.kept, first),
                     sum: weights.iter().map(|&x| f64::from(x)).sum::<f64>() as f32,
                     entropy: entropy.view().row(0, n, h)[0],
+                    recalled: None,
                 });
             }
         }
@@ -202,9 +247,10 @@ impl Watcher<'_> {
 
 /// The `kept` greatest weights that are not 0, with positions that count from `first`.
 fn greatest(weights: &[f32], kept: usize, first: usize) -> Vec<(usize, f32)> {
-    let seen = (first..).zip(weights.iter().copied()).filter(|(_, weight)| *weight > 0.0);
+    let seen = (first..).zip(weights.iter().copied()).filter(|(_, weight)| *weight != 0.0);
     let mut seen: Vec<(usize, f32)> = seen.collect();
-    let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let order =
+        |a: &(usize, f32), b: &(usize, f32)| b.1.abs().total_cmp(&a.1.abs()).then(a.0.cmp(&b.0));
     if seen.len() > kept {
         seen.select_nth_unstable_by(kept, order);
         seen.truncate(kept);

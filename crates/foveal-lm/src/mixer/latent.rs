@@ -18,6 +18,7 @@ use foveal::{Attention, Mask, Scale, Shape, Strides, TensorMut, TensorRef};
 
 use super::attention;
 use super::state::Heads;
+use super::trace::{Asked, Weigher, exact};
 use super::{CacheOptions, Keep, LayerState};
 use crate::Error;
 use crate::config::LatentConfig;
@@ -129,7 +130,7 @@ impl MultiHeadLatentAttention {
         activations: &mut attention::Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let attention::Activations { rotations, latent, .. } = activations;
+        let attention::Activations { rotations, latent, trace, .. } = activations;
         let tokens = x.len() / self.down.in_features();
         let shape = Shape {
             batch: states.len(),
@@ -139,6 +140,9 @@ impl MultiHeadLatentAttention {
         };
         self.project(x, tokens, latent, run)?;
         self.rotate(&rotations[self.rope], shape, latent, run)?;
+        if let Some(trace) = trace {
+            trace.extend(tokens, [&[], &latent.q, &latent.rows], [&[], &[]]);
+        }
         let sight = states.first().and_then(LayerState::sight);
         let (mask, reach) = sight.unwrap_or((Mask::window(self.reach), Some(self.reach)));
         let one = Shape { batch: 1, ..shape };
@@ -204,6 +208,37 @@ impl MultiHeadLatentAttention {
             rotation.rotate(run.cpu.level, rotated)?;
         }
         Ok(())
+    }
+
+    /// Weights on keys that are made of the rows once more, in one piece for all heads.
+    pub(crate) fn weigh(
+        &self,
+        asked: &Asked<'_>,
+        weigher: &mut dyn Weigher,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        let LatentDims { heads, latent, nope, value, .. } = self.dims;
+        let end = asked.rows.end;
+        let rows = &asked.trace.k[..end * self.dims.row()];
+        let compressed: Vec<f32> =
+            rows.chunks_exact(self.dims.row()).flat_map(|row| &row[..latent]).copied().collect();
+        let mut made = vec![0.0; end * heads * (nope + value)];
+        self.up.forward(&compressed, &mut made, run)?;
+        let mut keys = Vec::with_capacity(end * heads * self.dims.query());
+        for (row, made) in
+            rows.chunks_exact(self.dims.row()).zip(made.chunks_exact(heads * (nope + value)))
+        {
+            for made in made.chunks_exact(nope + value) {
+                keys.extend_from_slice(&made[..nope]);
+                keys.extend_from_slice(&row[latent..]);
+            }
+        }
+        let shape = Shape { batch: 1, seq: end, heads, dim: self.dims.query() };
+        let q = TensorRef::new(&asked.trace.q[..end * heads * shape.dim], shape)?;
+        let k = TensorRef::new(&keys, shape)?;
+        let mask = Mask::window(asked.reach);
+        let attention = Attention::new().mask(mask).scale(Scale::Value(self.scale)).cpu(run.cpu);
+        exact(&attention, [q, k], (asked.rows.clone(), 0), &|_| 1.0, (weigher, run.workspace))
     }
 
     fn attend(

@@ -21,6 +21,7 @@ mod latent;
 mod sections;
 mod state;
 mod stored;
+mod trace;
 
 pub use crate::linear::{Affine, Run};
 pub use attention::{
@@ -33,3 +34,5 @@ pub(crate) use sections::{lsh, native_sparse, sparse_transformer};
 pub(crate) use state::{Array, Contents, Demand, Span, Store, Taken};
 pub use state::{CacheOptions, CacheStorage, Keep, LayerState, Pages, Retrieval};
 pub(crate) use stored::StoredMixer;
+pub use trace::Recalled;
+pub(crate) use trace::{Asked, Part, Trace, Weigher};

@@ -5,6 +5,7 @@ use foveal::Cpu;
 use super::attention::{self, GroupedQueryAttention};
 use super::latent::MultiHeadLatentAttention;
 use super::sections::SectionedAttention;
+use super::trace::{Asked, Weigher};
 use super::{Attended, CacheOptions, LayerState, Run};
 use crate::Error;
 use crate::config::Reach;
@@ -81,6 +82,33 @@ impl StoredMixer {
         more && state.is_at(self.reach(), position)
     }
 
+    /// Whether weights are made of a [`Trace`], as no state keeps what it takes.
+    pub(crate) fn traced(&self) -> bool {
+        !matches!(self, StoredMixer::Grouped(_))
+    }
+
+    /// What weights there are of queries of a text, all that a layer was given of which is in the trace.
+    pub(crate) fn weigh(
+        &self,
+        asked: &Asked<'_>,
+        weigher: &mut dyn Weigher,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        match self {
+            StoredMixer::Grouped(_) => Ok(()),
+            StoredMixer::Latent(mixer) => mixer.weigh(asked, weigher, run),
+            StoredMixer::Sectioned(mixer) => mixer.weigh(asked, weigher, run),
+        }
+    }
+
+    /// Heads of each section, and whether their weights are those of a recurrence.
+    pub(crate) fn kinds(&self) -> Vec<(usize, bool)> {
+        match self {
+            StoredMixer::Grouped(_) | StoredMixer::Latent(_) => vec![],
+            StoredMixer::Sectioned(mixer) => mixer.kinds().collect(),
+        }
+    }
+
     /// What [`StoredMixer::forward`] has just done, if `activations` were observed.
     pub(crate) fn attended<'a>(
         &'a self,
@@ -90,8 +118,7 @@ impl StoredMixer {
     ) -> Result<Attended<'a>, Error> {
         match self {
             StoredMixer::Grouped(mixer) => Ok(mixer.attended(state, activations, cpu)),
-            StoredMixer::Latent(_) => Err(Error::ObservedLatent),
-            StoredMixer::Sectioned(_) => Err(Error::ObservedSections),
+            StoredMixer::Latent(_) | StoredMixer::Sectioned(_) => Err(Error::ObservedMixer),
         }
     }
 }

@@ -184,16 +184,23 @@ pub(super) fn open(folder: &Path) -> Result<Option<Checkpoint>, Error> {
 }
 
 impl Checkpoint {
+    /// Of how many calls it has what they carry.
+    pub(super) fn calls(&self) -> usize {
+        self.tensors.tensors().iter().filter(|info| info.name.starts_with("carried.")).count()
+    }
+
+    /// An error of this file.
+    pub(super) fn wrong(&self, reason: String) -> Error {
+        Error::Checkpoint { path: self.path.clone(), reason }
+    }
+
     /// The bytes of a tensor.
     pub(super) fn bytes_of(&self, name: &str) -> Result<&[u8], Error> {
         let info = self.tensors.tensors().iter().find(|info| &*info.name == name);
         let bytes = info.and_then(|info| {
             self.bytes.as_slice().get(info.offset..info.offset.checked_add(info.bytes?)?)
         });
-        bytes.ok_or_else(|| {
-            let reason = format!("it has no {name:?}");
-            Error::Checkpoint { path: self.path.clone(), reason }
-        })
+        bytes.ok_or_else(|| self.wrong(format!("it has no {name:?}")))
     }
 
     /// Reads numbers into `values`, of which there must be as many.
@@ -201,8 +208,7 @@ impl Checkpoint {
         let bytes = self.bytes_of(name)?;
         if bytes.len() != size_of_val(values) {
             let (found, expected) = (bytes.len() / 4, values.len());
-            let reason = format!("{name} has {found} numbers, the model {expected}");
-            return Err(Error::Checkpoint { path: self.path.clone(), reason });
+            return Err(self.wrong(format!("{name} has {found} numbers, the model {expected}")));
         }
         for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(4)) {
             *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::Error;
-pub use model::ModelSection;
+pub use model::{Family, ModelSection};
 
 /// A training run, described.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -132,6 +132,10 @@ pub struct TrainSection {
     pub mask_share: f64,
     /// Batches whose gradients are added up for a step.
     pub accumulate: usize,
+    /// In how many pieces a step is computed, whose gradients are added in order; as many as there are processes where it is
+    /// left out. The bits of a run depend on it, and not on the number of processes, which divides it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pieces: Option<usize>,
     /// What projections and attention compute in; parameters are f32 in any case.
     pub precision: Precision,
     /// The share of numbers that is dropped behind each part of a layer.
@@ -219,6 +223,7 @@ impl Default for TrainSection {
             objective: Objective::default(),
             mask_share: 0.15,
             accumulate: 1,
+            pieces: None,
             precision: Precision::default(),
             dropout: 0.0,
             recompute: false,
@@ -279,6 +284,7 @@ impl Config {
             ("data.sequence", data.sequence, 1 << 20),
             ("data.batch", data.batch, 1 << 16),
             ("train.accumulate", train.accumulate, 1 << 16),
+            ("train.pieces", train.pieces.unwrap_or(1), 1 << 16),
         ] {
             if found == 0 || found > limit {
                 return Err(Error::config(key, found, format!("1 to {limit}")));

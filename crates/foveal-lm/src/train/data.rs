@@ -195,6 +195,11 @@ impl Batches {
         Ok(Batches { text, sequence, order, seed: run, position, epoch: None })
     }
 
+    /// A number that other texts do not have.
+    pub fn digest(&self) -> String {
+        self.text.digest()
+    }
+
     /// What has been read.
     pub fn position(&self) -> &Position {
         &self.position

@@ -53,6 +53,12 @@ pub enum Error {
     /// A loss or a gradient that is no number.
     #[error("step {step}: {what} is {found}; {place}. {advice}")]
     NotFinite { step: u64, what: &'static str, found: f64, place: String, advice: &'static str },
+    /// Another process of the run has failed.
+    #[error("process {rank} failed: {reason}")]
+    Elsewhere { rank: usize, reason: String },
+    /// What processes have to have in common, or how they talk.
+    #[error(transparent)]
+    Processes(#[from] foveal_processes::Error),
     /// A model, its weights or its tokenizer.
     #[error(transparent)]
     Model(#[from] crate::Error),

@@ -16,10 +16,13 @@ mod sections;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use serde_json::Value;
+
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::folder::Folder;
-use crate::weights::{self, Weights};
+use crate::weights::safetensors::writer::{self, Layout, Written};
+use crate::weights::{self, Safetensors, Weights};
 
 pub(crate) use initial::Initial;
 pub(crate) use layout::Declared;
@@ -151,6 +154,29 @@ impl Parameters {
     pub fn get(&self, name: &str) -> Option<&[f32]> {
         let entry = self.entries.iter().find(|entry| entry.name == name)?;
         self.values.get(entry.range.clone())
+    }
+
+    /// A model of these numbers, as its folder would have it; `config` is its `config.json`. Takes memory for another copy.
+    ///
+    /// # Errors
+    /// [`Error::Weights`], which does not happen to numbers that fit into memory.
+    pub fn weights(&self, config: &Value) -> Result<Weights, Error> {
+        let layout = |entry: &Entry| Layout {
+            name: entry.name.clone(),
+            shape: entry.shape.clone(),
+            written: Written::F32,
+        };
+        let layouts: Vec<Layout> = self.entries.iter().map(layout).collect();
+        let mut bytes = Vec::with_capacity(4 * self.values.len() + (1 << 16));
+        let written = writer::write(&mut bytes, &layouts, |n, out| {
+            writer::numbers(&self.values[self.entries[n].range.clone()], Written::F32, out)
+        });
+        written.map_err(|source| weights::Error::Io {
+            action: "write",
+            path: "a model in memory".into(),
+            source,
+        })?;
+        Ok(Safetensors::from_bytes(bytes)?.with_config(config.clone()).into())
     }
 
     /// The first entry with a number in `numbers`, laid out as the parameters are, that is not finite: of gradients, where

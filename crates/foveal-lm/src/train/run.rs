@@ -80,12 +80,16 @@ impl Metrics {
     }
 }
 
-/// Makes the folder of a new run.
+/// Makes the folder of a new run: the first process does, and all call it.
 ///
 /// # Errors
 ///
-/// [`Error::Taken`] for a folder that has a run already; [`Error::Write`].
+/// [`Error::Taken`] for a folder that has a run already; [`Error::Write`]; [`Error::Elsewhere`].
 pub fn begin(trainer: &Trainer, folder: &Path) -> Result<(), Error> {
+    trainer.together(if trainer.writes() { make(trainer, folder) } else { Ok(()) })
+}
+
+fn make(trainer: &Trainer, folder: &Path) -> Result<(), Error> {
     let config = folder.join(CONFIG);
     if config.exists() {
         return Err(Error::Taken { path: folder.to_owned() });
@@ -103,7 +107,8 @@ fn save_config(trainer: &Trainer, folder: &Path) -> Result<(), Error> {
     folder::save_bytes(&folder.join(CONFIG), text.as_bytes()).map_err(super::trainer::write_error)
 }
 
-/// Takes a run to its end. `watch` is told what has happened, and may break the run off after a step.
+/// Takes a run to its end. `watch` is told what has happened, and may break the run off after a step. All processes call it;
+/// what one of them breaks off ends on all, and the first one writes.
 ///
 /// # Errors
 ///
@@ -113,16 +118,26 @@ pub fn run(
     folder: &Path,
     watch: &mut dyn FnMut(&Trainer, Event<'_>) -> ControlFlow<()>,
 ) -> Result<End, Error> {
+    let metrics = match trainer.writes() {
+        true => open(trainer, folder).map(Some),
+        false => Ok(None),
+    };
+    let metrics = trainer.together(metrics)?;
+    Running { trainer, folder, metrics, watch }.all()
+}
+
+/// The measurements of a run whose folder is in order.
+fn open(trainer: &Trainer, folder: &Path) -> Result<Metrics, Error> {
     checkpoint::clean(folder);
     save_config(trainer, folder)?;
-    let metrics = Metrics::open(folder, trainer.state.metrics)?;
-    Running { trainer, folder, metrics, watch }.all()
+    Metrics::open(folder, trainer.state.metrics)
 }
 
 struct Running<'a> {
     trainer: &'a mut Trainer,
     folder: &'a Path,
-    metrics: Metrics,
+    /// Of the process that writes.
+    metrics: Option<Metrics>,
     watch: &'a mut dyn FnMut(&Trainer, Event<'_>) -> ControlFlow<()>,
 }
 
@@ -140,11 +155,12 @@ impl Running<'_> {
                 break;
             }
             let step = self.trainer.step()?;
-            self.metrics.write(&json!({
+            let wrote = self.record(&json!({
                 "step": step.step, "loss": step.loss, "gradient": step.gradient,
                 "learning_rate": step.learning_rate, "tokens": step.tokens, "seconds": step.seconds,
-            }))?;
+            }));
             let flow = (self.watch)(self.trainer, Event::Step(&step));
+            let broken_off = self.trainer.any_stops(wrote.map(|()| flow.is_break()))?;
             let last = step.step >= steps;
             let train = self.trainer.config().train.clone();
             if due(step.step, train.evaluate_every) || (last && train.evaluate_every > 0) {
@@ -156,13 +172,13 @@ impl Running<'_> {
             let stale = train.patience > 0 && self.trainer.state.stale >= train.patience;
             self.trainer.state.done = last || stale;
             let due = due(step.step, train.checkpoint_every);
-            if due || flow.is_break() || self.trainer.state.done {
+            if due || broken_off || self.trainer.state.done {
                 self.save()?;
             }
             if stale {
                 return Ok(End::Stale);
             }
-            if flow.is_break() && !last {
+            if broken_off && !last {
                 return Ok(End::Interrupted);
             }
         }
@@ -172,32 +188,53 @@ impl Running<'_> {
         Ok(End::Done)
     }
 
+    /// Writes a measurement, where this process does.
+    fn record(&mut self, record: &Value) -> Result<(), Error> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(record))
+    }
+
     fn evaluate(&mut self) -> Result<(), Error> {
         let Some(evaluation) = self.trainer.evaluate()? else { return Ok(()) };
-        self.metrics.write(&json!({
+        let mut wrote = self.record(&json!({
             "step": evaluation.step, "validation": evaluation.loss, "tokens": evaluation.tokens,
-        }))?;
+        }));
         if self.trainer.config().train.patience > 0 && evaluation.best {
-            self.trainer.export(self.folder)?;
+            wrote = wrote.and_then(|()| self.export());
         }
+        self.trainer.together(wrote)?;
         let _ = (self.watch)(self.trainer, Event::Evaluated(&evaluation));
         Ok(())
     }
 
     fn sample(&mut self) -> Result<(), Error> {
-        let text = self.trainer.sample()?;
-        self.metrics.write(&json!({"step": self.trainer.state.step, "sample": text}))?;
-        let _ = (self.watch)(self.trainer, Event::Sample(&text));
+        let made = match self.trainer.writes() {
+            true => self.trainer.sample().and_then(|text| {
+                self.record(&json!({"step": self.trainer.state.step, "sample": text}))?;
+                Ok(Some(text))
+            }),
+            false => Ok(None),
+        };
+        if let Some(text) = self.trainer.together(made)? {
+            let _ = (self.watch)(self.trainer, Event::Sample(&text));
+        }
         Ok(())
     }
 
+    /// Writes the model, where this process does.
+    fn export(&self) -> Result<(), Error> {
+        if self.trainer.writes() { self.trainer.export(self.folder) } else { Ok(()) }
+    }
+
     fn save(&mut self) -> Result<(), Error> {
-        self.trainer.state.metrics = self.metrics.sync()?;
+        let synced = self.metrics.as_ref().map(Metrics::sync).transpose();
+        if let Some(len) = self.trainer.together(synced)? {
+            self.trainer.state.metrics = len;
+        }
         self.trainer.save(self.folder)?;
         // The best model stays where there is one.
         let train = &self.trainer.config().train;
         if train.patience == 0 || self.trainer.state.best_step().is_none() {
-            self.trainer.export(self.folder)?;
+            self.trainer.together(self.export())?;
         }
         let _ = (self.watch)(self.trainer, Event::Saved);
         Ok(())

@@ -7,8 +7,6 @@ use super::{Error, config};
 use crate::Model;
 use crate::generate::{Generator, Options, prompt_tokens};
 use crate::sample::Sampling;
-use crate::weights::safetensors::writer::{self, Layout, Written};
-use crate::weights::{Safetensors, Weights};
 
 /// The prompt and what the model makes of it. Takes memory for another copy of the parameters.
 pub(super) fn text(
@@ -20,7 +18,8 @@ pub(super) fn text(
         // Nothing follows from what all tokens see.
         return Ok(String::new());
     }
-    let model = Model::new(&weights(trainer)?)?.with_activations(Activations::F32);
+    let weights = trainer.parameters().weights(trainer.json())?;
+    let model = Model::new(&weights)?.with_activations(Activations::F32);
     let tokenizer = &trainer.vocabulary().tokenizer;
     let tokens = prompt_tokens(tokenizer, prompt)?;
     let sampling = Sampling { seed, ..Sampling::default() };
@@ -31,16 +30,4 @@ pub(super) fn text(
         text.push_str(&piece?.text);
     }
     Ok(text)
-}
-
-fn weights(trainer: &Trainer) -> Result<Weights, Error> {
-    let layouts = trainer.shapes().into_iter();
-    let layouts = layouts.map(|(name, shape)| Layout { name, shape, written: Written::F32 });
-    let layouts: Vec<Layout> = layouts.collect();
-    let mut bytes = Vec::with_capacity(4 * trainer.parameters().values().len() + (1 << 16));
-    let written = writer::write(&mut bytes, &layouts, |n, out| {
-        writer::numbers(trainer.entry_values(n), Written::F32, out)
-    });
-    written.map_err(|source| Error::Write { path: "a sample's model".into(), source })?;
-    Ok(Safetensors::from_bytes(bytes)?.with_config(trainer.json().clone()).into())
 }

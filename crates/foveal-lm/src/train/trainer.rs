@@ -1,10 +1,14 @@
 //! A training run between two steps: model, text, optimizer and place, and what one step does with them.
 
+mod evaluate;
+mod together;
+
 use std::borrow::Cow;
 use std::path::Path;
 use std::time::Instant;
 
 use foveal::{Cpu, Dropout};
+use foveal_processes::{Alone, Processes};
 use serde_json::Value;
 
 use super::checkpoint::{self, Numbers, State};
@@ -36,6 +40,11 @@ pub struct Trainer {
     parameters: Parameters,
     optimizer: Optimizer,
     gradients: Vec<f32>,
+    /// Room for the gradients of pieces.
+    spare: Vec<Vec<f32>>,
+    /// In how many pieces a step is computed.
+    pieces: usize,
+    processes: Box<dyn Processes>,
     /// What is carried of the sequences of each call of a step.
     carried: Vec<Carried>,
     scratch: Scratch,
@@ -82,7 +91,22 @@ impl Trainer {
     ///
     /// Those of the texts, the tokenizer and the model that `config` asks for.
     pub fn new(config: Config, builtin: Option<&str>) -> Result<Trainer, Error> {
-        Trainer::assemble(config, builtin, (None, None))
+        Trainer::new_among(Box::new(Alone), config, builtin)
+    }
+
+    /// The same on several processes, each of which calls it with the same configuration and texts.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Trainer::new`]; [`Error::Config`] for a step that can't be shared out; [`Error::Elsewhere`] where another
+    /// process has failed; [`Error::Processes`] for processes that have different things.
+    pub fn new_among(
+        processes: Box<dyn Processes>,
+        config: Config,
+        builtin: Option<&str>,
+    ) -> Result<Trainer, Error> {
+        let own = Trainer::assemble(config, builtin, (None, None));
+        Trainer::join(own, processes)
     }
 
     /// The run in `folder`, from its last checkpoint; from its beginning if it has none yet.
@@ -97,6 +121,55 @@ impl Trainer {
         settings: &[String],
         builtin: Option<&str>,
     ) -> Result<Trainer, Error> {
+        Trainer::resume_among(Box::new(Alone), folder, settings, builtin)
+    }
+
+    /// The same on several processes, all of which see the folder.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Trainer::resume`] and [`Trainer::new_among`].
+    pub fn resume_among(
+        processes: Box<dyn Processes>,
+        folder: &Path,
+        settings: &[String],
+        builtin: Option<&str>,
+    ) -> Result<Trainer, Error> {
+        let own = Trainer::reopen(folder, settings, builtin);
+        let (own, checkpoint) = match own {
+            Ok((trainer, checkpoint)) => (Ok(trainer), checkpoint),
+            Err(error) => (Err(error), None),
+        };
+        let mut trainer = Trainer::join(own, processes)?;
+        let restored = checkpoint.map_or(Ok(()), |checkpoint| trainer.restore(&checkpoint));
+        trainer.together(restored)?;
+        trainer.check_same()?;
+        Ok(trainer)
+    }
+
+    /// A run as it is on its own becomes one of several.
+    fn join(own: Result<Trainer, Error>, processes: Box<dyn Processes>) -> Result<Trainer, Error> {
+        let own = own.and_then(|mut trainer| {
+            trainer.pieces = together::pieces(&trainer.config, &*processes)?;
+            if processes.count() > 1 {
+                // Whoever resumes the run, on any number of processes, gets the same bits.
+                trainer.config.train.pieces = Some(trainer.pieces);
+            }
+            let per_call = trainer.per_call(&trainer.train);
+            trainer.carried = trainer.nothing_carried(&trainer.train, per_call)?;
+            Ok(trainer)
+        });
+        let mut trainer = together::together(&*processes, own)?;
+        trainer.processes = processes;
+        trainer.check_same()?;
+        Ok(trainer)
+    }
+
+    fn reopen(
+        folder: &Path,
+        settings: &[String],
+        builtin: Option<&str>,
+    ) -> Result<(Trainer, Option<checkpoint::Checkpoint>), Error> {
         let text = match std::fs::read_to_string(folder.join(CONFIG)) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -124,11 +197,7 @@ impl Trainer {
         };
         let checkpoint = checkpoint::open(folder)?;
         let json = checkpoint.as_ref().map(|_| config_json(folder)).transpose()?;
-        let mut trainer = Trainer::assemble(config, builtin, (vocabulary, json))?;
-        if let Some(checkpoint) = checkpoint {
-            trainer.restore(&checkpoint)?;
-        }
-        Ok(trainer)
+        Ok((Trainer::assemble(config, builtin, (vocabulary, json))?, checkpoint))
     }
 
     fn assemble(
@@ -158,9 +227,12 @@ impl Trainer {
             Wanted::Masked => Objective::Masked,
         };
         let network = Network::new(&model, objective)?;
-        let mut trainer = Trainer {
+        Ok(Trainer {
             optimizer: Optimizer::new(&parameters),
             gradients: parameters.zeros(),
+            spare: vec![],
+            pieces: 1,
+            processes: Box::new(Alone),
             carried: vec![],
             scratch: Scratch::new(),
             cpu: Cpu::detect()?,
@@ -173,9 +245,7 @@ impl Trainer {
             validation,
             network,
             parameters,
-        };
-        trainer.carried = trainer.nothing_carried(&trainer.train)?;
-        Ok(trainer)
+        })
     }
 
     fn restore(&mut self, checkpoint: &checkpoint::Checkpoint) -> Result<(), Error> {
@@ -185,7 +255,14 @@ impl Trainer {
         checkpoint.read("parameters", self.parameters.values_mut())?;
         checkpoint.read("first", &mut self.optimizer.first)?;
         checkpoint.read("second", &mut self.optimizer.second)?;
-        for (n, carried) in self.carried.iter_mut().enumerate() {
+        let (found, expected) = (checkpoint.calls(), self.carried.len());
+        if found != expected {
+            return Err(checkpoint.wrong(format!(
+                "a step was computed in {found} calls, now in {expected}; set train.pieces to what it was"
+            )));
+        }
+        let own = self.own_calls();
+        for (n, carried) in self.carried.iter_mut().enumerate().filter(|(n, _)| own.contains(n)) {
             carried.restore(checkpoint.bytes_of(&format!("carried.{n}"))?)?;
         }
         self.train.set_position(checkpoint.state.position.clone())?;
@@ -221,13 +298,24 @@ impl Trainer {
         &self.state
     }
 
+    /// The most bytes of activations that a step had in use.
+    pub fn activation_bytes(&self) -> usize {
+        self.scratch.peak_bytes()
+    }
+
     /// The step of the last checkpoint, if there is one.
     pub fn saved_step(&self) -> Option<u64> {
         self.saved
     }
 
-    /// Sequences of one call of the network.
+    /// Sequences of one call of the network in training.
     fn per_call(&self, text: &Batches) -> usize {
+        let sequences = self.config.data.batch * self.config.train.accumulate;
+        together::sequences_per_call(sequences / self.pieces.max(1), self.most_per_call(text))
+    }
+
+    /// The most sequences of one call of the network.
+    fn most_per_call(&self, text: &Batches) -> usize {
         let (batch, streams) = (self.config.data.batch, text.position().streams.len());
         // Texts that end at different times are carried apart.
         match text.in_step() {
@@ -237,11 +325,10 @@ impl Trainer {
         }
     }
 
-    fn nothing_carried(&self, text: &Batches) -> Result<Vec<Carried>, Error> {
+    fn nothing_carried(&self, text: &Batches, per_call: usize) -> Result<Vec<Carried>, Error> {
         if self.config.data.order == Order::Shuffled {
             return Ok(vec![]);
         }
-        let per_call = self.per_call(text);
         let calls = text.position().streams.len() / per_call;
         Ok((0..calls).map(|_| self.network.carried(per_call)).collect::<Result<_, _>>()?)
     }
@@ -250,7 +337,8 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`] with a diagnosis; the parameters have not moved then.
+    /// [`Error::NotFinite`] with a diagnosis; the parameters have not moved then. [`Error::Elsewhere`] and
+    /// [`Error::Processes`] where there are several processes.
     pub fn step(&mut self) -> Result<Step, Error> {
         let begin = Instant::now();
         let number = self.state.step + 1;
@@ -260,11 +348,7 @@ impl Trainer {
             .map(|n| self.batch(n * per_call..(n + 1) * per_call, number))
             .collect();
         let targets: usize = batches.iter().map(Sequences::predicted).sum();
-        self.gradients.fill(0.0);
-        let mut sum = 0.0;
-        for (n, batch) in batches.iter().enumerate() {
-            sum += self.add_gradients(batch, (n, number), targets)?;
-        }
+        let sum = self.gradients_of(&batches, number, targets)?;
         let loss = sum / targets.max(1) as f64;
         let gradient = length(&self.gradients, self.cpu);
         if !(loss.is_finite() && gradient.is_finite()) {
@@ -302,12 +386,13 @@ impl Trainer {
         }
     }
 
-    /// Adds the gradients of one batch; returns the sum of its losses.
+    /// Adds the gradients of one batch to `gradients`; returns the sum of its losses.
     fn add_gradients(
         &mut self,
         batch: &Sequences,
         (call, step): (usize, u64),
         targets: usize,
+        gradients: &mut [f32],
     ) -> Result<f64, Error> {
         let train = &self.config.train;
         let mut carried = self.carried.get_mut(call);
@@ -323,13 +408,7 @@ impl Trainer {
             options.dropout = Some(Dropout { rate: train.dropout as f32, seed });
         }
         let values = self.parameters.values();
-        let loss = self.network.gradients(
-            values,
-            &batch.view(),
-            carried,
-            &mut self.gradients,
-            &mut options,
-        );
+        let loss = self.network.gradients(values, &batch.view(), carried, gradients, &mut options);
         match loss {
             Ok(loss) => Ok(loss.sum),
             Err(crate::Error::NotFinite { place }) => {
@@ -350,57 +429,6 @@ impl Trainer {
         not_finite(step, what, place)
     }
 
-    /// The loss on the text that is kept back: of the same sequences each time.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Model`] with what the network refuses.
-    pub fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        let Some(mut text) = self.validation.take() else { return Ok(None) };
-        let found = self.loss_over(&mut text);
-        self.validation = Some(text);
-        let (sum, tokens) = found?;
-        let loss = sum / tokens.max(1) as f64;
-        let step = self.state.step;
-        let best = self.state.best_loss().is_none_or(|best| loss < best);
-        if best {
-            self.state.set_best(loss, step);
-        } else {
-            self.state.stale += 1;
-        }
-        Ok(Some(Evaluation { step, loss, tokens, best }))
-    }
-
-    fn loss_over(&mut self, text: &mut Batches) -> Result<(f64, usize), Error> {
-        text.rewind();
-        let mut carried = self.nothing_carried(text)?;
-        let (streams, per_call) = (text.position().streams.len(), self.per_call(text));
-        let limit = match self.config.train.evaluate_batches {
-            0 => u64::MAX,
-            limit => limit as u64,
-        };
-        let (mut sum, mut tokens, mut n) = (0.0, 0, 0);
-        while n < limit && text.position().epoch == 0 {
-            for call in 0..streams.max(per_call) / per_call {
-                let batch = text.next(call * per_call..(call + 1) * per_call);
-                // The same tokens are hidden each time.
-                let batch = self.hidden(batch, [0, n]);
-                let mut own = carried.get_mut(call);
-                if let Some(own) = own.as_mut().filter(|_| batch.fresh.first() == Some(&true)) {
-                    own.clear();
-                }
-                let mut options = StepOptions::new(self.cpu, &mut self.scratch);
-                options.precision = precision(self.config.train.precision);
-                let values = self.parameters.values();
-                let loss = self.network.loss(values, &batch.view(), own, &mut options)?;
-                sum += loss.sum;
-                tokens += loss.targets;
-            }
-            n += 1;
-        }
-        Ok((sum, tokens))
-    }
-
     /// Text that the model makes, after the prompt of the configuration.
     ///
     /// # Errors
@@ -412,19 +440,23 @@ impl Trainer {
         sample::text(self, &train.prompt, (train.sample_tokens, seed))
     }
 
-    /// Writes a checkpoint into `folder`.
+    /// Writes a checkpoint into `folder`: the first process does, and all call it.
     ///
     /// # Errors
     ///
-    /// [`Error::Write`]; the last one is as it was.
+    /// [`Error::Write`]; the last one is as it was. [`Error::Elsewhere`] where another process could not write.
     pub fn save(&mut self, folder: &Path) -> Result<(), Error> {
         let numbers = Numbers {
             parameters: self.parameters.values(),
             first: &self.optimizer.first,
             second: &self.optimizer.second,
-            carried: self.carried.iter().map(Carried::snapshot).collect(),
+            carried: self.all_carried()?,
         };
-        checkpoint::save(folder, &self.state, &numbers)?;
+        let own = match self.writes() {
+            true => checkpoint::save(folder, &self.state, &numbers),
+            false => Ok(()),
+        };
+        self.together(own)?;
         self.saved = Some(self.state.step);
         Ok(())
     }

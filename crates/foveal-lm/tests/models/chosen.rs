@@ -81,5 +81,5 @@ pub(crate) fn global(section: &Value, tensors: &Tensors<'_>, n: usize) -> Option
     }
     let project = |part: &str| (tensors.project)(&format!("sections.{n}.{part}"), tensors.inputs);
     let [q, k] = ["q_global", "k_global"].map(|part| (tensors.rotate)(project(part)));
-    Some([q, k, project("v_global")])
+    Some([q, k, if tensors.bare { tensors.v.clone() } else { project("v_global") }])
 }

@@ -269,7 +269,7 @@ fn what_is_not_done_with_latent_attention_is_refused() {
     let model = Model::load(&folder.0).unwrap();
     let mut state = model.state().unwrap();
     let looked = model.forward_observed(&tokens(5), &mut state, &mut Scratch::new(), &mut Nobody);
-    assert!(matches!(looked, Err(Error::ObservedLatent)), "{looked:?}");
+    assert!(matches!(looked, Err(Error::ObservedMixer)), "{looked:?}");
     let out = folder.0.join("out.gguf");
     let error = quantize(&folder.0, &out, Format::F16, |_| {}).unwrap_err();
     assert!(matches!(error, Error::UnsupportedConfig { .. }), "{error}");

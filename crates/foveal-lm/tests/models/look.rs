@@ -255,7 +255,7 @@ fn a_look_that_is_kept_shows_what_one_at_once_shows() {
         assert!(kept.heads.iter().zip(&layer.heads).all(|(a, b)| a.map == b.map));
     }
     for (n, &position) in asked.iter().enumerate() {
-        let row = looking.row(&model, position).unwrap();
+        let row = looking.row(&model, position, None).unwrap();
         for (l, layer) in look.layers.iter().enumerate() {
             for (h, head) in layer.heads.iter().enumerate() {
                 let found = row.mean(Some(l), Some(h));
@@ -272,13 +272,13 @@ fn a_look_that_is_kept_shows_what_one_at_once_shows() {
     assert_eq!(habits.len(), look.layers.len());
     assert!(habits.iter().flatten().all(|h| (0.0..=1.001).contains(&(h.first + h.previous))));
     // What comes next is the same text, read further.
-    let next = looking.append(&model, 7).unwrap();
+    let next = looking.append(&model, 7, None).unwrap();
     let longer: Vec<u32> = text.iter().copied().chain([7]).collect();
     let mut whole = Looking::new(&model, longer, (0, 0), &options).unwrap();
     while whole.step(&model).unwrap() {}
     assert_eq!(whole.logits(), looking.logits());
-    assert_eq!(whole.row(&model, text.len()).unwrap(), next);
-    let error = looking.row(&model, text.len() + 1).unwrap_err();
+    assert_eq!(whole.row(&model, text.len(), None).unwrap(), next);
+    let error = looking.row(&model, text.len() + 1, None).unwrap_err();
     assert!(matches!(error, Error::Position { .. }), "{error}");
     assert!(matches!(Looking::new(&model, vec![], (4, 0), &options), Err(Error::EmptyPrompt)));
 }

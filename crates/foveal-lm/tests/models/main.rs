@@ -16,6 +16,7 @@ mod keeping;
 mod latent;
 mod laws;
 mod look;
+mod look_made;
 mod pages;
 mod prompt_cache;
 mod quantize;

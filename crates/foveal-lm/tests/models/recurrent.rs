@@ -93,7 +93,7 @@ pub(crate) fn mix(
         taps => convolved(&x, &(tensors.vector)(&part(&format!("{name}.weight"))), taps),
     };
     let (q, k) = (convolve(cut(q), "q_conv"), convolve(cut(k), "k_conv"));
-    let v = convolve(cut(tensors.v), "v_conv");
+    let v = if tensors.bare { cut(tensors.v) } else { convolve(cut(tensors.v), "v_conv") };
     let decay = decays(section, tensors, n, (heads, dim));
     let beta: Rows = match name.ends_with("delta") {
         true => {
@@ -152,7 +152,7 @@ pub(crate) fn mix(
             });
         }
     }
-    if matches!(name, "linear" | "performer" | "efficient") {
+    if tensors.bare || matches!(name, "linear" | "performer" | "efficient") {
         return Some(out);
     }
     let gate = project("gate_proj", tensors.inputs);

@@ -1,5 +1,6 @@
 //! A model by its definition: loops in f64 over the tensors of a Hugging Face folder, sharing nothing with the library.
 
+use std::cell::RefCell;
 use std::f64::consts::{PI, TAU};
 
 use foveal_lm::testing::Tiny;
@@ -10,7 +11,10 @@ type Rows = Vec<Vec<f64>>;
 
 /// The logits of every token.
 pub(crate) fn logits(model: &Tiny, tokens: &[u32]) -> Rows {
-    let reference = Reference { model };
+    run(&Reference { model, weights: &RefCell::new(None) }, tokens)
+}
+
+fn run(reference: &Reference<'_>, tokens: &[u32]) -> Rows {
     let table = reference.vector("model.embed_tokens.weight").unwrap();
     let width = reference.count("hidden_size");
     let scale = if reference.gemma() { (width as f64).sqrt() } else { 1.0 };
@@ -32,8 +36,20 @@ pub(crate) fn logits(model: &Tiny, tokens: &[u32]) -> Rows {
     logits
 }
 
+/// The weights of a layer, `[head][query][key]`.
+pub(crate) type Heads = Vec<Rows>;
+
+/// What each value counts for in what each head gives before norms and gates: for each layer.
+pub(crate) fn weights(model: &Tiny, tokens: &[u32]) -> Vec<Heads> {
+    let collected = RefCell::new(Some(vec![]));
+    run(&Reference { model, weights: &collected }, tokens);
+    collected.into_inner().unwrap()
+}
+
 struct Reference<'a> {
     model: &'a Tiny,
+    /// Where weights are collected, if they are.
+    weights: &'a RefCell<Option<Vec<Heads>>>,
 }
 
 impl Reference<'_> {
@@ -137,11 +153,19 @@ impl Reference<'_> {
                 rotated: [&q, &k],
                 plain: [&plain[0], &plain[1]],
                 v: &v,
+                bare: false,
                 inputs: x,
                 project: &|part, x| self.project(&name(part), x),
                 rotate: &|rows| self.rotate(layer, rows),
                 vector: &|part| self.vector(&name(part)).unwrap_or_default(),
             };
+            if let Some(all) = &mut *self.weights.borrow_mut() {
+                let mix = |v: &Rows| {
+                    let tensors = crate::sections::Tensors { v, bare: true, ..tensors };
+                    crate::sections::mix(&sections, &tensors, (dim, scale), layer)
+                };
+                all.push(of_unit_vectors(mix, (x.len(), v[0].len() / dim), (heads, dim)));
+            }
             let mixed = crate::sections::mix(&sections, &tensors, (dim, scale), layer);
             return self.project(&name("o_proj"), &mixed);
         }
@@ -192,15 +216,29 @@ impl Reference<'_> {
             }
         }
         let scale = self.mscale("mscale_all_dim").powi(2) / ((nope + rope) as f64).sqrt();
+        let weights = |i: usize, head: usize| {
+            let at = head * (nope + value);
+            let weight = |j: usize| {
+                let key = made[j][at..at + nope].iter().chain(&rows[j][latent..]);
+                let q = &q[i][head * (nope + rope)..][..nope + rope];
+                (scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>()).exp()
+            };
+            (0..=i).map(weight).collect::<Vec<f64>>()
+        };
+        let heads = q[0].len() / (nope + rope);
+        if let Some(all) = &mut *self.weights.borrow_mut() {
+            let row = |head: usize, i: usize| {
+                let weights = weights(i, head);
+                let sum: f64 = weights.iter().sum();
+                weights.into_iter().map(|w| w / sum).chain(vec![0.0; x.len() - i - 1]).collect()
+            };
+            let head = |head: usize| (0..x.len()).map(|i| row(head, i)).collect();
+            all.push((0..heads).map(head).collect());
+        }
         let row = |i: usize| {
-            let heads = q[i].chunks(nope + rope).enumerate();
-            let outputs = heads.flat_map(|(head, q)| {
+            let outputs = (0..heads).flat_map(|head| {
                 let at = head * (nope + value);
-                let weight = |j: usize| {
-                    let key = made[j][at..at + nope].iter().chain(&rows[j][latent..]);
-                    (scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>()).exp()
-                };
-                let weights: Vec<f64> = (0..=i).map(weight).collect();
+                let weights = weights(i, head);
                 let sum: f64 = weights.iter().sum();
                 let number = |n: usize| {
                     weights.iter().enumerate().map(|(j, w)| w * made[j][at + nope + n] / sum).sum()
@@ -303,6 +341,26 @@ impl Reference<'_> {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// What a mechanism that is linear in its values makes of unit vectors in place of them, as many at a time as a value has numbers.
+fn of_unit_vectors(
+    mix: impl Fn(&Rows) -> Rows,
+    (tokens, kv_heads): (usize, usize),
+    (heads, dim): (usize, usize),
+) -> Heads {
+    let mut weights = vec![vec![vec![0.0; tokens]; tokens]; heads];
+    for first in (0..tokens).step_by(dim) {
+        let unit = |t: usize| (0..dim).map(|n| f64::from(t == first + n)).collect::<Vec<_>>();
+        let values = (0..tokens).map(|t| unit(t).repeat(kv_heads)).collect();
+        for (i, row) in mix(&values).iter().enumerate() {
+            for (weights, row) in weights.iter_mut().zip(row.chunks(dim)) {
+                let columns = first..tokens.min(first + dim);
+                weights[i][columns.clone()].copy_from_slice(&row[..columns.len()]);
+            }
+        }
+    }
+    weights
 }
 
 fn add(x: &mut Rows, y: &Rows) {

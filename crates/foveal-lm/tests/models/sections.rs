@@ -43,10 +43,13 @@ pub(crate) fn of(config: &Value, layer: usize) -> Option<Vec<(Value, usize, usiz
 }
 
 /// What a layer mixes, and what it does so with: tensors of its mixer by the end of their names.
+#[derive(Clone, Copy)]
 pub(crate) struct Tensors<'a> {
     pub(crate) rotated: [&'a Rows; 2],
     pub(crate) plain: [&'a Rows; 2],
     pub(crate) v: &'a Rows,
+    /// Whether values stand for themselves, and nothing is done behind the mixing.
+    pub(crate) bare: bool,
     pub(crate) inputs: &'a Rows,
     pub(crate) project: &'a dyn Fn(&str, &Rows) -> Rows,
     /// By the layer's positions.
@@ -501,7 +504,7 @@ fn what_is_not_done_with_named_mixers_is_refused() {
     let (mut state, mut scratch) = (model.state().unwrap(), Scratch::new());
     let looked = model.forward_observed(&[1, 2], &mut state, &mut scratch, &mut Nobody);
     let error = looked.unwrap_err();
-    assert!(matches!(error, Error::ObservedSections), "{error}");
+    assert!(matches!(error, Error::ObservedMixer), "{error}");
     let other =
         load(&crate::latent::tiny("DeepseekV2ForCausalLM", None), "sections-other").unwrap();
     let mut state = other.state().unwrap();

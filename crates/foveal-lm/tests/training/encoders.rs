@@ -12,6 +12,7 @@ fn mixers() -> Vec<Value> {
         json!({"name": "full"}),
         json!({"name": "window", "tokens": 4}),
         json!({"name": "longformer", "reach": 3, "global": [0, 9]}),
+        json!({"name": "longformer", "reach": 3, "global": [13, 5], "global_projections": true}),
         json!({"name": "bigbird", "block": 4, "random": 1}),
         json!({"name": "linear"}),
         json!({"name": "efficient"}),

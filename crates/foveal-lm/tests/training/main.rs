@@ -3,7 +3,9 @@
 mod across;
 mod encoders;
 mod laws;
+mod lstm;
 mod mechanisms;
 mod runs;
 mod setup;
+mod together;
 mod translation;

@@ -20,6 +20,7 @@ fn mixers() -> Vec<Value> {
         json!({"name": "full"}),
         json!({"name": "window", "tokens": 6}),
         json!({"name": "longformer", "reach": 3, "gap": 2, "global": [0, 9]}),
+        json!({"name": "longformer", "reach": 3, "global": [12, 4], "global_projections": true}),
         json!({"name": "bigbird", "block": 4, "random": 1}),
         json!({"name": "sparse_transformer", "pattern": "strided", "stride": 5}),
         json!({"name": "sparse_transformer", "pattern": "fixed", "stride": 5, "width": 2}),
@@ -78,6 +79,12 @@ fn cases() -> Vec<(String, Case)> {
         config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         cases.push((name.to_owned(), Case::new(config, Objective::Causal).unwrap()));
     }
+    // Projections of global tokens meet the norms of queries and keys.
+    let mut config = family("qwen3");
+    let mixer =
+        json!({"name": "longformer", "reach": 3, "global": [4], "global_projections": true});
+    config["foveal"] = json!({"mixer": mixer});
+    cases.push(("qwen3 longformer".to_owned(), Case::new(config, Objective::Causal).unwrap()));
     cases
 }
 

@@ -15,10 +15,10 @@ const SMALL: &str = "[model]\nlayers = 2\nwidth = 16\nheads = 2\nfeed_forward = 
     [train]\nevaluate_every = 4\nevaluate_batches = 3\ncheckpoint_every = 4\nprompt = 'C'\n";
 
 /// A folder that is removed when it is done with.
-struct Folder(PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Folder {
+    pub(crate) fn new(name: &str) -> Folder {
         let folder = std::env::temp_dir().join(format!("foveal-run-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&folder);
         Folder(folder)
@@ -31,16 +31,16 @@ impl Drop for Folder {
     }
 }
 
-fn config(settings: &[&str]) -> Config {
+pub(crate) fn config(settings: &[&str]) -> Config {
     let settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
     Config::parse(SMALL, &settings, Path::new("/")).unwrap()
 }
 
-fn text() -> String {
+pub(crate) fn text() -> String {
     TEXT.repeat(8)
 }
 
-fn bits(trainer: &Trainer) -> Vec<u32> {
+pub(crate) fn bits(trainer: &Trainer) -> Vec<u32> {
     trainer.parameters().values().iter().map(|x| x.to_bits()).collect()
 }
 

@@ -122,9 +122,7 @@ impl From<&Error> for Failure {
                                fewer tokens, or start it with a larger --pool";
                 Failure { code: "pool_exceeded", ..Failure::bad("max_tokens", message) }
             }
-            Error::ObservedKeep | Error::ObservedLatent | Error::ObservedSections => {
-                Failure::unsupported("model", message)
-            }
+            Error::ObservedKeep | Error::ObservedMixer => Failure::unsupported("model", message),
             _ => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "model_error", message),
         }
     }

@@ -1,7 +1,7 @@
 //! `/page/look`: who looks at whom in a text, for the page: maps of all heads at once, rows of weights when asked for.
 //!
 //! ```text
-//! maps: 255 · √weight, a byte a cell, lower triangles        rows: 65535 · weight, two bytes a token, low byte first
+//! maps: 255 · √|weight|, a byte a cell, lower triangles       rows: 32767 · weight / scale, two bytes a token, low byte first
 //! ```
 
 use std::collections::VecDeque;
@@ -15,7 +15,7 @@ use axum::http::StatusCode;
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use foveal_lm::generate::prompt_tokens;
-use foveal_lm::look::{Habits, Head, Looking, Weights};
+use foveal_lm::look::{Habits, Head, Looking, Recalled, Section, Weights};
 use foveal_lm::tokenizer::Tokenizer;
 use futures_core::Stream;
 use serde::Deserialize;
@@ -100,7 +100,13 @@ fn overview(look: &Looking, tokenizer: &Tokenizer, id: &str) -> Value {
     let layers = look.look().layers.iter().zip(look.habits()).map(|(layer, habits)| {
         let maps: Vec<u8> = layer.heads.iter().flat_map(|head| map(head, cells)).collect();
         let habits: Vec<Value> = habits.iter().map(habit).collect();
-        json!({"reach": layer.reach, "maps": base64::encode(maps), "habits": habits})
+        let section = |section: &Section| {
+            let Section { name, heads, recurrent } = section;
+            json!({"name": name, "heads": heads, "recurrent": recurrent})
+        };
+        let sections: Vec<Value> = layer.sections.iter().map(section).collect();
+        let maps = base64::encode(maps);
+        json!({"reach": layer.reach, "sections": sections, "maps": maps, "habits": habits})
     });
     let (tokens, layers): (Vec<String>, Vec<Value>) = (names.collect(), layers.collect());
     json!({"id": id, "tokens": tokens, "cells": cells, "layers": layers})
@@ -126,13 +132,13 @@ pub(crate) async fn row(
 ) -> Result<Json<Value>, Failure> {
     let look = find(&app, &id)?;
     check(&app, request.heads)?;
-    let (row, done) = Row::new(look, request.position);
+    let (row, done) = Row::new(look, request.position, request.heads.layer);
     app.engine.beside(Box::new(row))?;
     let weights = done.await.map_err(gone)?.map_err(|error| match error {
         foveal_lm::Error::Position { .. } => Failure::bad("position", error.to_string()),
         error => error.into(),
     })?;
-    Ok(Json(json!({"position": request.position, "weights": words(&weights, request.heads)})))
+    Ok(Json(shown(request.position, &weights, request.heads)))
 }
 
 fn check(app: &App, heads: Heads) -> Result<(), Failure> {
@@ -142,10 +148,33 @@ fn check(app: &App, heads: Heads) -> Result<(), Failure> {
     there.then_some(()).ok_or_else(|| Failure::bad("head", "there is no such layer or head"))
 }
 
-fn words(weights: &Weights, heads: Heads) -> String {
+/// A token's row: weights by sign and size, which tokens have any, and what was read of a memory.
+fn shown(position: usize, weights: &Weights, heads: Heads) -> Value {
     let mean = weights.mean(heads.layer, heads.head);
-    let word = |w: &f32| ((w.clamp(0.0, 1.0) * 65535.0).round() as u16).to_le_bytes();
-    base64::encode(mean.iter().flat_map(word).collect::<Vec<u8>>())
+    let scale = mean.iter().fold(1f32, |most, w| most.max(w.abs()));
+    let word = |w: &f32| ((w / scale * 32767.0).round() as i16).to_le_bytes();
+    let words: Vec<u8> = mean.iter().flat_map(word).collect();
+    let mut seen: Vec<[usize; 2]> = vec![];
+    for (n, _) in mean.iter().enumerate().filter(|(_, w)| **w != 0.0) {
+        match seen.last_mut() {
+            Some([_, end]) if *end == n => *end = n + 1,
+            _ => seen.push([n, n + 1]),
+        }
+    }
+    let own = heads
+        .layer
+        .zip(heads.head)
+        .and_then(|(layer, head)| weights.recalled.get(layer)?.get(head)?.as_ref());
+    let recalled = own.map(|Recalled { gate, segment, entries }| {
+        json!({"gate": gate, "segment": segment, "entries": entries})
+    });
+    json!({
+        "position": position,
+        "weights": base64::encode(words),
+        "scale": scale,
+        "seen": seen,
+        "recalled": recalled,
+    })
 }
 
 /// Goes on with the text, and shows each new token's weights as it is made.
@@ -156,7 +185,7 @@ pub(crate) async fn go_on(
 ) -> Result<Response, Failure> {
     let look = find(&app, &id)?;
     check(&app, request.heads)?;
-    let (work, tokens) = Continuing::new(look, request.tokens.min(MORE))?;
+    let (work, tokens) = Continuing::new(look, request.tokens.min(MORE), request.heads.layer)?;
     app.engine.beside(Box::new(work))?;
     let heads = request.heads;
     let stream = Rows { tokens, app, heads, ready: VecDeque::new(), ended: false };
@@ -180,8 +209,9 @@ impl Stream for Rows {
             let data = match next {
                 Some(Ok(Newest { token, position, weights })) => {
                     let piece = tokens::name(&self.app.served.tokenizer, token);
-                    let weights = words(&weights, self.heads);
-                    json!({"token": piece, "position": position, "weights": weights}).to_string()
+                    let mut row = shown(position, &weights, self.heads);
+                    row["token"] = piece.into();
+                    row.to_string()
                 }
                 Some(Err(error)) => Failure::from(error).body().to_string(),
                 None => {

@@ -1,6 +1,7 @@
 //! What the page shows of each mechanism of the registry: equation, cost, who sees whom, and how long it takes here.
 
 mod measure;
+mod parameters;
 mod pictures;
 
 use foveal::registry::{MECHANISMS, Mechanism};
@@ -74,7 +75,6 @@ pub(crate) fn all() -> Value {
             "equation": equation,
             "cost": cost,
             "picture": pictures::picture(name),
-            "measured": measure::can(name),
         })
     });
     json!({"tokens": PICTURE_TOKENS, "mechanisms": all.collect::<Vec<_>>()})

@@ -3,9 +3,10 @@
 //! Patterns are those of the kernels' own masks. Mechanisms with a state show how much of a token is left in it, those with a
 //! memory what of earlier segments can come back.
 
+use foveal::plan::Inputs;
 use foveal::sparse::{
-    AngularHash, BigBird, BlockPlan, Factors, Longformer, Moba, Picture, Reformer,
-    SparseTransformer, Window,
+    AngularHash, BigBird, BlockPlan, Branches, Factors, Longformer, Moba, NativeSizes,
+    NativeSparse, Picture, Reformer, SparseTransformer, Window,
 };
 use foveal::testing::normal;
 use foveal::{Cpu, Mask, Shape};
@@ -22,6 +23,9 @@ pub(crate) fn picture(name: &str) -> Vec<String> {
         }
         "linear" | "performer" | "efficient" | "delta" => shades(|i, j| (i >= j).then_some(0.5)),
         "linformer" => shades(|_, _| Some(0.5)),
+        "transformer_xl" => {
+            shades(|i, j| (i >= j && j / segment + 1 >= i / segment).then_some(1.0))
+        }
         "infini" => shades(|i, j| match (i / segment, j / segment) {
             (a, b) if a == b => (i >= j).then_some(1.0),
             (a, b) => (a > b).then_some(0.4),
@@ -67,13 +71,23 @@ fn mask(name: &str) -> foveal::Result<Option<Mask>> {
             let hash = AngularHash::new(shape.dim, 12, 2, 1)?;
             Reformer::new(8)?.mask(&hash.buckets(normal(shape, 1)?.view(), Cpu::detect()?)?)
         }
-        "moba" | "native_sparse" => {
-            // Blocks of 6, of which a token sees its own and two earlier ones; NSA's window beside them.
+        "moba" => {
+            // Blocks of 6, of which a token sees its own and two earlier ones.
             let layer = Moba::new(6, 3)?;
             let (q, k) = (normal(shape, 1)?, normal(shape, 2)?);
-            let chosen = layer.mask(&layer.choose(q.view(), k.view())?, TOKENS);
-            let window = Mask::causal().and(Mask::window(10));
-            if name == "moba" { chosen } else { chosen.or(window) }
+            layer.mask(&layer.choose(q.view(), k.view())?, TOKENS)
+        }
+        "native_sparse" => {
+            // What blocks and window let through; means of all that is older come on top.
+            let sizes = NativeSizes { length: 4, stride: 4, block: 4, top: 4, window: 6 };
+            let layer = NativeSparse::new(sizes)?;
+            let (q, k) = (normal(shape, 1)?, normal(shape, 2)?);
+            let tokens = Inputs { q: q.view(), k: k.view(), v: k.view() };
+            let pooled = layer.pool(k.view())?;
+            let compressed = Inputs { k: pooled.view(), v: pooled.view(), ..tokens };
+            let gates = normal(Shape { dim: 3, ..shape }, 3)?;
+            let inputs = Branches { compressed, selected: tokens, window: tokens };
+            layer.mask(&layer.forward(inputs, gates.view())?.choices, TOKENS)
         }
         _ => return Ok(None),
     }))

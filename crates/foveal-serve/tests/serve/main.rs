@@ -2,6 +2,7 @@
 
 mod hostile;
 mod leaving;
+mod look;
 mod requests;
 mod streams;
 mod support;

@@ -47,6 +47,11 @@ impl Server {
     }
 
     pub(crate) fn with(options: &Options) -> Server {
+        Server::of(options, model)
+    }
+
+    /// A server of another model.
+    pub(crate) fn of(options: &Options, model: fn() -> (Model, Tokenizer)) -> Server {
         let (sender, receiver) = mpsc::channel();
         let (stop, options) = (Stop::new(), options.clone());
         let told = stop.clone();

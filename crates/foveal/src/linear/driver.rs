@@ -27,8 +27,8 @@ use crate::tensor::{Patch, Tensor, TensorMut};
 use crate::workspace::Workspace;
 use std::slice::ChunksExactMut;
 
-/// So few tokens are computed on the state as it lies: to pack it costs as much as some ten tokens.
-const IN_PLACE: usize = 15;
+/// So few tokens, of one block at most, are computed on the state as it lies: to pack it costs more than packed rows save.
+const IN_PLACE: usize = 31;
 /// Bytes of the states that a thread goes through for each block: half of a second level of cache.
 pub(super) const NEAR: usize = 1 << 19;
 

@@ -428,11 +428,10 @@ unsafe fn tokens<S: Simd, const OPS: u32, const V: usize>(s: S, io: &Io<'_>, at:
                 pass::<S, OPS, 4, V>(s, io, at, t);
                 t += 4;
             }
-        } else {
-            while t + 2 <= io.tokens {
-                pass::<S, OPS, 2, V>(s, io, at, t);
-                t += 2;
-            }
+        }
+        while t + 2 <= io.tokens {
+            pass::<S, OPS, 2, V>(s, io, at, t);
+            t += 2;
         }
         while t < io.tokens {
             pass::<S, OPS, 1, V>(s, io, at, t);

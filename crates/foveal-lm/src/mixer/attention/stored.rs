@@ -9,6 +9,7 @@ use super::{AttentionParameters, Bound, Inputs, MultiHeadAttention, Saved, Sourc
 use crate::Error;
 use crate::config::Reach;
 use crate::linear::Run;
+use crate::mixer::trace::Trace;
 use crate::mixer::{CacheOptions, LayerState, latent, sections};
 use crate::names::{Part, Parts};
 use crate::norm::Norm;
@@ -36,12 +37,19 @@ pub(crate) struct Activations {
     scratch: Saved,
     pub(in crate::mixer) latent: latent::Activations,
     pub(in crate::mixer) sections: sections::Activations,
+    /// What the next layer is given is kept here, if somebody wants to see its weights later.
+    pub(in crate::mixer) trace: Option<Trace>,
 }
 
 impl Activations {
     /// Whether calls leave what an observer needs.
     pub(crate) fn observe(&mut self, observed: bool) {
         self.scratch.observed = observed;
+    }
+
+    /// Where the next layer leaves what it is given.
+    pub(crate) fn trace(&mut self) -> &mut Option<Trace> {
+        &mut self.trace
     }
 
     /// Prepares the rotations of the tokens at `positions`, for queries to a rolling state as well.

@@ -30,7 +30,7 @@ pub(super) struct Core {
 }
 
 #[derive(Clone, Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// Exact attention to what a mask shows; of so many newest tokens, if there is a bound.
     Masked {
         mask: Mask,
@@ -128,6 +128,10 @@ impl Core {
             _ => return Err(Error::SectionState),
         };
         Ok(Core { sizes, scale, kind })
+    }
+
+    pub(super) fn kind(&self) -> &Kind {
+        &self.kind
     }
 
     /// Whether its queries and keys are rotated.

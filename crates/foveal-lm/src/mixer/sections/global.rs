@@ -69,6 +69,22 @@ impl Globals {
         self.positions.last().copied().unwrap_or(0)
     }
 
+    /// The positions of global tokens, ascending.
+    pub(super) fn positions(&self) -> &[usize] {
+        &self.positions
+    }
+
+    /// Queries and keys of rows.
+    pub(super) fn scored<'p>(
+        &self,
+        projected: &'p Projected,
+        call: [usize; 2],
+    ) -> Result<[TensorRef<'p, f32>; 2], Error> {
+        let [q, k, _] = &projected.0;
+        let of = |x, heads| TensorRef::new(x, self.shape(call, heads));
+        Ok([of(q, self.sizes.heads)?, of(k, self.sizes.kv_heads)?])
+    }
+
     /// The projections of rows, with norms (of queries and keys, if there are any) and rotation.
     pub(super) fn project(
         &self,

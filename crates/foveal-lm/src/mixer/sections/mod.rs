@@ -17,6 +17,7 @@ mod global;
 mod recurrent;
 mod rule;
 mod state;
+mod weigh;
 
 use foveal::nn::{RmsNorm, rms_norm_in_place};
 use foveal::position::RopeTable;
@@ -139,7 +140,7 @@ impl SectionedAttention {
         activations: &mut attention::Activations,
         run: &mut Run<'_>,
     ) -> Result<(), Error> {
-        let attention::Activations { rotations, sections: scratch, .. } = activations;
+        let attention::Activations { rotations, sections: scratch, trace, .. } = activations;
         let Activations { q, k, v, plain, mixed } = scratch;
         let parameters = self.parameters.views()?;
         let rows = x.len() / parameters.query.weight.shape().in_features;
@@ -160,6 +161,10 @@ impl SectionedAttention {
             plain[1].clone_from(k);
         }
         self.rotate(&rotations[self.rope], call, [q, k], run)?;
+        if let Some(trace) = trace {
+            let plain = plain.each_ref().map(|x| if both { &x[..] } else { &[] });
+            trace.extend(rows, [x, q, k], plain);
+        }
         // What is not rotated lies as it was.
         let plain = if both { [&plain[0], &plain[1]] } else { [&*q, &*k] };
         for (n, section) in self.sections.iter().enumerate() {

@@ -13,6 +13,8 @@
 //! Sources and formulas of the recurrences: [`foveal::linear`]; of the parts: [`foveal::nn`]. Queries and keys are rotated
 //! for retention only. A section's value heads have a query and a key each.
 
+use std::ops::Range;
+
 use foveal::linear::{State, Tokens};
 use foveal::nn::{self, DecayGate, GateOrder, GatedNorm, RmsNorm, ShortConv};
 use foveal::{Cpu, Shape, Tensor, TensorRef};
@@ -23,6 +25,7 @@ use crate::Error;
 use crate::config::Mechanism;
 use crate::linear::{Linear, Run};
 use crate::mixer::state::Heads;
+use crate::mixer::trace::{Weigher, probed, probes};
 use crate::mixer::{Contents, Taken};
 use crate::names::Parts;
 
@@ -207,6 +210,33 @@ impl Recurring {
             out.extend(Tensor::into_vec(given));
         }
         self.finish(tokens.x, out, run)
+    }
+
+    /// What the recurrence alone gives of unit vectors in place of values: what is left of each key's value in what a row reads.
+    pub(super) fn weigh(
+        &self,
+        tokens: SectionTokens<'_>,
+        (rows, first_head): (Range<usize>, usize),
+        weigher: &mut dyn Weigher,
+        run: &mut Run<'_>,
+    ) -> Result<(), Error> {
+        let (log_decay, beta) = self.gates(tokens.x, run)?;
+        let mut state = self.state()?;
+        let [q, k, v] = [tokens.q, tokens.k, tokens.v].map(|x| gathered(x, 0));
+        let mut call = Call { q, k, v, log_decay, beta };
+        self.prepare(&mut call, &mut state, run.cpu)?;
+        let seq = rows.end;
+        let shape = Shape { batch: 1, seq, heads: self.heads, dim: self.head_dim };
+        for first in (0..seq).step_by(self.head_dim.max(1)) {
+            call.v = probes(shape, first)?.into_vec();
+            state.clear();
+            let matrices = &mut state.matrices;
+            let given = with_rule!(&self.rule, rule => {
+                rule.clone().cpu(run.cpu).forward(&call.tokens(self, seq)?, matrices)?
+            });
+            probed(given.view(), (0, first), (rows.clone(), first_head), weigher);
+        }
+        Ok(())
     }
 
     /// Logarithms of decays, and writing strengths, of all tokens.

@@ -203,7 +203,7 @@ impl AttentionLayer {
 
     /// What section `n` sees.
     fn call<'a>(
-        &self,
+        &'a self,
         x: &'a [f32],
         saved: &'a Saved,
         of: Tokens<'a>,
@@ -224,6 +224,8 @@ impl AttentionLayer {
             k: kv(&saved.k)?,
             v: kv(&saved.v)?,
             plain: plain.transpose()?,
+            norms: self.norms.as_ref(),
+            rope: of.rotations[self.rope].rope(),
             start: of.start,
             keep,
             dropout,

@@ -81,59 +81,87 @@ impl Head {
         let wanted = CrossEntropy { smoothing: of.smoothing, cap: self.cap, gradient: factor };
         let mut sum = 0.0;
         for block in with.chunks(rows) {
+            let targets: Vec<u32> = block.iter().map(|&row| of.targets[row]).collect();
+            let range = block[0] * width..(block[block.len() - 1] + 1) * width;
+            let arenas = (parameters, gradients.as_deref_mut());
+            if range.len() == block.len() * width {
+                // Neighbours are read and written where they lie.
+                let d_own = d_x.as_mut().map(|d_x| &mut d_x[range.clone()]);
+                sum += self.block(arenas, (&x[range], &targets, d_own), wanted, tools)?;
+                continue;
+            }
             let mut own = tools.pool.take(block.len() * width);
             for (own, &row) in own.chunks_exact_mut(width).zip(block) {
                 own.copy_from_slice(&x[row * width..(row + 1) * width]);
             }
-            let targets: Vec<u32> = block.iter().map(|&row| of.targets[row]).collect();
-            let arenas = (parameters, gradients.as_deref_mut());
-            let (loss, d_own) = self.block(arenas, (own, &targets), wanted, tools)?;
-            sum += loss;
+            let mut d_own = d_x.is_some().then(|| tools.pool.zeros(own.len()));
+            let rows = (&own[..], &targets[..], d_own.as_deref_mut());
+            sum += self.block(arenas, rows, wanted, tools)?;
             if let (Some(d_x), Some(d_own)) = (&mut d_x, d_own) {
                 for (d_own, &row) in d_own.chunks_exact(width).zip(block) {
                     d_x[row * width..(row + 1) * width].copy_from_slice(d_own);
                 }
                 tools.pool.give(d_own);
             }
+            tools.pool.give(own);
         }
         Ok((Loss { sum, targets: with.len() }, d_x))
     }
 
+    /// The likeliest token of each row with a target, in order.
+    pub(super) fn likeliest(
+        &self,
+        parameters: &[f32],
+        (x, targets): (&[f32], &[u32]),
+        tools: &mut Tools<'_>,
+    ) -> Result<Vec<u32>, Error> {
+        let MatrixShape { out_features: vocab, in_features: width } = self.projection.shape;
+        let rows = x.chunks_exact(width).zip(targets).filter(|(_, target)| **target != IGNORED);
+        let x: Vec<f32> = rows.flat_map(|(row, _)| row).copied().collect();
+        let mut likeliest = Vec::with_capacity(x.len() / width.max(1));
+        let block = (LOGITS / vocab.max(1)).clamp(1, 4 * ROWS);
+        for x in x.chunks(block * width) {
+            let mut normed = tools.pool.copy(x);
+            if let Some(norm) = &self.norm {
+                norm.forward(parameters, x, &mut normed, tools)?;
+            }
+            let mut logits = tools.pool.take(x.len() / width * vocab);
+            self.projection.forward(parameters, &normed, &mut logits, tools)?;
+            // A cap changes no order.
+            let best = |row: &[f32]| (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            likeliest.extend(logits.chunks_exact(vocab).filter_map(best).map(|n| n as u32));
+            [normed, logits].into_iter().for_each(|buffer| tools.pool.give(buffer));
+        }
+        Ok(likeliest)
+    }
+
+    /// The loss of rows; their gradients are added to those that are given.
     fn block(
         &self,
         (parameters, gradients): (&[f32], Option<&mut [f32]>),
-        (x, targets): (Vec<f32>, &[u32]),
+        (x, targets, d_x): (&[f32], &[u32], Option<&mut [f32]>),
         wanted: CrossEntropy,
         tools: &mut Tools<'_>,
-    ) -> Result<(f64, Option<Vec<f32>>), Error> {
+    ) -> Result<f64, Error> {
         let mut normed = tools.pool.take(x.len());
         match &self.norm {
-            Some(norm) => norm.forward(parameters, &x, &mut normed, tools)?,
-            None => normed.copy_from_slice(&x),
+            Some(norm) => norm.forward(parameters, x, &mut normed, tools)?,
+            None => normed.copy_from_slice(x),
         }
         let mut logits = tools.pool.take(targets.len() * self.projection.shape.out_features);
         self.projection.forward(parameters, &normed, &mut logits, tools)?;
         let loss = cross_entropy(wanted, &mut logits, targets, tools.cpu)?;
-        let mut d_x = None;
-        if let Some(gradients) = gradients {
+        if let (Some(gradients), Some(d_x)) = (gradients, d_x) {
             let arenas = (parameters, &mut *gradients);
             self.projection.weight_gradient(arenas, (&normed, &logits), tools)?;
-            self.projection.input_gradient(
-                parameters,
-                &logits,
-                Gradient::Write(&mut normed),
-                tools,
-            )?;
-            d_x = Some(match &self.norm {
-                Some(norm) => {
-                    let mut d = tools.pool.zeros(x.len());
-                    norm.backward((parameters, gradients), (&x, &normed), &mut d, tools)?;
-                    d
-                }
-                None => tools.pool.copy(&normed),
-            });
+            let d_normed = Gradient::Write(&mut normed[..]);
+            self.projection.input_gradient(parameters, &logits, d_normed, tools)?;
+            match &self.norm {
+                Some(norm) => norm.backward((parameters, gradients), (x, &normed), d_x, tools)?,
+                None => tools.add(d_x, &normed)?,
+            }
         }
-        [normed, logits, x].into_iter().for_each(|buffer| tools.pool.give(buffer));
-        Ok((loss, d_x))
+        [normed, logits].into_iter().for_each(|buffer| tools.pool.give(buffer));
+        Ok(loss)
     }
 }

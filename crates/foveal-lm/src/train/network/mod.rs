@@ -42,9 +42,11 @@
 mod attention;
 mod block;
 mod carried;
+mod embedding;
 mod encoder_decoder;
 mod feed_forward;
 mod head;
+mod lstm;
 mod scratch;
 mod section;
 mod sections;
@@ -53,8 +55,8 @@ mod tools;
 use std::ops::Range;
 
 use foveal::position::Rope;
-use foveal::projection::{Activations, Matrix, MatrixShape, embed};
-use foveal::{Cpu, Dropout, nn};
+use foveal::projection::{Activations, Matrix, MatrixShape};
+use foveal::{Cpu, Dropout};
 
 use self::attention::Tokens;
 use self::block::{Block, Keep, Saved, drop_rows};
@@ -68,6 +70,7 @@ use crate::ropes::Ropes;
 pub use carried::Carried;
 pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig, NormPlace, Pairs, PositionKind};
 pub use foveal::nn::IGNORED;
+pub use lstm::{Lstm, LstmConfig};
 pub use scratch::Scratch;
 
 /// What a model is trained to predict.
@@ -245,6 +248,28 @@ impl Network {
         Work { network: self, parameters, batch }.run(carried, None, options)
     }
 
+    /// The likeliest next token wherever a batch has a target, in order; ties go to the last.
+    ///
+    /// # Errors
+    /// Those of [`Network::gradients`].
+    pub fn likeliest(
+        &self,
+        parameters: &[f32],
+        batch: &Batch<'_>,
+        carried: Option<&mut Carried>,
+        options: &mut StepOptions<'_>,
+    ) -> Result<Vec<u32>, Error> {
+        self.check(parameters, batch, carried.as_deref())?;
+        if batch.tokens.is_empty() {
+            return Ok(vec![]);
+        }
+        let work = Work { network: self, parameters, batch };
+        let start = carried.as_ref().map_or(0, |carried| carried.tokens);
+        let (of, mut tools) = work.prepare(start, options)?;
+        let (x, _) = work.forward(of, carried, Keep::Nothing, &mut tools)?;
+        self.head.likeliest(parameters, (&x, batch.targets), &mut tools)
+    }
+
     fn check(
         &self,
         parameters: &[f32],
@@ -279,6 +304,27 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// The tokens with their positions, and tools for a pass over them.
+    fn prepare<'t>(
+        &'t self,
+        start: usize,
+        options: &'t mut StepOptions<'_>,
+    ) -> Result<(Tokens<'t>, Tools<'t>), Error> {
+        let Work { network, parameters, batch } = *self;
+        let tokens = batch.tokens.len() / batch.sequences.max(1);
+        let Scratch { workspace, pool, rotations } = &mut *options.scratch;
+        pool.forget_lent();
+        set_positions(rotations, &network.ropes, start..start + tokens)?;
+        let activations = match options.precision {
+            Precision::F32 => Activations::F32,
+            Precision::Bf16 => Activations::Bf16,
+        };
+        let tools = Tools { cpu: options.cpu, activations, workspace, pool };
+        let sequences = batch.sequences;
+        let of = Tokens { parameters, sequences, tokens, start, rotations, dropout: None };
+        Ok((of, tools))
+    }
+
     fn run(
         &self,
         carried: Option<&mut Carried>,
@@ -292,35 +338,21 @@ impl Work<'_> {
         }
         let training = gradients.is_some();
         let start = carried.as_ref().map_or(0, |carried| carried.tokens);
-        let tokens = batch.tokens.len() / batch.sequences.max(1);
-        let Scratch { workspace, pool, rotations } = &mut *options.scratch;
-        pool.forget_lent();
-        set_positions(rotations, &network.ropes, start..start + tokens)?;
-        let activations = match options.precision {
-            Precision::F32 => Activations::F32,
-            Precision::Bf16 => Activations::Bf16,
-        };
-        let mut tools = Tools { cpu: options.cpu, activations, workspace, pool };
-        let of = Tokens {
-            parameters,
-            sequences: batch.sequences,
-            tokens,
-            start,
-            rotations,
-            dropout: options.dropout.filter(|_| training),
-        };
         let keep = match (training, options.recompute) {
             (false, _) => Keep::Nothing,
             (true, false) => Keep::All,
             (true, true) => Keep::Inputs,
         };
+        let (dropout, smoothing, scale) = (options.dropout, options.smoothing, options.scale);
+        let (of, mut tools) = self.prepare(start, options)?;
+        let of = Tokens { dropout: dropout.filter(|_| training), ..of };
         // Layers that are run once more begin with what they began with.
         let before = carried.as_deref().filter(|_| keep == Keep::Inputs).cloned();
         let (x, saved) = self.forward(of, carried, keep, &mut tools)?;
         let objection = Objection {
             targets: batch.targets,
-            smoothing: if training { options.smoothing } else { 0.0 },
-            scale: training.then_some(options.scale),
+            smoothing: if training { smoothing } else { 0.0 },
+            scale: training.then_some(scale),
         };
         let Some(gradients) = gradients else {
             let (loss, _) = network.head.loss(parameters, (&x, objection), None, &mut tools)?;
@@ -350,7 +382,7 @@ impl Work<'_> {
         let mut x = tools.pool.take(self.batch.tokens.len() * config.width);
         let shape = MatrixShape { out_features: config.vocab, in_features: config.width };
         let table = Matrix::from_floats(shape, &self.parameters[network.embedding.clone()])?;
-        embed(&table, self.batch.tokens, &mut x, tools.cpu.level)?;
+        embedding::forward(&table, self.batch.tokens, &mut x, tools.cpu)?;
         if config.embedding_scale != 1.0 {
             x.iter_mut().for_each(|x| *x *= config.embedding_scale);
         }
@@ -392,14 +424,12 @@ impl Work<'_> {
             d = block.backward(d, self.layer(of, n), (own, carried), gradients, tools)?;
         }
         drop_rows(self.layer(of, network.blocks.len()), 0, &mut d, tools.cpu)?;
-        let (width, scale) = (network.config.width, network.config.embedding_scale);
+        let scale = network.config.embedding_scale;
         if scale != 1.0 {
             d.iter_mut().for_each(|d| *d *= scale);
         }
         let table = &mut gradients[network.embedding.clone()];
-        for (&token, d) in self.batch.tokens.iter().zip(d.chunks_exact(width)) {
-            nn::add(&mut table[token as usize * width..][..width], d, tools.cpu.level)?;
-        }
+        embedding::backward(table, self.batch.tokens, &d, tools.cpu);
         tools.pool.give(d);
         Ok(())
     }

@@ -11,10 +11,11 @@
 use std::any::Any;
 use std::fmt::Debug;
 
+use foveal::position::Rope;
 use foveal::{Dropout, TensorMut, TensorRef};
 
 use super::carried::SectionCarried;
-use super::tools::Tools;
+use super::tools::{Normed, Tools};
 use crate::Error;
 
 /// Which queries and keys a section reads.
@@ -43,6 +44,10 @@ pub(crate) struct SectionCall<'a> {
     pub(crate) v: TensorRef<'a, f32>,
     /// Queries and keys without rotation; there for [`Positions::Both`].
     pub(crate) plain: Option<[TensorRef<'a, f32>; 2]>,
+    /// The layer's norms of queries and of keys.
+    pub(crate) norms: Option<&'a [Normed; 2]>,
+    /// The layer's rotary embedding.
+    pub(crate) rope: &'a Rope,
     /// The position of the first token in its text.
     pub(crate) start: usize,
     /// Whether backward follows.

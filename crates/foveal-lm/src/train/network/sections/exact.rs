@@ -59,10 +59,6 @@ impl Exact {
                 positive("window of a mixer", tokens)?;
                 near(place, Some(tokens))
             }
-            Mechanism::Longformer { global_projections: true, .. } => {
-                let name = "longformer with projections of global tokens";
-                return Err(Error::UntrainedMechanism { name });
-            }
             Mechanism::Longformer { reach, gap, global, .. } => {
                 positive("gap of a mixer", *gap)?;
                 let pattern = Longformer::new(*reach).gaps(vec![*gap]);

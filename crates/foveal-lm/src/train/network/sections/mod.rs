@@ -2,6 +2,7 @@
 
 mod chosen;
 mod exact;
+mod global;
 mod infini;
 mod linear;
 mod linformer;
@@ -67,6 +68,9 @@ pub(super) fn named(
     }
     if let Some(chosen) = chosen::Chosen::new(&section.mechanism, place)? {
         return Ok(Box::new(chosen));
+    }
+    if let Some(global) = global::Global::new(&section.mechanism, place)? {
+        return Ok(Box::new(global));
     }
     Ok(match &section.mechanism {
         Mechanism::Full {}

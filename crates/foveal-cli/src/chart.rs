@@ -10,13 +10,13 @@ const POINTS: usize = 400;
 
 /// A line: its style, and points from left to right.
 #[derive(Debug)]
-pub(super) struct Line {
-    pub(super) class: &'static str,
-    pub(super) points: Vec<(f64, f64)>,
+pub(crate) struct Line {
+    pub(crate) class: &'static str,
+    pub(crate) points: Vec<(f64, f64)>,
 }
 
 /// Lines on common axes, with what they are for those who can't see them.
-pub(super) fn draw(label: &str, lines: &[Line]) -> String {
+pub(crate) fn draw(label: &str, lines: &[Line]) -> String {
     let lines: Vec<(&str, Vec<(f64, f64)>)> =
         lines.iter().map(|line| (line.class, thinned(&line.points))).collect();
     let all = || lines.iter().flat_map(|(_, points)| points.iter().copied());
@@ -78,7 +78,7 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// The least and the most, apart from each other.
-fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub(crate) fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let start = (f64::INFINITY, f64::NEG_INFINITY);
     let (low, high) = values.fold(start, |(low, high), x| (low.min(x), high.max(x)));
     let least = 1e-9_f64.max(1e-6 * high.abs());
@@ -86,7 +86,7 @@ fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
 }
 
 /// Round numbers within a range, about five.
-fn ticks(low: f64, high: f64) -> Vec<f64> {
+pub(crate) fn ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 5.0;
     let power = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|&step| step >= rough);
@@ -96,7 +96,7 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
     (first..=last.min(first.saturating_add(20))).map(|n| n as f64 * step).collect()
 }
 
-fn number(x: f64) -> String {
+pub(crate) fn number(x: f64) -> String {
     match x.abs() {
         0.0 => "0".to_owned(),
         size if !(1e-3..1e6).contains(&size) => format!("{x:.1e}"),
@@ -107,7 +107,7 @@ fn number(x: f64) -> String {
     }
 }
 
-pub(super) fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
