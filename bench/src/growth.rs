@@ -60,7 +60,7 @@ fn draw(record: &str) -> anyhow::Result<String> {
     };
     let title = "Time against tokens: one head, D 64, f32, one thread".to_owned();
     let rows = vec![["forward", "backward"].map(panel).into()];
-    Ok(Picture { title, names: &names, rows }.draw())
+    Ok(Picture { title, names: &names, across: "N", rows }.draw())
 }
 
 /// The fields of a line; names of patterns may hold commas.

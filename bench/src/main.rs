@@ -27,6 +27,7 @@ mod prepared;
 #[allow(unsafe_code)] // the crate's function takes pointers
 mod product;
 mod projection;
+mod recall;
 mod record;
 mod report;
 mod summary;
@@ -94,6 +95,10 @@ struct Arguments {
     #[arg(long, value_name = "FILE", requires = "plot")]
     growth: Option<PathBuf>,
 
+    /// Draw a record of `index_recall` into the folder of --plot, and measure nothing.
+    #[arg(long, value_name = "FILE", requires = "plot")]
+    recall: Option<PathBuf>,
+
     /// Take results from this record and measure nothing; may be given several times.
     #[arg(long = "from", value_name = "FILE")]
     records: Vec<PathBuf>,
@@ -107,6 +112,9 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if let (Some(record), Some(folder)) = (&arguments.growth, &arguments.plot) {
         return growth::write(record, folder);
+    }
+    if let (Some(record), Some(folder)) = (&arguments.recall, &arguments.plot) {
+        return recall::write(record, folder);
     }
     if !arguments.records.is_empty() {
         return show(&arguments, &record::read(&arguments.records)?);

@@ -73,6 +73,7 @@ fn share<'a>(rows: &[&Row], names: &'a [String], about: &str) -> Picture<'a> {
     Picture {
         title: format!("Share of peak against N: {about}"),
         names,
+        across: "N",
         rows: dims.map(|dim| MASKS.map(|mask| panel(dim, mask)).into()).collect(),
     }
 }
@@ -92,6 +93,7 @@ fn time<'a>(rows: &[&Row], names: &'a [String], about: &str) -> Picture<'a> {
     Picture {
         title: format!("Time against N: {about}, D {dim}"),
         names,
+        across: "N",
         rows: vec![times.into(), ratios.into()],
     }
 }

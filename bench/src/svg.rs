@@ -48,6 +48,8 @@ pub(crate) struct Picture<'a> {
     pub(crate) title: String,
     /// Names of the lines, ours first.
     pub(crate) names: &'a [String],
+    /// What goes to the right.
+    pub(crate) across: &'a str,
     pub(crate) rows: Vec<Vec<Panel>>,
 }
 
@@ -75,7 +77,7 @@ impl Picture<'_> {
                 let left = cell.0 * c as f64 + MARGIN.0;
                 let top = head_height + cell.1 * r as f64 + MARGIN.1;
                 let _ = writeln!(text, r#"<g transform="translate({left} {top})">"#);
-                panel.draw(&mut text, axes);
+                panel.draw(&mut text, axes, self.across);
                 text += "</g>\n";
             }
         }
@@ -120,7 +122,7 @@ impl Axes {
 }
 
 impl Panel {
-    fn draw(&self, text: &mut String, Axes { across, up }: Axes) {
+    fn draw(&self, text: &mut String, Axes { across, up }: Axes, what: &str) {
         let x = |value: f64| PANEL.0 * (value.log2() - across.0) / (across.1 - across.0);
         let y = |height: f64| PANEL.1 * (up.1 - height) / (up.1 - up.0);
         let (width, height) = PANEL;
@@ -142,9 +144,10 @@ impl Panel {
         }
         let _ = writeln!(
             text,
-            r#"<text class="mid dim" x="{}" y="{}">N (log₂)</text>"#,
+            r#"<text class="mid dim" x="{}" y="{}">{} (log₂)</text>"#,
             width / 2.0,
-            height + 34.0
+            height + 34.0,
+            escaped(what)
         );
         let middle = height / 2.0;
         let _ = writeln!(
@@ -264,7 +267,9 @@ mod tests {
         ];
         let panel = Panel { title: "a < b".into(), label: "time", scale: Scale::Seconds, lines };
         let names = ["foveal".to_owned(), "torch".to_owned()];
-        let text = Picture { title: "t".into(), names: &names, rows: vec![vec![panel]] }.draw();
+        let text =
+            Picture { title: "t".into(), names: &names, across: "N", rows: vec![vec![panel]] };
+        let text = text.draw();
         assert!(text.contains("a &lt; b") && text.contains(">1 µs<") && text.contains(">10 s<"));
         assert!(text.contains(">4096<") && !text.contains("NaN") && !text.contains("inf"));
         assert_eq!(text.matches("<circle").count(), 3);

@@ -10,6 +10,7 @@ use foveal_lm::evaluate::{Bucket, by_position, token_nll};
 use foveal_lm::tokenizer::{Encode, Tokenizer};
 use serde_json::json;
 
+use crate::documents::DocumentArguments;
 use crate::kv::KvArguments;
 use crate::memory::MemoryArguments;
 use crate::progress::Progress;
@@ -45,7 +46,7 @@ pub(crate) struct Arguments {
 
     /// With --stream, keep what was read of the text in this file now and then, and go on from it: a run that was ended in the
     /// middle is taken up, to the bit.
-    #[arg(long, value_name = "FILE", requires = "stream")]
+    #[arg(long, value_name = "FILE", requires = "stream", conflicts_with = "documents")]
     state: Option<PathBuf>,
 
     /// With --state, after about so many tokens.
@@ -55,6 +56,9 @@ pub(crate) struct Arguments {
     /// Bytes of a piece.
     #[arg(long, default_value_t = 65_536, hide = true, requires = "stream")]
     piece: usize,
+
+    #[command(flatten)]
+    documents: DocumentArguments,
 
     #[command(flatten)]
     memory: MemoryArguments,
@@ -84,10 +88,12 @@ struct Figures {
     file_bytes: usize,
     /// Of all that was predicted of a stream, to the bit.
     digest: Option<u64>,
+    documents: usize,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    arguments.model.run(|session| evaluate(arguments, session))
+    let change = |config| arguments.memory.change(config);
+    arguments.model.run_as(change, |session| evaluate(arguments, session))
 }
 
 fn evaluate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
@@ -165,7 +171,17 @@ fn measure(
     let seconds = start.elapsed().as_secs_f64();
     let (tokens, file_bytes) = (tokens.len(), state.memory_file_bytes());
     let new = tokens;
-    Ok(Figures { tokens, new, bytes, buckets, seconds, kv_bytes, file_bytes, digest: None })
+    Ok(Figures {
+        tokens,
+        new,
+        bytes,
+        buckets,
+        seconds,
+        kv_bytes,
+        file_bytes,
+        digest: None,
+        documents: 1,
+    })
 }
 
 impl Figures {
@@ -231,6 +247,7 @@ impl Figures {
         });
         json!({
             "tokens": self.tokens,
+            "documents": self.documents,
             "predicted": total.tokens,
             "bytes": self.bytes,
             "mean_nll": total.mean(),

@@ -1,6 +1,6 @@
 //! `foveal generate`: continues a prompt.
 
-use std::io::{IsTerminal, Read};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use foveal_lm::prompt_cache::{PromptCache, Resumed};
 use foveal_lm::text_stream::TextStream;
 use serde_json::json;
 
+use crate::documents::DocumentArguments;
 use crate::kv::KvArguments;
 use crate::memory::MemoryArguments;
 use crate::progress::Progress;
@@ -30,6 +31,9 @@ pub(crate) struct Arguments {
     /// Read the text to continue piece by piece, however long it is: nothing is kept of it but what the model's layers keep.
     #[arg(long, conflicts_with = "prompt_cache")]
     stream: bool,
+
+    #[command(flatten)]
+    documents: DocumentArguments,
 
     #[command(flatten)]
     memory: MemoryArguments,
@@ -75,7 +79,8 @@ struct Figures {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    arguments.model.run(|session| generate(arguments, session))
+    let change = |config| arguments.memory.change(config);
+    arguments.model.run_as(change, |session| generate(arguments, session))
 }
 
 fn generate(arguments: &Arguments, session: &Session) -> anyhow::Result<()> {
@@ -173,25 +178,33 @@ fn read_prompt(arguments: &Arguments, session: &Session) -> anyhow::Result<Begun
 /// Tokens that a repeat penalty may look back on.
 const RECENT: usize = 4096;
 
-/// The same piece by piece.
+/// The same piece by piece. Where a text has several documents, it is the last one that is continued: what was read of others is
+/// forgotten.
 fn read_stream(arguments: &Arguments, session: &Session) -> anyhow::Result<Begun> {
     let Session { model, tokenizer, .. } = session;
     let mut state = arguments.kv.state(model)?;
     arguments.memory.keep(&mut state, session)?;
-    let from: Box<dyn Read> = match arguments.prompt.as_str() {
-        "-" => input::open("-".as_ref())?,
-        text => Box::new(text.as_bytes()),
+    let mut documents = match arguments.prompt.as_str() {
+        "-" => arguments.documents.read("-".as_ref())?,
+        text => arguments.documents.of(Box::new(text.as_bytes()))?,
     };
-    let mut stream = TextStream::new(tokenizer, from)?;
     let (mut tokens, mut read_of, mut prompt_tokens) = (vec![], 0, 0);
-    while let Some(piece) = stream.next_piece()? {
-        prompt_tokens += piece.len();
-        tokens.extend(piece);
-        let rest = read(model, &tokens[read_of..], &mut state, &mut |_| interrupt::flow())?;
-        read_of = tokens.len() - rest.len();
-        let old = read_of.saturating_sub(RECENT);
-        tokens.drain(..old);
-        read_of -= old;
+    while let Some(document) = documents.next_document()? {
+        if prompt_tokens > 0 {
+            state.reset();
+            (read_of, prompt_tokens) = (0, 0);
+            tokens.clear();
+        }
+        let mut stream = TextStream::new(tokenizer, document)?;
+        while let Some(piece) = stream.next_piece()? {
+            prompt_tokens += piece.len();
+            tokens.extend(piece);
+            let rest = read(model, &tokens[read_of..], &mut state, &mut |_| interrupt::flow())?;
+            read_of = tokens.len() - rest.len();
+            let old = read_of.saturating_sub(RECENT);
+            tokens.drain(..old);
+            read_of -= old;
+        }
     }
     if tokens.is_empty() {
         tokens.push(tokenizer.bos().ok_or(foveal_lm::Error::EmptyPrompt)?);

@@ -10,6 +10,7 @@ mod compare;
 mod completions;
 mod compute;
 mod convert;
+mod documents;
 mod evaluate;
 mod experiment;
 mod generate;

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use foveal_lm::config::ModelConfig;
 use foveal_lm::model::{MemoryFolder, State};
 
-use crate::output;
 use crate::session::Session;
+use crate::{numbers, output};
 
 /// Memories of layers that remember a document's past.
 #[derive(Debug, clap::Args)]
@@ -15,9 +16,25 @@ pub(crate) struct MemoryArguments {
     /// is RAM, and are found again by the next run. With --kv-cache q8 or q4 they are searched as codes of 8 bits.
     #[arg(long, value_name = "DIR")]
     memory: Option<PathBuf>,
+
+    /// Tokens before a segment that layers of transformer_xl see, in place of those that they were trained with.
+    #[arg(long, value_name = "N", value_parser = numbers::tokens)]
+    xl_memory: Option<usize>,
+
+    /// The distance that tokens further away count as for layers of transformer_xl: those of training, if memories are longer.
+    #[arg(long, value_name = "N", value_parser = numbers::tokens)]
+    xl_clamp: Option<usize>,
 }
 
 impl MemoryArguments {
+    /// The description of a model with memories as long as was asked for.
+    pub(crate) fn change(&self, config: ModelConfig) -> Result<ModelConfig, foveal_lm::Error> {
+        match (self.xl_memory, self.xl_clamp) {
+            (None, None) => Ok(config),
+            (memory, clamp) => config.with_xl_memory(memory, clamp),
+        }
+    }
+
     /// The folder, if one was named.
     pub(crate) fn folder(&self, session: &Session) -> Option<MemoryFolder> {
         let path = self.memory.as_ref()?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use foveal_lm::Model;
+use foveal_lm::config::ModelConfig;
 use foveal_lm::tokenizer::Tokenizer;
 use foveal_lm::weights::Weights;
 
@@ -39,14 +40,27 @@ impl ModelArguments {
         &self,
         work: impl FnOnce(&Session) -> anyhow::Result<()> + Send,
     ) -> anyhow::Result<()> {
-        interrupt::catch();
-        self.compute.install(|| work(&self.open()?))
+        self.run_as(Ok, work)
     }
 
-    fn open(&self) -> anyhow::Result<Session> {
+    /// The same, with a description of the model that `change` makes of the file's.
+    pub(crate) fn run_as(
+        &self,
+        change: impl FnOnce(ModelConfig) -> Result<ModelConfig, foveal_lm::Error> + Send,
+        work: impl FnOnce(&Session) -> anyhow::Result<()> + Send,
+    ) -> anyhow::Result<()> {
+        interrupt::catch();
+        self.compute.install(|| work(&self.open(change)?))
+    }
+
+    fn open(
+        &self,
+        change: impl FnOnce(ModelConfig) -> Result<ModelConfig, foveal_lm::Error>,
+    ) -> anyhow::Result<Session> {
         let path = self.path();
         let weights = source::open(path)?;
-        let model = Model::new(&weights);
+        let config = ModelConfig::read(&weights).and_then(change);
+        let model = config.and_then(|config| Model::assembled(&weights, config));
         let model = model.with_context(|| format!("cannot run {}", source::name(path)))?;
         let model = self.compute.apply(model);
         let tokenizer = source::tokenizer(path, &weights)?;

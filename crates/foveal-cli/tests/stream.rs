@@ -128,3 +128,122 @@ fn a_prompt_of_any_length_is_continued_as_a_whole_one() {
     assert!(!refused.status.success() && message.contains("memorizing"), "{message}");
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn documents_are_read_as_if_alone() {
+    let (folder, model, _) = model("stream-documents");
+    let documents: Vec<String> = [700, 3, 0, 900]
+        .iter()
+        .map(|&lines| (0..lines).map(|n| format!("{} line {}\n", n * lines % 91, n)).collect())
+        .collect();
+    let texts = [
+        ("text.txt", documents.join("***\n"), ["--separator", "***"]),
+        (
+            "text.jsonl",
+            documents.iter().map(|text| json!({"body": text}).to_string() + "\n").collect(),
+            ["--jsonl", "body"],
+        ),
+    ];
+    let alone = documents.iter().filter(|text| !text.is_empty()).map(|text| {
+        let path = folder.join("alone.txt");
+        std::fs::write(&path, text).unwrap();
+        figures(&["eval", "-m", &model, "--text", path.to_str().unwrap(), "--stream", "--json"])
+    });
+    let alone: Vec<Value> = alone.collect();
+    let sum = |of: &dyn Fn(&Value) -> f64| alone.iter().map(of).sum::<f64>();
+    let number = |figures: &Value, key: &str| figures[key].as_f64().unwrap();
+    for (name, text, how) in texts {
+        let path = folder.join(name).to_str().unwrap().to_owned();
+        std::fs::write(&path, text).unwrap();
+        let read = |more: &[&str]| {
+            let own = ["eval", "-m", &model, "--text", &path, "--stream", "--json"];
+            figures(&[&own[..], &how, more].concat())
+        };
+        let all = read(&["--piece", "1000"]);
+        assert_eq!(all["documents"], 4);
+        for key in ["tokens", "predicted", "bytes"] {
+            assert_eq!(number(&all, key), sum(&|one| number(one, key)), "{name} {key}");
+        }
+        let nll = |figures: &Value| number(figures, "mean_nll") * number(figures, "predicted");
+        assert!((nll(&all) - sum(&nll)).abs() < 1e-6 * nll(&all), "{name}");
+        // Positions are those within documents, also of entries in files.
+        let most = all["by_position"].as_array().unwrap().last().unwrap()["from"].as_u64().unwrap();
+        assert!(most < number(&alone[2], "tokens") as u64);
+        let entries = folder.join(format!("entries-{name}")).to_str().unwrap().to_owned();
+        assert_eq!(read(&["--memory", &entries])["digest"], all["digest"]);
+        // The last document is what is continued.
+        let continued = |prompt: &str, more: &[&str]| {
+            let own = ["generate", "-m", &model, "-n", "9", "-t", "0", "--json", prompt];
+            let text = stdout(&[&own[..], more].concat());
+            serde_json::from_str::<Value>(&text).unwrap()
+        };
+        let prompt = std::fs::read_to_string(&path).unwrap();
+        let more = [&["--stream"], &how[..]].concat();
+        let (last, alone) = (continued(&prompt, &more), continued(&documents[3], &[]));
+        assert_eq!(
+            (&last["tokens"], &last["prompt_tokens"]),
+            (&alone["tokens"], &alone["prompt_tokens"])
+        );
+    }
+    let text = folder.join("text.txt").to_str().unwrap().to_owned();
+    let state = folder.join("state").to_str().unwrap().to_owned();
+    for refused in [
+        &["--separator", "***"][..],
+        &["--stream", "--separator", "***", "--state", &state],
+        &["--stream", "--separator", "***", "--jsonl", "text"],
+        &["--stream", "--separator", " "],
+        &["--stream", "--jsonl", "text"],
+    ] {
+        let own = ["eval", "-m", &model, "--text", &text];
+        assert!(!foveal(&[&own[..], refused].concat()).status.success(), "{refused:?}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_memory_of_transformer_xl_may_be_longer_than_it_was_trained() {
+    let mixer = |memory: usize, clamp: Value| {
+        let mut xl = json!({"name": "transformer_xl", "segment": 16, "memory": memory, "heads": 2});
+        if clamp.is_u64() {
+            xl["clamp"] = clamp;
+        }
+        json!([[xl, {"name": "infini", "segment": 16, "heads": 2}], {"name": "full"}])
+    };
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stream-longer");
+    let save = |name: &str, mixer: &Value| {
+        let path = folder.join(name);
+        let sizes =
+            TinySizes { vocab: 256, layers: 2, width: 16, inner: 16, ..TinySizes::default() };
+        std::fs::create_dir_all(&path).unwrap();
+        Tiny::mixed(sizes, mixer, 64).save_folder(&path, Format::F32, 1).unwrap();
+        std::fs::write(path.join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let text = folder.join("text.txt");
+    let models = [
+        save("short", &mixer(16, Value::Null)),
+        save("long", &mixer(50, Value::Null)),
+        save("clamped", &mixer(50, json!(20))),
+    ];
+    let lines: String = (0..60).map(|n| format!("{} lines\n", n * n % 97)).collect();
+    std::fs::write(&text, lines).unwrap();
+    let read = |model: &str, more: &[&str]| {
+        let own = ["eval", "-m", model, "--text", text.to_str().unwrap(), "--stream", "--json"];
+        figures(&[&own[..], more].concat())["digest"].clone()
+    };
+    let [short, long, clamped] = models.each_ref().map(|model| read(model, &[]));
+    assert!(short != long && long != clamped);
+    assert_eq!(read(&models[0], &["--xl-memory", "50"]), long);
+    assert_eq!(read(&models[0], &["--xl-memory", "50", "--xl-clamp", "20"]), clamped);
+    assert_eq!(read(&models[1], &["--xl-memory", "16"]), short);
+    let generated = |model: &str, more: &[&str]| {
+        let own = ["generate", "-m", model, "-n", "20", "-t", "0", "--json", "abc abc abc abc abc"];
+        serde_json::from_str::<Value>(&stdout(&[&own[..], more].concat())).unwrap()["tokens"]
+            .clone()
+    };
+    assert_eq!(generated(&models[0], &["--xl-memory", "50"]), generated(&models[1], &[]));
+    let refused = foveal(&["generate", "--xl-memory", "50", "ab"]);
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && message.contains("transformer_xl"), "{message}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
