@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn a_legend_that_is_too_wide_goes_on_below() {
         let names = ["a".repeat(60), "b".repeat(60)];
-        let picture = Picture { title: String::new(), names: &names, rows: vec![] };
+        let picture = Picture { title: String::new(), names: &names, across: "N", rows: vec![] };
         assert_eq!(picture.legend_places(2000.0).0[1].1, HEAD);
         let (places, height) = picture.legend_places(500.0);
         assert_eq!((places[1], height), ((14.0, HEAD + LEGEND), HEAD + 2.0 * LEGEND));
