@@ -218,8 +218,8 @@ impl<M: MemoryStore> MemorizingState<M> {
         Ok(())
     }
 
-    /// What an [`Index`] is besides the store: after how many tokens its centroids were made, and the centroids,
-    /// `[kv head][list][dim]`; none while all entries are searched. `None` without an index.
+    /// What an [`Index`](super::Index) is besides the store: after how many tokens its centroids were made, and the
+    /// centroids, `[kv head][list][dim]`; none while all entries are searched. `None` without an index.
     pub fn centroids(&self) -> Option<(usize, &[f32])> {
         self.lists.as_ref().map(Lists::made)
     }
