@@ -71,15 +71,15 @@ impl Curve {
     fn overtakes(&self, other: &Curve) -> Option<f64> {
         let both = self.points.iter().filter_map(|a| {
             let b = other.points.iter().find(|b| b.tokens == a.tokens)?;
-            Some(((a.tokens as f64).ln(), (a.seconds / b.seconds).ln()))
+            Some((a.tokens as f64, (a.seconds / b.seconds).ln()))
         });
         let both: Vec<(f64, f64)> = both.collect();
         // The last length at which it is not faster, and the one behind.
         let Some(n) = both.iter().rposition(|&(_, ratio)| ratio >= 0.0) else {
-            return both.first().map(|first| first.0.exp());
+            return both.first().map(|first| first.0);
         };
         let ((x0, y0), &(x1, y1)) = (both[n], both.get(n + 1)?);
-        Some((x0 + (x1 - x0) * y0 / (y0 - y1)).exp())
+        Some((x0.ln() + (x1 / x0).ln() * y0 / (y0 - y1)).exp())
     }
 }
 
