@@ -4,7 +4,7 @@ import { chromium } from "playwright-core";
 
 // Arguments: a server, one whose model has the layers of MIXERS below, and a folder for pictures.
 const [base, mixed, pictures] = process.argv.slice(2);
-const { layers, heads } = (await (await fetch(`${base}/v1/models`)).json()).data[0];
+const { layers, heads, chat } = (await (await fetch(`${base}/v1/models`)).json()).data[0];
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ["--no-sandbox"] });
 const context = await browser.newContext({ viewport: { width: 1180, height: 860 } });
 const page = await context.newPage();
@@ -13,7 +13,7 @@ page.on("console", (message) => message.type() === "error" && wrong.push(message
 page.on("pageerror", (error) => wrong.push(String(error)));
 page.on("request", (request) => [base, mixed].some((own) => request.url().startsWith(own)) || request.url().startsWith("data:") || wrong.push(`asks ${request.url()}`));
 
-// Chat: an answer comes piece by piece, and can be stopped.
+// Chat: an answer comes piece by piece, and can be stopped. A model that was not made for chats says so.
 await page.goto(base);
 const paint = await page.evaluate(() => performance.getEntriesByType("paint").find(({ name }) => name === "first-contentful-paint")?.startTime ?? NaN);
 const bytes = await page.evaluate(() => performance.getEntriesByType("resource").reduce((sum, entry) => sum + (entry.decodedBodySize ?? 0), 0));
@@ -22,24 +22,30 @@ await page.fill("#temperature", "0");
 await page.fill("#max-tokens", "40");
 await page.fill("#say", "What is the capital of France?");
 await page.keyboard.press("Enter");
-await page.waitForFunction(() => document.getElementById("send").disabled === false && document.querySelectorAll("article").length === 2, null, { timeout: 60000 });
-const said = await page.textContent("article:nth-of-type(2) div");
-assert.ok(said.length > 2, said);
-const direct = await (await fetch(`${base}/v1/chat/completions`, {
-  method: "POST", headers: { "content-type": "application/json" },
-  body: JSON.stringify({ messages: [{ role: "user", content: "What is the capital of France?" }], temperature: 0, max_tokens: 40 }),
-})).json();
-assert.equal(said, direct.choices[0].message.content);
-assert.match(await page.textContent("#chat-figures"), /tokens read/);
-await page.screenshot({ path: `${pictures}/serve-chat.png` });
-await page.fill("#max-tokens", "2000");
-await page.fill("#say", "Tell me a long story.");
-await page.keyboard.press("Enter");
-await page.waitForFunction(() => (document.querySelectorAll("article div")[3]?.textContent.length ?? 0) > 20, null, { timeout: 60000 });
-// A small model may have come to its own end.
-await page.evaluate(() => document.getElementById("halt").click());
-await page.waitForFunction(() => !document.getElementById("send").disabled);
-await page.waitForFunction(() => document.getElementById("gauge-texts").textContent.startsWith("0 of"), null, { timeout: 10000 });
+if (chat) {
+  await page.waitForFunction(() => document.getElementById("send").disabled === false && document.querySelectorAll("article").length === 2, null, { timeout: 60000 });
+  const said = await page.textContent("article:nth-of-type(2) div");
+  assert.ok(said.length > 2, said);
+  const direct = await (await fetch(`${base}/v1/chat/completions`, {
+    method: "POST", headers: { "content-type": "application/json" },
+    body: JSON.stringify({ messages: [{ role: "user", content: "What is the capital of France?" }], temperature: 0, max_tokens: 40 }),
+  })).json();
+  assert.equal(said, direct.choices[0].message.content);
+  assert.match(await page.textContent("#chat-figures"), /tokens read/);
+  await page.screenshot({ path: `${pictures}/serve-chat.png` });
+  await page.fill("#max-tokens", "2000");
+  await page.fill("#say", "Tell me a long story.");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => (document.querySelectorAll("article div")[3]?.textContent.length ?? 0) > 20, null, { timeout: 60000 });
+  // A small model may have come to its own end.
+  await page.evaluate(() => document.getElementById("halt").click());
+  await page.waitForFunction(() => !document.getElementById("send").disabled);
+  await page.waitForFunction(() => document.getElementById("gauge-texts").textContent.startsWith("0 of"), null, { timeout: 10000 });
+} else {
+  await page.waitForFunction(() => document.body.textContent.includes("no chat template"), null, { timeout: 10000 });
+  // The refused request is an error on the console.
+  assert.ok(wrong.splice(0).every((text) => text.includes("400")));
+}
 
 // Look: every head has a map; a token's weights are those of the server.
 await page.keyboard.press("Tab");
