@@ -23,6 +23,12 @@ def test_windows_exclude_the_own_position(causal, window, queries, keys):
     close(got_lse, lse.transpose(0, 2, 1), 2e-5)
 
 
+def test_a_window_may_be_an_array():
+    q, k, v = random(1, 9, 2, 16), random(1, 9, 2, 16, seed=1), random(1, 9, 2, 16, seed=2)
+    out = foveal.flash_attn_func(q, k, v, window_size=np.array([3, 1]))
+    np.testing.assert_array_equal(out, foveal.flash_attn_func(q, k, v, window_size=(3, 1)))
+
+
 def test_softcap_scale_and_slopes():
     q, k, v = random(2, 12, 4, 16), random(2, 12, 4, 16, seed=1), random(2, 12, 4, 16, seed=2)
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)

@@ -80,7 +80,8 @@ def attention(
 
 
 def _sides(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
-    left, right = window_size
+    # As a tensor, too.
+    left, right = (int(side) for side in window_size)
     behind = None if left < 0 else left
     ahead = None if right < 0 else right
     return behind, 0 if causal else ahead
