@@ -6,7 +6,7 @@
 //!
 //! Both axes are logarithmic, so that a power of the number of tokens is a straight line.
 
-use crate::svg::{Line, Panel, Picture, Scale};
+use crate::svg::{self, Line, Panel, Picture, Scale};
 use anyhow::{Context, ensure};
 use std::path::Path;
 
@@ -24,13 +24,7 @@ struct Point<'a> {
 /// # Errors
 /// If the record isn't one, or a file can't be read or written.
 pub(crate) fn write(record: &Path, folder: &Path) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(record)
-        .with_context(|| format!("cannot read {}", record.display()))?;
-    let file = folder.join("sparse-growth.svg");
-    std::fs::write(&file, draw(&text)?)
-        .with_context(|| format!("cannot write {}", file.display()))?;
-    println!("wrote {}", file.display());
-    Ok(())
+    svg::write(record, &folder.join("sparse-growth.svg"), draw)
 }
 
 fn draw(record: &str) -> anyhow::Result<String> {

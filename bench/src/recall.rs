@@ -7,7 +7,7 @@
 //! Recall, and the time of exact search ÷ that of the index for a segment and for a generated token, against the lists that a query
 //! searches.
 
-use crate::svg::{Line, Panel, Picture, Scale};
+use crate::svg::{self, Line, Panel, Picture, Scale};
 use anyhow::{Context, ensure};
 use std::path::Path;
 
@@ -27,13 +27,7 @@ struct Measured {
 /// # Errors
 /// If the record isn't one, or a file can't be read or written.
 pub(crate) fn write(record: &Path, folder: &Path) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(record)
-        .with_context(|| format!("cannot read {}", record.display()))?;
-    let file = folder.join("index-recall.svg");
-    std::fs::write(&file, draw(&text)?)
-        .with_context(|| format!("cannot write {}", file.display()))?;
-    println!("wrote {}", file.display());
-    Ok(())
+    svg::write(record, &folder.join("index-recall.svg"), draw)
 }
 
 fn draw(record: &str) -> anyhow::Result<String> {

@@ -1,6 +1,8 @@
 //! Line charts as SVG: panels side by side, one legend, readable on light and on dark pages.
 
+use anyhow::Context;
 use std::fmt::Write;
+use std::path::Path;
 
 const PANEL: (f64, f64) = (400.0, 250.0);
 /// Room around a panel: left, top, right, bottom.
@@ -13,6 +15,23 @@ const COLOURS: [&str; 9] = [
     "#e4572e", "#2e86ab", "#7b6cd9", "#2a9d5c", "#c08a00", "#b8559f", "#3fa7a0", "#8c6d46",
     "#7a8491",
 ];
+
+/// Draws a record into a file.
+///
+/// # Errors
+/// If the record isn't one, or a file can't be read or written.
+pub(crate) fn write(
+    record: &Path,
+    file: &Path,
+    draw: impl FnOnce(&str) -> anyhow::Result<String>,
+) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(record)
+        .with_context(|| format!("cannot read {}", record.display()))?;
+    std::fs::write(file, draw(&text)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    println!("wrote {}", file.display());
+    Ok(())
+}
 
 /// How numbers become heights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,8 +5,9 @@
 
 Takes flash-attn's source package from PyPI (by its hash), and of it `tests/test_flash_attn.py` as it is but for the device, which
 becomes the CPU, and a module `flash_attn` of which the functions are Foveal's (packed queries, keys and values are taken apart first).
-Out of thousands of combinations, those are kept that both sides have: no dropout (its pattern is one of the GPU), slopes of one
-sequence only, no paged or appended caches, which Foveal has as classes of its own; and lengths to 256, of which every tenth runs.
+Out of 508772 combinations, those are kept that both sides have: no dropout (its pattern is one of the GPU), no slopes (drawn anew
+for each sequence there), no paged or appended caches, which Foveal has as classes of its own; and lengths to 256. Of these, every
+tenth runs, or as --every says.
 
 PYTHON has torch, einops, pytest and foveal.
 """
@@ -60,6 +61,7 @@ def flash_attn_with_kvcache(*arguments, **options):
 CHOICE = '''
 import os
 
+# Of caches.
 OWN = {"test_flash_attn_kvcache", "test_flash_attn_splitkv"}
 
 

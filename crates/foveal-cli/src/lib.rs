@@ -23,6 +23,7 @@ mod look;
 mod memory;
 mod numbers;
 mod output;
+mod page;
 mod pattern;
 mod plot;
 mod progress;

@@ -1,7 +1,7 @@
 //! The documents of a text that is read as it comes: memory does not grow with it, nor with a document.
 //!
-//! A document ends at a line of its own, or where the text does; or each line of JSON is one (JSONL). Training cuts texts at the
-//! same places.
+//! A document ends at a line of its own, or where the text does; or each line of JSON is one (JSONL). Training reads its
+//! files so, too.
 
 use std::io::{BufRead, Read};
 
@@ -226,7 +226,7 @@ mod tests {
         Ok(texts)
     }
 
-    /// What lies between separators, as training cuts it, but for an empty document at the end.
+    /// What lies between separators, but for an empty document at the end.
     fn split(text: &str, separator: &str) -> Vec<String> {
         let mut documents = vec![String::new()];
         for line in text.split_inclusive('\n') {

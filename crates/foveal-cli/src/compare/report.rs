@@ -9,11 +9,9 @@ use crate::chart::escaped;
 use crate::numbers;
 use crate::plot::{Axis, Plot, Series};
 
-const PAGE: &str = include_str!("report.html");
-
-/// A page of a title and what is in it, which needs nothing from elsewhere.
+/// A page of a title and what is in it.
 pub(super) fn page_of(title: &str, content: &str) -> String {
-    PAGE.replacen("<!--TITLE-->", &escaped(title), 1).replacen("<!--CONTENT-->", content, 1)
+    crate::page::page(title, include_str!("report.css"), content)
 }
 
 /// A table of HTML: its head, and its rows.

@@ -1,4 +1,4 @@
-//! One page with the curves of a run, which needs nothing else: no script, font or picture from anywhere.
+//! One page with the curves of a run.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,10 +9,8 @@ use foveal_lm::train::{METRICS, Trainer};
 use serde_json::Value;
 
 use crate::chart::{Line, draw, escaped};
+use crate::page::page;
 
-const PAGE: &str = include_str!("report.html");
-/// Where the page has what differs.
-const PLACE: &str = "<!--CONTENT-->";
 /// The share of a new loss in the mean that is drawn.
 const SMOOTH: f64 = 0.05;
 
@@ -28,7 +26,8 @@ pub(super) fn write(folder: &Path, trainer: &Trainer) -> anyhow::Result<()> {
     let records = metrics.lines().map(serde_json::from_str::<Value>);
     let records: Vec<Value> =
         records.collect::<Result<_, _>>().context("a measurement is no JSON")?;
-    let page = PAGE.replacen(PLACE, &content(folder, trainer, &records), 1);
+    let content = content(folder, trainer, &records);
+    let page = page("A training run", include_str!("report.css"), &content);
     let path = folder.join("report.html");
     atomic_file::write(&path, |out| std::io::Write::write_all(out, page.as_bytes()))
         .with_context(|| format!("cannot write {}", path.display()))

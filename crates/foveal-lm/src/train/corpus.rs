@@ -3,12 +3,12 @@
 //! A file of text is a document, or several where a line of its own stands between them; each line of a `.jsonl` file is
 //! one. Folders are read whole, their files by name, so that the same folder always gives the same documents.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
-
-use serde_json::Value;
 
 use super::Error;
 use super::config::DataSection;
+use crate::documents::{Boundary, Documents};
 
 /// What of a folder is read.
 const ENDINGS: [&str; 4] = ["jsonl", "md", "text", "txt"];
@@ -80,41 +80,18 @@ fn read_file(path: &Path, data: &DataSection, documents: &mut Vec<String>) -> Re
     let text = String::from_utf8(bytes).map_err(|error| {
         wrong(path, format!("it is no UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
     })?;
-    if has_ending(path, &["jsonl"]) {
-        for (n, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            documents.push(
-                member(line, &data.text_key)
-                    .map_err(|reason| wrong(path, format!("line {}: {reason}", n + 1)))?,
-            );
-        }
-        return Ok(());
-    }
-    match data.separator.as_deref() {
-        Some(separator) => documents.extend(split(&text, separator)),
-        None => documents.push(text),
+    let boundary = match &data.separator {
+        _ if has_ending(path, &["jsonl"]) => Boundary::Json(data.text_key.clone()),
+        Some(separator) => Boundary::Line(separator.clone()),
+        None => Boundary::End,
+    };
+    let mut from = Documents::new(text.as_bytes(), boundary);
+    while let Some(mut document) = from.next_document().map_err(|error| wrong(path, error))? {
+        let mut text = String::new();
+        document.read_to_string(&mut text).map_err(|error| wrong(path, error))?;
+        documents.push(text);
     }
     Ok(())
-}
-
-fn member(line: &str, key: &str) -> Result<String, String> {
-    let mut value: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
-    match value.get_mut(key).map(Value::take) {
-        Some(Value::String(text)) => Ok(text),
-        _ => Err(format!("it is no object with a text {key:?}; data.text_key names another")),
-    }
-}
-
-/// What lies between lines that are `separator`.
-fn split(text: &str, separator: &str) -> Vec<String> {
-    let mut documents = vec![String::new()];
-    for line in text.split_inclusive('\n') {
-        if line.trim_end() == separator {
-            documents.push(String::new());
-        } else if let Some(document) = documents.last_mut() {
-            document.push_str(line);
-        }
-    }
-    documents
 }
 
 /// A text in pieces of about `limit` bytes that end where a line does, and another begins with something to see: so words

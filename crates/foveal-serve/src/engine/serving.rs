@@ -140,14 +140,17 @@ impl<'a> Serving<'a> {
             // Whoever is gone is noticed before the next step.
             let _ = live.events.send((live.number, Event::Piece(piece.clone())));
         });
+        if busy {
+            gauges.steps.add(start.elapsed());
+        }
+        // Counted before anybody is told: whoever has an answer finds its pages free.
         match finished {
-            Ok(finished) => finished.into_iter().for_each(|finished| self.finish(finished)),
+            Ok(finished) => {
+                self.count();
+                finished.into_iter().for_each(|finished| self.finish(finished));
+            }
             Err(error) => self.start_afresh(error)?,
         }
-        if busy {
-            self.engine.gauges().steps.add(start.elapsed());
-        }
-        self.count();
         Ok(())
     }
 
@@ -172,13 +175,17 @@ impl<'a> Serving<'a> {
 
     /// What failed was the whole batch: its texts fail with it, and the next ones get a new one.
     fn start_afresh(&mut self, error: foveal_lm::Error) -> Result<(), foveal_lm::Error> {
+        let fresh = Batcher::new(&self.served.model, &self.served.tokenizer, self.options);
+        let begun = fresh.map(|batcher| {
+            self.batcher = batcher;
+            self.count();
+        });
         let error = Arc::new(error);
         for (_, live) in self.live.drain() {
             self.engine.gauges().failed.fetch_add(1, Relaxed);
             let _ = live.events.send((live.number, Event::Failed(error.clone())));
         }
-        self.batcher = Batcher::new(&self.served.model, &self.served.tokenizer, self.options)?;
-        Ok(())
+        begun
     }
 
     fn count(&self) {

@@ -1,7 +1,6 @@
 //! What the page shows of each mechanism of the registry: equation, cost, who sees whom, and how long it takes here.
 
 mod measure;
-mod parameters;
 mod pictures;
 
 use foveal::registry::{MECHANISMS, Mechanism};

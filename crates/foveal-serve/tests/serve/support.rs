@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foveal_lm::Model;
 use foveal_lm::chat::ChatTemplate;
@@ -100,13 +100,11 @@ impl Server {
 
     /// Asks again and again until something holds.
     pub(crate) fn until(&self, holds: impl Fn(&Server) -> bool) {
-        for _ in 0..2000 {
-            if holds(self) {
-                return;
-            }
-            std::thread::yield_now();
+        let start = Instant::now();
+        while !holds(self) {
+            assert!(start.elapsed() < Duration::from_secs(60), "it never came to hold");
+            std::thread::sleep(Duration::from_millis(1));
         }
-        panic!("it never came to hold");
     }
 
     /// What the server ended with.

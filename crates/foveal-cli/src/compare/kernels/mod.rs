@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
+use foveal::testing::alone::Text;
 use serde::{Deserialize, Serialize};
 
 use super::choice::{Candidate, Need};
@@ -18,7 +19,7 @@ use crate::chart::escaped;
 use crate::plot::{Axis, Plot, Series, short};
 use crate::{interrupt, numbers, output};
 
-pub(crate) use mechanism::{DIM, HEADS, NAMES, Text, WINDOW, state_bytes};
+pub(crate) use mechanism::{DIM, HEADS, NAMES, WINDOW, state_bytes};
 
 /// What is compared where nothing is named.
 const USUAL: [&str; 9] = [
@@ -172,20 +173,26 @@ pub(super) fn answer(one: &str) -> anyhow::Result<()> {
 
 fn here(name: &str, tokens: usize) -> anyhow::Result<Point> {
     let text = Text::new(tokens)?;
-    let before = numbers::resident_bytes();
-    let mut best = f64::INFINITY;
-    let begin = Instant::now();
-    for round in 1..=*ROUNDS.end() {
-        let start = Instant::now();
-        text.read(name)?;
-        best = best.min(start.elapsed().as_secs_f64());
-        if round >= *ROUNDS.start() && begin.elapsed().as_secs_f64() > 1.0 {
-            break;
+    let mut point = Point { tokens, seconds: f64::INFINITY, peak_bytes: None };
+    let timed = &mut |run: &dyn Fn() -> foveal::Result<()>| {
+        let (before, begin) = (numbers::resident_bytes(), Instant::now());
+        for round in 1..=*ROUNDS.end() {
+            let start = Instant::now();
+            run()?;
+            point.seconds = point.seconds.min(start.elapsed().as_secs_f64());
+            if round >= *ROUNDS.start() && begin.elapsed().as_secs_f64() > 1.0 {
+                break;
+            }
         }
+        let after = before.zip(numbers::resident_bytes());
+        point.peak_bytes = after.map(|(before, after)| after.saturating_sub(before));
+        Ok(())
+    };
+    match name {
+        "unfused" => timed(&|| unfused::causal(text.tensors()).map(drop))?,
+        _ => text.read(name, timed)?,
     }
-    let peak =
-        before.zip(numbers::resident_bytes()).map(|(before, after)| after.saturating_sub(before));
-    Ok(Point { tokens, seconds: best, peak_bytes: peak })
+    Ok(point)
 }
 
 /// Sentences about where one curve passes another: the kernel and the computation it replaces, and the others and the kernel.

@@ -1,5 +1,7 @@
 //! What benches measure kernels against, and what pictures are drawn from. Not part of the crate's promises.
 
+pub mod alone;
+
 use crate::element::DType;
 use crate::random::Random;
 use crate::simd::product::Form;

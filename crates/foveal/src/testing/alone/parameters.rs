@@ -1,20 +1,17 @@
-//! Mechanisms with parameters of their own, measured with published sizes and small random parameters.
+//! Mechanisms with parameters of their own: usual sizes and small random numbers, made before anything is timed.
 
-use foveal::cache::LatentCache;
-use foveal::differential::{Differential, Lambda, Pairs};
-use foveal::latent::{LatentAttention, LatentCall, LatentDims, LatentForm, LatentScratch};
-use foveal::linear::{Linformer, SequenceMatrix, Sharing};
-use foveal::memory::memorizing::{self, Memorizing};
-use foveal::nn::RmsNorm;
-use foveal::plan::Inputs;
-use foveal::position::RelativeEncoding;
-use foveal::projection::{Matrix, MatrixShape};
-use foveal::sparse::{Branches, NativeSizes, NativeSparse, StateHeads};
-use foveal::testing::normal;
-use foveal::{Attention, Mask, Phase, Result, Shape, Tensor, Workspace};
-
-/// Runs what is measured, so often as is needed, and nothing else.
-pub(super) type Timed<'t> = &'t mut dyn FnMut(&dyn Fn() -> Result<()>) -> Result<()>;
+use super::{Timed, WINDOW, normal};
+use crate::cache::LatentCache;
+use crate::differential::{Differential, Lambda, Pairs};
+use crate::latent::{LatentAttention, LatentCall, LatentDims, LatentForm, LatentScratch};
+use crate::linear::{Linformer, SequenceMatrix, Sharing};
+use crate::memory::memorizing::{self, Memorizing};
+use crate::nn::RmsNorm;
+use crate::plan::Inputs;
+use crate::position::RelativeEncoding;
+use crate::projection::{Matrix, MatrixShape};
+use crate::sparse::{Branches, NativeSizes, NativeSparse, StateHeads};
+use crate::{Attention, Mask, Phase, Result, Shape, Tensor, Workspace};
 
 /// Numbers like those that training begins with.
 fn numbers(count: usize, seed: u64) -> Result<Vec<f32>> {
@@ -76,9 +73,10 @@ pub(super) fn linformer(x: Inputs<'_, f32, f32>, timed: Timed<'_>) -> Result<()>
     timed(&|| layer.forward(x).map(drop))
 }
 
-/// The published sizes, and means as compressed tokens.
+/// The published sizes but for the window, and means as compressed tokens.
 pub(super) fn native_sparse(x: Inputs<'_, f32, f32>, timed: Timed<'_>) -> Result<()> {
-    let layer = NativeSparse::new(NativeSizes::default())?;
+    let sizes = NativeSizes { window: WINDOW, ..NativeSizes::default() };
+    let layer = NativeSparse::new(sizes)?;
     let gates = normal(Shape { dim: 3, ..x.q.shape() }, 9)?;
     timed(&|| {
         let (k, v) = (layer.pool(x.k)?, layer.pool(x.v)?);
@@ -88,11 +86,11 @@ pub(super) fn native_sparse(x: Inputs<'_, f32, f32>, timed: Timed<'_>) -> Result
     })
 }
 
-/// Segments of 512, of whose past each token retrieves 32 keys.
+/// Segments, of whose past each token retrieves 32 keys.
 pub(super) fn memorizing(x: Inputs<'_, f32, f32>, timed: Timed<'_>) -> Result<()> {
     let Shape { heads, dim, seq, .. } = x.q.shape();
     let sizes = StateHeads { heads, kv_heads: heads, key_dim: dim, value_dim: dim };
-    let layer = Memorizing::new(512, 32, seq)?;
+    let layer = Memorizing::new(WINDOW, 32, seq.max(1))?;
     let (gate, scale) = (vec![0.0; heads], vec![10.0; heads]);
     let tokens = memorizing::Tokens::new(x.q, x.k, x.v, &gate, &scale);
     timed(&|| {
