@@ -201,6 +201,7 @@ fn round_run(x: &[f32], integers: &mut [i8]) -> f32 {
 
 /// The weights of a chunk: for each `p` the words that hold its integers, their scale, and what is added to them once
 /// they are centred.
+#[derive(Clone, Copy)]
 pub(super) struct Chunk<S: Words> {
     pub(super) words: [S::U; 2],
     pub(super) scale: [S::F; 2],
@@ -219,13 +220,14 @@ pub(super) enum Fields {
 }
 
 impl Fields {
-    /// Centred integers times `2^exponents[k]`.
+    /// Centred integers of field `k`, times `2^exponents[k]`.
     #[inline(always)]
-    pub(super) fn centred<S: Words>(self, s: S, words: [S::U; 2]) -> [S::F; 8] {
+    pub(super) fn centred<S: Words>(self, s: S, words: [S::U; 2], k: usize) -> S::F {
+        let upper = |word: S::U| if k < 4 { word } else { s.shift_right::<16>(word) };
         match self {
-            Fields::Nibbles => nibbles(s, words[0]),
-            Fields::Bytes(centre) => bytes(s, words, centre),
-            Fields::Signed => signed_bytes(s, words),
+            Fields::Nibbles => nibble(s, upper(words[0]), NIBBLES[k]),
+            Fields::Bytes(centre) => byte(s, upper(words[k % 2]), BYTES[k], centre),
+            Fields::Signed => s.signed_byte(upper(words[k % 2]), BYTES[k]),
         }
     }
 
@@ -249,52 +251,46 @@ pub(super) trait Packed: Copy + Send + Sync {
     /// # Safety
     /// `row` is valid for reading a row that has these blocks, or the block of this chunk.
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S>;
+
+    /// The same chunk of several rows.
+    /// # Safety
+    /// That of [`Packed::chunk`], for each row.
+    #[inline(always)]
+    unsafe fn chunks<S: Words, const W: usize>(
+        s: S,
+        rows: [*const u8; W],
+        (chunk, blocks): (usize, usize),
+    ) -> [Chunk<S>; W] {
+        // A loop: the compiler does not always inline closures over arrays into the code of a level.
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut chunks = [Self::chunk(s, rows[0], chunk, blocks); W];
+            for w in 1..W {
+                chunks[w] = Self::chunk(s, rows[w], chunk, blocks);
+            }
+            chunks
+        }
+    }
 }
 
-// Loops, not closures over arrays: the compiler does not always inline those into the code of a
-// level.
 #[inline(always)]
-fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
-    let words = [low, s.shift_right::<16>(low)];
-    let mut q = [s.splat(0.0); 8];
-    for k in 0..8 {
-        let (word, shift) = (words[k / 4], NIBBLES[k]);
-        q[k] = match shift {
-            0 => s.low_nibble(word),
-            _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
-        };
+fn nibble<S: Words>(s: S, word: S::U, shift: u32) -> S::F {
+    match shift {
+        0 => s.low_nibble(word),
+        _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
     }
-    q
+}
+
+/// The fields are the bits below twice the centre.
+#[inline(always)]
+fn byte<S: Words>(s: S, word: S::U, shift: u32, centre: u32) -> S::F {
+    s.field(word, (2 * centre - 1) << shift, (centre << shift) as f32)
 }
 
 /// The words of nibbles for `p` = 0 and 1.
 #[inline(always)]
 fn shifted<S: Words>(s: S, low: S::U) -> [S::U; 2] {
     [low, s.shift_right::<4>(low)]
-}
-
-/// Bytes of even and odd `k`; the fields are the bits below twice the centre.
-#[inline(always)]
-fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
-    let upper = [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])];
-    let words = [halves, upper];
-    let mut q = [s.splat(0.0); 8];
-    for k in 0..8 {
-        let shift = BYTES[k];
-        let (mask, offset) = ((2 * centre - 1) << shift, (centre << shift) as f32);
-        q[k] = s.field(words[k / 4][k % 2], mask, offset);
-    }
-    q
-}
-
-#[inline(always)]
-fn signed_bytes<S: Words>(s: S, halves: [S::U; 2]) -> [S::F; 8] {
-    let words = [halves, [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])]];
-    let mut q = [s.splat(0.0); 8];
-    for k in 0..8 {
-        q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
-    }
-    q
 }
 
 /// 8-bit integers around 0.

@@ -1,13 +1,14 @@
-//! One weight row after the other, against one to four input rows in registers.
+//! Two weight rows at a time, against one to four input rows in registers.
 //!
-//! The operations of an input row are the same whatever rows are beside it, so that its sums are
-//! too.
+//! What is loaded of an input serves both weight rows. The operations of a sum are the same whatever rows are beside it,
+//! so that its bits are too.
 
 use super::RowCall;
 use super::blocks::{Chunk, Packed};
 use crate::simd::words::Words;
 use crate::simd::{Simd, dispatch};
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Weight rows whose lanes are added up together.
@@ -34,6 +35,22 @@ pub(super) trait Dots: Copy {
     /// # Safety
     /// `row` is valid for reading a weight row, and `x` for reading R input rows.
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [<Self::S as Simd>::F; R];
+    /// Those of W weight rows.
+    /// # Safety
+    /// That of [`Dots::dots`], for each of them.
+    #[inline(always)]
+    unsafe fn several<const W: usize, const R: usize>(
+        self,
+        rows: [*const u8; W],
+        x: Inputs,
+    ) -> [[<Self::S as Simd>::F; R]; W] {
+        let mut dots = [[self.simd().splat(0.0); R]; W];
+        for (dots, row) in dots.iter_mut().zip(rows) {
+            // SAFETY: the caller's promise is the callee's.
+            *dots = unsafe { self.dots::<R>(row, x) };
+        }
+        dots
+    }
 }
 
 dispatch! {
@@ -92,16 +109,31 @@ fn inputs(call: &RowCall<'_>, row: usize) -> Inputs {
 fn block<D: Dots, const R: usize>(dots: D, call: &RowCall<'_>, weights: Range<usize>, row: usize) {
     let x = inputs(call, row);
     let s = dots.simd();
-    let mut lanes = [[s.splat(0.0); TOGETHER]; R];
-    for (j, n) in weights.clone().enumerate() {
-        let weight = &call.weights[n * call.row_bytes..][..call.row_bytes];
-        // SAFETY: a whole weight row, and rows row..row + R of the input, which `project` checked.
-        let sums = unsafe { dots.dots::<R>(weight.as_ptr(), x) };
-        for (lanes, dot) in lanes.iter_mut().zip(sums) {
-            lanes[j] = dot;
+    let mut lanes = [[MaybeUninit::uninit(); TOGETHER]; R];
+    let weight =
+        |n: usize| call.weights[(weights.start + n) * call.row_bytes..][..call.row_bytes].as_ptr();
+    let pairs = weights.len() / 2 * 2;
+    for j in (0..pairs).step_by(2) {
+        // SAFETY: whole weight rows, and rows row..row + R of the input, which `project` checked.
+        let sums = unsafe { dots.several::<2, R>([weight(j), weight(j + 1)], x) };
+        for r in 0..R {
+            lanes[r][j].write(sums[0][r]);
+            lanes[r][j + 1].write(sums[1][r]);
         }
     }
-    write(s, call, weights, row, &lanes);
+    for j in pairs..TOGETHER {
+        let sums = match j < weights.len() {
+            // SAFETY: as above.
+            true => unsafe { dots.dots::<R>(weight(j), x) },
+            false => [s.splat(0.0); R],
+        };
+        for r in 0..R {
+            lanes[r][j].write(sums[r]);
+        }
+    }
+    // SAFETY: all of them have been written, the pairs and then those from `pairs` on.
+    let lanes = unsafe { &*(&raw const lanes).cast::<[[<D::S as Simd>::F; TOGETHER]; R]>() };
+    write(s, call, weights, row, lanes);
 }
 
 /// Adds up the lanes of each weight row and input row.
@@ -142,61 +174,84 @@ impl<S: Words, B: Packed> Dots for Grouped<S, B> {
     }
     #[inline(always)]
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
+        // SAFETY: the caller's promise is the callee's.
+        let [dots] = unsafe { self.several::<1, R>([row], x) };
+        dots
+    }
+    #[inline(always)]
+    unsafe fn several<const W: usize, const R: usize>(
+        self,
+        rows: [*const u8; W],
+        x: Inputs,
+    ) -> [[S::F; R]; W] {
         let s = self.0;
-        let mut sums = [[s.splat(0.0); 2]; R];
+        let mut sums = [[[s.splat(0.0); 2]; R]; W];
         let (whole, rest) = (x.in_features / (8 * S::LANES), x.in_features % (8 * S::LANES));
         for n in 0..whole {
-            // SAFETY: chunk n < whole is all there, and the caller's promise.
+            // SAFETY: chunk n < whole of every row is all there, and the caller's promise.
             unsafe {
-                add_chunk::<S, B, R>(s, B::chunk(s, row, n, S::LANES / 4), n, x, &mut sums);
+                let weights = B::chunks(s, rows, (n, S::LANES / 4));
+                add_chunk::<S, B, W, R>(s, weights, n, x, &mut sums);
             }
         }
         if rest > 0 {
             // SAFETY: the last chunk has `rest` weights, and the caller's promise.
             unsafe {
-                add_chunk::<S, B, R>(s, B::chunk(s, row, whole, rest / 32), whole, x, &mut sums);
+                let weights = B::chunks(s, rows, (whole, rest / 32));
+                add_chunk::<S, B, W, R>(s, weights, whole, x, &mut sums);
             }
         }
-        sums.map(|[even, odd]| s.add(even, odd))
+        let mut dots = [[s.splat(0.0); R]; W];
+        for w in 0..W {
+            for r in 0..R {
+                dots[w][r] = s.add(sums[w][r][0], sums[w][r][1]);
+            }
+        }
+        dots
     }
 }
 
+/// One product after the other for all sums: each number of weights and inputs is made or loaded once, when it is wanted.
 /// # Safety
 /// `x` is valid for reading chunk number `chunk` of R packed input rows.
 #[inline(always)]
-unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
+unsafe fn add_chunk<S: Words, B: Packed, const W: usize, const R: usize>(
     s: S,
-    weights: Chunk<S>,
+    weights: [Chunk<S>; W],
     chunk: usize,
     x: Inputs,
-    sums: &mut [[S::F; 2]; R],
+    sums: &mut [[[S::F; 2]; R]; W],
 ) {
     let vectors = B::LAYOUT.vectors();
-    let q = B::FIELDS.centred(s, weights.words);
-    for (r, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
-        let x = |k: usize| unsafe {
-            s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
-        };
-        if B::LAYOUT.shared() {
-            let mut part = s.mul(q[0], x(0));
-            for k in 1..8 {
-                part = s.fma(q[k], x(k), part);
+    // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
+    let x = |r: usize, k: usize| unsafe {
+        s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
+    };
+    // Both p of a lane in one chain, or a chain for each.
+    let chains = if B::LAYOUT.shared() { 1 } else { 2 };
+    for p in 0..chains {
+        let mut part = [[s.splat(0.0); R]; W];
+        for k in (p..8).step_by(chains) {
+            let mut q = [s.splat(0.0); W];
+            for w in 0..W {
+                q[w] = B::FIELDS.centred(s, weights[w].words, k);
             }
-            sums[0] = s.fma(weights.scale[0], part, sums[0]);
-            if vectors > 8 {
-                sums[0] = s.fma(weights.minimum[0], x(8), sums[0]);
+            for r in 0..R {
+                let x = x(r, k);
+                for w in 0..W {
+                    part[w][r] = if k == p { s.mul(q[w], x) } else { s.fma(q[w], x, part[w][r]) };
+                }
             }
-            continue;
         }
-        for (p, sum) in sums.iter_mut().enumerate() {
-            let mut part = s.mul(q[p], x(p));
-            for c in 1..4 {
-                part = s.fma(q[2 * c + p], x(2 * c + p), part);
+        for r in 0..R {
+            for w in 0..W {
+                sums[w][r][p] = s.fma(weights[w].scale[p], part[w][r], sums[w][r][p]);
             }
-            *sum = s.fma(weights.scale[p], part, *sum);
             if p < vectors - 8 {
-                *sum = s.fma(weights.minimum[p], x(8 + p), *sum);
+                let x = x(r, 8 + p);
+                for w in 0..W {
+                    sums[w][r][p] = s.fma(weights[w].minimum[p], x, sums[w][r][p]);
+                }
             }
         }
     }
