@@ -74,64 +74,58 @@ impl Layout {
     /// Writes a row of inputs in the order of the weights, divided by the scales of their fields,
     /// with the sums that minima need; inputs beyond the end are zero.
     #[inline(always)]
-    pub(super) fn pack<S: Words>(&self, order: &Order, x: &[f32], out: &mut [f32]) {
+    pub(super) fn pack<S: Words>(&self, s: S, x: &[f32], out: &mut [f32]) {
         assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
         for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
             let x = x.get(self.base(chunk, S::LANES)..).unwrap_or(&[]);
             match x.first_chunk() {
-                Some(x) => self.pack_chunk::<S>(order, x, out),
+                Some(x) => self.pack_chunk(s, x, out),
                 None => {
                     let mut rest = [0.0; SPAN];
                     rest[..x.len()].copy_from_slice(x);
-                    self.pack_chunk::<S>(order, &rest, out);
+                    self.pack_chunk(s, &rest, out);
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn pack_chunk<S: Words>(&self, order: &Order, x: &[f32; SPAN], out: &mut [f32]) {
-        let (packed, minima) = out.split_at_mut(8 * S::LANES);
-        let mut sums = [[0.0; 16]; 2];
-        let vectors = packed.chunks_exact_mut(S::LANES).zip(order.chunks_exact(S::LANES));
-        for (k, (vector, order)) in vectors.enumerate() {
-            let scale = 1.0 / (1u32 << self.exponents[k]) as f32;
-            let lanes = vector.iter_mut().zip(order).zip(&mut sums[k % 2]);
-            for ((out, &at), sum) in lanes {
-                let x = x[usize::from(at) % SPAN];
-                *out = x * scale;
-                *sum += x;
+    fn pack_chunk<S: Words>(&self, s: S, x: &[f32; SPAN], out: &mut [f32]) {
+        let parity_stride = if self.parity_stride == 0 { 4 * S::LANES } else { self.parity_stride };
+        let mut sums = [s.splat(0.0); 2];
+        for p in 0..2 {
+            let mut from = [x.as_ptr(); 4];
+            for group in 0..S::LANES / 4 {
+                let (piece, word) = (4 * group / self.piece_lanes, 4 * group % self.piece_lanes);
+                let at = piece * self.piece_stride + p * parity_stride + 4 * word;
+                from[group] = x[at..at + 16].as_ptr();
+            }
+            // SAFETY: each of them points to 16 numbers.
+            let numbers = unsafe { s.by_bytes(from) };
+            for c in 0..4 {
+                let k = 2 * c + p;
+                let scaled = s.mul(numbers[c], s.splat(1.0 / (1u32 << self.exponents[k]) as f32));
+                sums[p] = s.add(sums[p], numbers[c]);
+                write_vector(s, scaled, &mut out[k * S::LANES..]);
             }
         }
         if self.sums == 1 {
-            for lane in 0..S::LANES {
-                sums[0][lane] += sums[1][lane];
-            }
+            sums[0] = s.add(sums[0], sums[1]);
         }
-        for (out, sums) in minima.chunks_exact_mut(S::LANES).zip(&sums) {
-            out.copy_from_slice(&sums[..S::LANES]);
+        for p in 0..self.sums {
+            write_vector(s, sums[p], &mut out[(8 + p) * S::LANES..]);
         }
     }
+}
 
-    /// Which input, counted from a chunk's first, each number of a packed chunk is.
-    pub(super) fn order(&self, lanes: usize) -> Order {
-        let parity_stride = if self.parity_stride == 0 { 4 * lanes } else { self.parity_stride };
-        let mut order = [0; SPAN];
-        for (n, at) in order[..8 * lanes].iter_mut().enumerate() {
-            let (k, lane) = (n / lanes, n % lanes);
-            let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
-            let from = piece * self.piece_stride + k % 2 * parity_stride + 4 * word + k / 2;
-            *at = from as u8;
-        }
-        order
-    }
+#[inline(always)]
+fn write_vector<S: Words>(s: S, x: S::F, out: &mut [f32]) {
+    // SAFETY: the slice has as many numbers.
+    unsafe { s.store(out[..S::LANES].as_mut_ptr(), x) };
 }
 
 /// Inputs from a chunk's first to its last, at most.
 const SPAN: usize = 128;
-
-/// See [`Layout::order`].
-pub(super) type Order = [u8; SPAN];
 
 /// Inputs of a row of 8-bit integers that share a scale.
 const RUN: usize = 32;

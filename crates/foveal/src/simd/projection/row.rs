@@ -211,7 +211,6 @@ impl<S: Words, B: Packed> Dots for Grouped<S, B> {
     }
 }
 
-/// One product after the other for all sums: each number of weights and inputs is made or loaded once, when it is wanted.
 /// # Safety
 /// `x` is valid for reading chunk number `chunk` of R packed input rows.
 #[inline(always)]
@@ -222,35 +221,78 @@ unsafe fn add_chunk<S: Words, B: Packed, const W: usize, const R: usize>(
     x: Inputs,
     sums: &mut [[[S::F; 2]; R]; W],
 ) {
-    let vectors = B::LAYOUT.vectors();
-    // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
-    let x = |r: usize, k: usize| unsafe {
-        s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
-    };
-    // Both p of a lane in one chain, or a chain for each.
-    let chains = if B::LAYOUT.shared() { 1 } else { 2 };
-    for p in 0..chains {
-        let mut part = [[s.splat(0.0); R]; W];
-        for k in (p..8).step_by(chains) {
-            let mut q = [s.splat(0.0); W];
-            for w in 0..W {
-                q[w] = B::FIELDS.centred(s, weights[w].words, k);
-            }
-            for r in 0..R {
-                let x = x(r, k);
-                for w in 0..W {
-                    part[w][r] = if k == p { s.mul(q[w], x) } else { s.fma(q[w], x, part[w][r]) };
-                }
-            }
+    // SAFETY: the chunk lies inside the input, by the caller's promise.
+    let first = unsafe { x.data.add(chunk * B::LAYOUT.vectors() * S::LANES) };
+    let part = [[s.splat(0.0); R]; W];
+    let mut products = Products { s, weights, x: first, stride: x.stride, part, sums };
+    // Not a loop: one that the compiler leaves a loop keeps its sums in memory.
+    // SAFETY: the caller's promise.
+    unsafe {
+        products.add::<B>(0);
+        products.add::<B>(1);
+        products.add::<B>(2);
+        products.add::<B>(3);
+        products.add::<B>(4);
+        products.add::<B>(5);
+        products.add::<B>(6);
+        products.add::<B>(7);
+    }
+}
+
+/// A chunk of W weight rows against R input rows, one product after the other for all sums: what is made of a weight or
+/// loaded of an input serves all of them, and is gone then.
+struct Products<'a, S: Words, const W: usize, const R: usize> {
+    s: S,
+    weights: [Chunk<S>; W],
+    /// The chunk of the first input row.
+    x: *const f32,
+    stride: usize,
+    part: [[S::F; R]; W],
+    sums: &'a mut [[[S::F; 2]; R]; W],
+}
+
+impl<S: Words, const W: usize, const R: usize> Products<'_, S, W, R> {
+    /// The i-th of eight products. Both p of a lane are one chain, or one follows the other; a whole chain is scaled.
+    /// # Safety
+    /// A chunk of each input row is readable.
+    #[inline(always)]
+    unsafe fn add<B: Packed>(&mut self, i: usize) {
+        let (s, shared) = (self.s, B::LAYOUT.shared());
+        let (k, p) = if shared { (i, 0) } else { (i % 4 * 2 + i / 4, i / 4) };
+        let mut q = [s.splat(0.0); W];
+        for w in 0..W {
+            q[w] = B::FIELDS.centred(s, self.weights[w].words, k);
         }
         for r in 0..R {
+            // SAFETY: a chunk has eight vectors or more, and row r lies r strides further.
+            let x = unsafe { s.load(self.x.add(r * self.stride + k * S::LANES)) };
             for w in 0..W {
-                sums[w][r][p] = s.fma(weights[w].scale[p], part[w][r], sums[w][r][p]);
+                let part = &mut self.part[w][r];
+                *part = if k == p { s.mul(q[w], x) } else { s.fma(q[w], x, *part) };
             }
-            if p < vectors - 8 {
-                let x = x(r, 8 + p);
+        }
+        if i == 7 || (i == 3 && !shared) {
+            // SAFETY: the caller's promise.
+            unsafe { self.scale::<B>(p) };
+        }
+    }
+
+    /// # Safety
+    /// That of [`Products::add`].
+    #[inline(always)]
+    unsafe fn scale<B: Packed>(&mut self, p: usize) {
+        let s = self.s;
+        for r in 0..R {
+            for w in 0..W {
+                let sum = &mut self.sums[w][r][p];
+                *sum = s.fma(self.weights[w].scale[p], self.part[w][r], *sum);
+            }
+            if p < B::LAYOUT.vectors() - 8 {
+                // SAFETY: the sums of inputs follow the eight vectors.
+                let x = unsafe { s.load(self.x.add(r * self.stride + (8 + p) * S::LANES)) };
                 for w in 0..W {
-                    sums[w][r][p] = s.fma(weights[w].minimum[p], x, sums[w][r][p]);
+                    let sum = &mut self.sums[w][r][p];
+                    *sum = s.fma(self.weights[w].minimum[p], x, *sum);
                 }
             }
         }
