@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from numpy import ndarray
+
 from foveal import _native
 
 Array = Any
@@ -58,13 +60,15 @@ class State:
 def run(
     name: str, arrays: tuple[Array | None, ...], options: tuple[Any, ...], state: State | None = None
 ) -> tuple[Array, ...]:
-    """The results of a mechanism: arrays of the kind of the first one."""
+    """The results of a mechanism: arrays of the kind of the first one. Trailing arrays that are missing may be left out."""
     if state is not None:
         return state._step(name, arrays, options)
-    if is_torch(arrays[0]):
-        from foveal import torch as foveal_torch
-
-        return foveal_torch.run(name, arrays, options)
+    if type(arrays[0]) is not ndarray and is_torch(arrays[0]):
+        # Importing it again would cost as much as the rest of a call.
+        tensors = sys.modules.get("foveal.torch")
+        if tensors is None:
+            from foveal import torch as tensors
+        return tensors.run(name, arrays, options)
     return _native.forward(name, arrays, options)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveal import _core, _native
-from foveal._operators import OPERATORS, SPECS, Recorded, ready, ready_all
+from foveal._operators import NAMES, OPERATORS, SPECS, Recorded, ready, ready_all
 
 __all__ = ["merge", "replace_sdpa", "scaled_dot_product_attention"]
 
@@ -24,7 +24,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def wants_gradients(arrays: tuple[Tensor | None, ...]) -> bool:
     """Whether a call is to be recorded."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arrays)
+    if torch.is_grad_enabled():
+        for x in arrays:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _share_threads() -> None:
@@ -38,24 +42,32 @@ def _share_threads() -> None:
 
 def run(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The results of a mechanism."""
-    seen = torch.compiler.is_compiling() or type(arrays[0]) not in _PLAIN or _is_watched()
-    recorded = wants_gradients(arrays)
-    if not torch.compiler.is_compiling():
-        _share_threads()
-    if not seen and not recorded:
+    if _is_compiling():
+        return _operate(name, arrays, options)
+    _share_threads()
+    if type(arrays[0]) not in _PLAIN or _modes() or _transforms() is not None:
+        return _operate(name, arrays, options)
+    if not wants_gradients(arrays):
         return _native.forward(name, tuple(ready_all(name, arrays)), options)
-    if name == "attention":
-        # Gradients need the log-sum-exp.
-        options = (*options[:-1], True)
-    if not seen and SPECS[name].gradients:
-        return Recorded.apply(name, options, *arrays)
-    results = OPERATORS[name](*arrays, repr(options))
+    if not SPECS[name].gradients:
+        return _operate(name, arrays, options)
+    return Recorded.apply(name, _with_lse(name, options), *arrays)
+
+
+_is_compiling = torch.compiler.is_compiling
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def _with_lse(name: str, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Gradients need the log-sum-exp.
+    return (*options[:-1], True) if name == "attention" else options
+
+
+def _operate(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """By an operator, which tracing, modes and transforms see."""
+    missing = (None,) * (len(NAMES[name].all) - len(arrays))
+    results = OPERATORS[name](*arrays, *missing, repr(_with_lse(name, options)))
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
-
-
-def _is_watched() -> bool:
-    """Whether somebody looks at the operators that are called: a mode or a transform."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def step(name: str, state: Any, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -153,7 +165,8 @@ def scaled_dot_product_attention(
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
     options = (None, ahead, scale, None, False, dropout_p, seed, False, False)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = run("attention", (q, k, v, mask, bias, *(None,) * 8), options)[0]
+    arrays = (q, k, v) if attn_mask is None else (q, k, v, mask, bias)
+    out = run("attention", arrays, options)[0]
     return out.transpose(1, 2)
 
 

@@ -99,6 +99,7 @@ def test_opcheck(name, monkeypatch):
 
     def run(mechanism, given, more):
         more = (*more[:-1], True) if mechanism == "attention" else more
+        given = (*given, *(None,) * (len(foveal.torch.NAMES[mechanism].all) - len(given)))
         asked.append((mechanism, given, more))
         return foveal.torch.OPERATORS[mechanism](*given, repr(more))
 
