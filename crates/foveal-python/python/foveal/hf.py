@@ -170,10 +170,10 @@ def chunk_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-    **more: Any,
+    **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``foveal.fla.chunk_gated_delta_rule`` with the names of arguments that Transformers has."""
-    common = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state, **more}
+    """``foveal.fla.chunk_gated_delta_rule`` with the names of arguments that Transformers has, which are more than it needs."""
+    common = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
     common |= {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel, "cu_seqlens": cu_seqlens}
     return fla.chunk_gated_delta_rule(query, key, value, g, beta, **common)
 
