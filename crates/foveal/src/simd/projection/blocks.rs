@@ -74,58 +74,64 @@ impl Layout {
     /// Writes a row of inputs in the order of the weights, divided by the scales of their fields,
     /// with the sums that minima need; inputs beyond the end are zero.
     #[inline(always)]
-    pub(super) fn pack<S: Words>(&self, s: S, x: &[f32], out: &mut [f32]) {
+    pub(super) fn pack<S: Words>(&self, order: &Order, x: &[f32], out: &mut [f32]) {
         assert_eq!(out.len(), self.packed_len(x.len(), S::LANES));
         for (chunk, out) in out.chunks_exact_mut(self.vectors() * S::LANES).enumerate() {
             let x = x.get(self.base(chunk, S::LANES)..).unwrap_or(&[]);
             match x.first_chunk() {
-                Some(x) => self.pack_chunk(s, x, out),
+                Some(x) => self.pack_chunk::<S>(order, x, out),
                 None => {
                     let mut rest = [0.0; SPAN];
                     rest[..x.len()].copy_from_slice(x);
-                    self.pack_chunk(s, &rest, out);
+                    self.pack_chunk::<S>(order, &rest, out);
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn pack_chunk<S: Words>(&self, s: S, x: &[f32; SPAN], out: &mut [f32]) {
-        let parity_stride = if self.parity_stride == 0 { 4 * S::LANES } else { self.parity_stride };
-        let mut sums = [s.splat(0.0); 2];
-        for p in 0..2 {
-            let mut from = [x.as_ptr(); 4];
-            for group in 0..S::LANES / 4 {
-                let (piece, word) = (4 * group / self.piece_lanes, 4 * group % self.piece_lanes);
-                let at = piece * self.piece_stride + p * parity_stride + 4 * word;
-                from[group] = x[at..at + 16].as_ptr();
-            }
-            // SAFETY: each of them points to 16 numbers.
-            let numbers = unsafe { s.by_bytes(from) };
-            for c in 0..4 {
-                let k = 2 * c + p;
-                let scaled = s.mul(numbers[c], s.splat(1.0 / (1u32 << self.exponents[k]) as f32));
-                sums[p] = s.add(sums[p], numbers[c]);
-                write_vector(s, scaled, &mut out[k * S::LANES..]);
+    fn pack_chunk<S: Words>(&self, order: &Order, x: &[f32; SPAN], out: &mut [f32]) {
+        let (packed, minima) = out.split_at_mut(8 * S::LANES);
+        let mut sums = [[0.0; 16]; 2];
+        let vectors = packed.chunks_exact_mut(S::LANES).zip(order.chunks_exact(S::LANES));
+        for (k, (vector, order)) in vectors.enumerate() {
+            let scale = 1.0 / (1u32 << self.exponents[k]) as f32;
+            let lanes = vector.iter_mut().zip(order).zip(&mut sums[k % 2]);
+            for ((out, &at), sum) in lanes {
+                let x = x[usize::from(at) % SPAN];
+                *out = x * scale;
+                *sum += x;
             }
         }
         if self.sums == 1 {
-            sums[0] = s.add(sums[0], sums[1]);
+            for lane in 0..S::LANES {
+                sums[0][lane] += sums[1][lane];
+            }
         }
-        for p in 0..self.sums {
-            write_vector(s, sums[p], &mut out[(8 + p) * S::LANES..]);
+        for (out, sums) in minima.chunks_exact_mut(S::LANES).zip(&sums) {
+            out.copy_from_slice(&sums[..S::LANES]);
         }
     }
-}
 
-#[inline(always)]
-fn write_vector<S: Words>(s: S, x: S::F, out: &mut [f32]) {
-    // SAFETY: the slice has as many numbers.
-    unsafe { s.store(out[..S::LANES].as_mut_ptr(), x) };
+    /// Which input, counted from a chunk's first, each number of a packed chunk is.
+    pub(super) fn order(&self, lanes: usize) -> Order {
+        let parity_stride = if self.parity_stride == 0 { 4 * lanes } else { self.parity_stride };
+        let mut order = [0; SPAN];
+        for (n, at) in order[..8 * lanes].iter_mut().enumerate() {
+            let (k, lane) = (n / lanes, n % lanes);
+            let (piece, word) = (lane / self.piece_lanes, lane % self.piece_lanes);
+            let from = piece * self.piece_stride + k % 2 * parity_stride + 4 * word + k / 2;
+            *at = from as u8;
+        }
+        order
+    }
 }
 
 /// Inputs from a chunk's first to its last, at most.
 const SPAN: usize = 128;
+
+/// See [`Layout::order`].
+pub(super) type Order = [u8; SPAN];
 
 /// Inputs of a row of 8-bit integers that share a scale.
 const RUN: usize = 32;
@@ -195,7 +201,6 @@ fn round_run(x: &[f32], integers: &mut [i8]) -> f32 {
 
 /// The weights of a chunk: for each `p` the words that hold its integers, their scale, and what is added to them once
 /// they are centred.
-#[derive(Clone, Copy)]
 pub(super) struct Chunk<S: Words> {
     pub(super) words: [S::U; 2],
     pub(super) scale: [S::F; 2],
@@ -214,14 +219,13 @@ pub(super) enum Fields {
 }
 
 impl Fields {
-    /// Centred integers of field `k`, times `2^exponents[k]`.
+    /// Centred integers times `2^exponents[k]`.
     #[inline(always)]
-    pub(super) fn centred<S: Words>(self, s: S, words: [S::U; 2], k: usize) -> S::F {
-        let upper = |word: S::U| if k < 4 { word } else { s.shift_right::<16>(word) };
+    pub(super) fn centred<S: Words>(self, s: S, words: [S::U; 2]) -> [S::F; 8] {
         match self {
-            Fields::Nibbles => nibble(s, upper(words[0]), NIBBLES[k]),
-            Fields::Bytes(centre) => byte(s, upper(words[k % 2]), BYTES[k], centre),
-            Fields::Signed => s.signed_byte(upper(words[k % 2]), BYTES[k]),
+            Fields::Nibbles => nibbles(s, words[0]),
+            Fields::Bytes(centre) => bytes(s, words, centre),
+            Fields::Signed => signed_bytes(s, words),
         }
     }
 
@@ -245,46 +249,52 @@ pub(super) trait Packed: Copy + Send + Sync {
     /// # Safety
     /// `row` is valid for reading a row that has these blocks, or the block of this chunk.
     unsafe fn chunk<S: Words>(s: S, row: *const u8, chunk: usize, blocks: usize) -> Chunk<S>;
-
-    /// The same chunk of several rows.
-    /// # Safety
-    /// That of [`Packed::chunk`], for each row.
-    #[inline(always)]
-    unsafe fn chunks<S: Words, const W: usize>(
-        s: S,
-        rows: [*const u8; W],
-        (chunk, blocks): (usize, usize),
-    ) -> [Chunk<S>; W] {
-        // A loop: the compiler does not always inline closures over arrays into the code of a level.
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut chunks = [Self::chunk(s, rows[0], chunk, blocks); W];
-            for w in 1..W {
-                chunks[w] = Self::chunk(s, rows[w], chunk, blocks);
-            }
-            chunks
-        }
-    }
 }
 
+// Loops, not closures over arrays: the compiler does not always inline those into the code of a
+// level.
 #[inline(always)]
-fn nibble<S: Words>(s: S, word: S::U, shift: u32) -> S::F {
-    match shift {
-        0 => s.low_nibble(word),
-        _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
+fn nibbles<S: Words>(s: S, low: S::U) -> [S::F; 8] {
+    let words = [low, s.shift_right::<16>(low)];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        let (word, shift) = (words[k / 4], NIBBLES[k]);
+        q[k] = match shift {
+            0 => s.low_nibble(word),
+            _ => s.field(word, 15 << shift, (8u32 << shift) as f32),
+        };
     }
-}
-
-/// The fields are the bits below twice the centre.
-#[inline(always)]
-fn byte<S: Words>(s: S, word: S::U, shift: u32, centre: u32) -> S::F {
-    s.field(word, (2 * centre - 1) << shift, (centre << shift) as f32)
+    q
 }
 
 /// The words of nibbles for `p` = 0 and 1.
 #[inline(always)]
 fn shifted<S: Words>(s: S, low: S::U) -> [S::U; 2] {
     [low, s.shift_right::<4>(low)]
+}
+
+/// Bytes of even and odd `k`; the fields are the bits below twice the centre.
+#[inline(always)]
+fn bytes<S: Words>(s: S, halves: [S::U; 2], centre: u32) -> [S::F; 8] {
+    let upper = [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])];
+    let words = [halves, upper];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        let shift = BYTES[k];
+        let (mask, offset) = ((2 * centre - 1) << shift, (centre << shift) as f32);
+        q[k] = s.field(words[k / 4][k % 2], mask, offset);
+    }
+    q
+}
+
+#[inline(always)]
+fn signed_bytes<S: Words>(s: S, halves: [S::U; 2]) -> [S::F; 8] {
+    let words = [halves, [s.shift_right::<16>(halves[0]), s.shift_right::<16>(halves[1])]];
+    let mut q = [s.splat(0.0); 8];
+    for k in 0..8 {
+        q[k] = s.signed_byte(words[k / 4][k % 2], BYTES[k]);
+    }
+    q
 }
 
 /// 8-bit integers around 0.

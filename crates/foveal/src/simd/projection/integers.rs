@@ -43,40 +43,18 @@ impl<P: ByteProduct, B: Packed> Dots for Integers<P, B> {
 
     #[inline(always)]
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [<P::S as Simd>::F; R] {
-        // SAFETY: the caller's promise is the callee's.
-        let [dots] = unsafe { self.several::<1, R>([row], x) };
-        dots
-    }
-
-    #[inline(always)]
-    unsafe fn several<const W: usize, const R: usize>(
-        self,
-        rows: [*const u8; W],
-        x: Inputs,
-    ) -> [[<P::S as Simd>::F; R]; W] {
         let (s, lanes) = (self.simd(), P::S::LANES);
-        let mut sums = [[[s.splat(0.0); 2]; R]; W];
+        let mut sums = [[s.splat(0.0); 2]; R];
         let (whole, rest) = (x.in_features / (8 * lanes), x.in_features % (8 * lanes));
         for n in 0..whole {
-            // SAFETY: chunk n < whole of every row is all there, and the caller's promise.
-            unsafe {
-                self.add_chunk(B::chunks(s, rows, (n, lanes / 4)), n, x, &mut sums);
-            }
+            // SAFETY: chunk n < whole is all there, and the caller's promise.
+            unsafe { self.add_chunk(B::chunk(s, row, n, lanes / 4), n, x, &mut sums) };
         }
         if rest > 0 {
             // SAFETY: the last chunk has `rest` weights, and the caller's promise.
-            unsafe {
-                let weights = B::chunks(s, rows, (whole, rest / 32));
-                self.add_chunk(weights, whole, x, &mut sums);
-            }
+            unsafe { self.add_chunk(B::chunk(s, row, whole, rest / 32), whole, x, &mut sums) };
         }
-        let mut dots = [[s.splat(0.0); R]; W];
-        for w in 0..W {
-            for r in 0..R {
-                dots[w][r] = s.add(sums[w][r][0], sums[w][r][1]);
-            }
-        }
-        dots
+        sums.map(|[even, odd]| s.add(even, odd))
     }
 }
 
@@ -84,19 +62,18 @@ impl<P: ByteProduct, B: Packed> Integers<P, B> {
     /// # Safety
     /// `x` is valid for reading chunk number `n` of R packed input rows.
     #[inline(always)]
-    unsafe fn add_chunk<const W: usize, const R: usize>(
+    unsafe fn add_chunk<const R: usize>(
         self,
-        weights: [Chunk<P::S>; W],
+        weights: Chunk<P::S>,
         n: usize,
         x: Inputs,
-        sums: &mut [[[<P::S as Simd>::F; 2]; R]; W],
+        sums: &mut [[<P::S as Simd>::F; 2]; R],
     ) {
         let (product, s) = (self.0, self.simd());
         let (mask, flip, centre) = B::FIELDS.unsigned();
-        let q = |w: usize, p: usize| product.masked(weights[w].words[p], mask, flip);
-        let offset =
-            |w: usize, p: usize| s.fma(weights[w].scale[p], s.splat(-centre), weights[w].minimum[p]);
-        for r in 0..R {
+        let q = weights.words.map(|words| product.masked(words, mask, flip));
+        let offset = |p: usize| s.fma(weights.scale[p], s.splat(-centre), weights.minimum[p]);
+        for (r, sums) in sums.iter_mut().enumerate() {
             let first = r * x.stride + n * B::LAYOUT.integer_vectors() * P::S::LANES;
             // SAFETY: a packed chunk has so many vectors, and row r lies r strides further.
             let (z, vector) = (
@@ -105,23 +82,15 @@ impl<P: ByteProduct, B: Packed> Integers<P, B> {
             );
             let none = product.no_dots();
             if B::LAYOUT.shared() {
-                let (even, odd, scale, sum) = (z(0), z(1), vector(2), vector(3));
-                for w in 0..W {
-                    let dots = product.dot_bytes(none, q(w, 0), even);
-                    let dots = product.numbers(product.dot_bytes(dots, q(w, 1), odd));
-                    let sums = &mut sums[w][r];
-                    sums[0] = s.fma(s.mul(weights[w].scale[0], scale), dots, sums[0]);
-                    sums[1] = s.fma(offset(w, 0), sum, sums[1]);
-                }
-                continue;
-            }
-            for p in 0..2 {
-                let (z, scale, sum) = (z(p), vector(2 + p), vector(4 + p));
-                for w in 0..W {
-                    let dots = product.numbers(product.dot_bytes(none, q(w, p), z));
-                    let to = &mut sums[w][r][p];
-                    *to = s.fma(s.mul(weights[w].scale[p], scale), dots, *to);
-                    *to = s.fma(offset(w, p), sum, *to);
+                let dots = product.dot_bytes(product.dot_bytes(none, q[0], z(0)), q[1], z(1));
+                let scale = s.mul(weights.scale[0], vector(2));
+                sums[0] = s.fma(scale, product.numbers(dots), sums[0]);
+                sums[1] = s.fma(offset(0), vector(3), sums[1]);
+            } else {
+                for (p, sum) in sums.iter_mut().enumerate() {
+                    let dots = product.numbers(product.dot_bytes(none, q[p], z(p)));
+                    *sum = s.fma(s.mul(weights.scale[p], vector(2 + p)), dots, *sum);
+                    *sum = s.fma(offset(p), vector(4 + p), *sum);
                 }
             }
         }

@@ -188,7 +188,8 @@ pub(crate) fn pack<'a>(
     let layout = blocks::layout(format).expect("a packed format");
     match inputs {
         RowInputs::Numbers(level) => {
-            x.zip(out).for_each(|(x, out)| pack_numbers(level, layout, x, out));
+            let order = layout.order(lanes(level));
+            x.zip(out).for_each(|(x, out)| pack_numbers(level, layout, &order, x, out));
         }
         RowInputs::Integers(pairs) => {
             x.zip(out).for_each(|(x, out)| pack_integers(pairs, layout, x, out));
@@ -197,12 +198,19 @@ pub(crate) fn pack<'a>(
 }
 
 dispatch! {
-    fn pack_numbers(layout: Layout, x: &[f32], out: &mut [f32]) = pack_numbers_kernel
+    fn pack_numbers(layout: Layout, order: &blocks::Order, x: &[f32], out: &mut [f32])
+        = pack_numbers_kernel
 }
 
 #[inline(always)]
-fn pack_numbers_kernel<S: Words>(s: S, layout: Layout, x: &[f32], out: &mut [f32]) {
-    layout.pack(s, x, out);
+fn pack_numbers_kernel<S: Words>(
+    _: S,
+    layout: Layout,
+    order: &blocks::Order,
+    x: &[f32],
+    out: &mut [f32],
+) {
+    layout.pack::<S>(order, x, out);
 }
 
 dispatch_pairs! {

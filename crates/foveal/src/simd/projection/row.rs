@@ -1,14 +1,13 @@
-//! Two weight rows at a time, against one to four input rows in registers.
+//! One weight row after the other, against one to four input rows in registers.
 //!
-//! What is loaded of an input serves both weight rows. The operations of a sum are the same whatever rows are beside it,
-//! so that its bits are too.
+//! The operations of an input row are the same whatever rows are beside it, so that its sums are
+//! too.
 
 use super::RowCall;
 use super::blocks::{Chunk, Packed};
 use crate::simd::words::Words;
 use crate::simd::{Simd, dispatch};
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Weight rows whose lanes are added up together.
@@ -35,22 +34,6 @@ pub(super) trait Dots: Copy {
     /// # Safety
     /// `row` is valid for reading a weight row, and `x` for reading R input rows.
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [<Self::S as Simd>::F; R];
-    /// Those of W weight rows.
-    /// # Safety
-    /// That of [`Dots::dots`], for each of them.
-    #[inline(always)]
-    unsafe fn several<const W: usize, const R: usize>(
-        self,
-        rows: [*const u8; W],
-        x: Inputs,
-    ) -> [[<Self::S as Simd>::F; R]; W] {
-        let mut dots = [[self.simd().splat(0.0); R]; W];
-        for (dots, row) in dots.iter_mut().zip(rows) {
-            // SAFETY: the caller's promise is the callee's.
-            *dots = unsafe { self.dots::<R>(row, x) };
-        }
-        dots
-    }
 }
 
 dispatch! {
@@ -109,31 +92,16 @@ fn inputs(call: &RowCall<'_>, row: usize) -> Inputs {
 fn block<D: Dots, const R: usize>(dots: D, call: &RowCall<'_>, weights: Range<usize>, row: usize) {
     let x = inputs(call, row);
     let s = dots.simd();
-    let mut lanes = [[MaybeUninit::uninit(); TOGETHER]; R];
-    let weight =
-        |n: usize| call.weights[(weights.start + n) * call.row_bytes..][..call.row_bytes].as_ptr();
-    let pairs = weights.len() / 2 * 2;
-    for j in (0..pairs).step_by(2) {
-        // SAFETY: whole weight rows, and rows row..row + R of the input, which `project` checked.
-        let sums = unsafe { dots.several::<2, R>([weight(j), weight(j + 1)], x) };
-        for r in 0..R {
-            lanes[r][j].write(sums[0][r]);
-            lanes[r][j + 1].write(sums[1][r]);
+    let mut lanes = [[s.splat(0.0); TOGETHER]; R];
+    for (j, n) in weights.clone().enumerate() {
+        let weight = &call.weights[n * call.row_bytes..][..call.row_bytes];
+        // SAFETY: a whole weight row, and rows row..row + R of the input, which `project` checked.
+        let sums = unsafe { dots.dots::<R>(weight.as_ptr(), x) };
+        for (lanes, dot) in lanes.iter_mut().zip(sums) {
+            lanes[j] = dot;
         }
     }
-    for j in pairs..TOGETHER {
-        let sums = match j < weights.len() {
-            // SAFETY: as above.
-            true => unsafe { dots.dots::<R>(weight(j), x) },
-            false => [s.splat(0.0); R],
-        };
-        for r in 0..R {
-            lanes[r][j].write(sums[r]);
-        }
-    }
-    // SAFETY: all of them have been written, the pairs and then those from `pairs` on.
-    let lanes = unsafe { &*(&raw const lanes).cast::<[[<D::S as Simd>::F; TOGETHER]; R]>() };
-    write(s, call, weights, row, lanes);
+    write(s, call, weights, row, &lanes);
 }
 
 /// Adds up the lanes of each weight row and input row.
@@ -174,126 +142,61 @@ impl<S: Words, B: Packed> Dots for Grouped<S, B> {
     }
     #[inline(always)]
     unsafe fn dots<const R: usize>(self, row: *const u8, x: Inputs) -> [S::F; R] {
-        // SAFETY: the caller's promise is the callee's.
-        let [dots] = unsafe { self.several::<1, R>([row], x) };
-        dots
-    }
-    #[inline(always)]
-    unsafe fn several<const W: usize, const R: usize>(
-        self,
-        rows: [*const u8; W],
-        x: Inputs,
-    ) -> [[S::F; R]; W] {
         let s = self.0;
-        let mut sums = [[[s.splat(0.0); 2]; R]; W];
+        let mut sums = [[s.splat(0.0); 2]; R];
         let (whole, rest) = (x.in_features / (8 * S::LANES), x.in_features % (8 * S::LANES));
         for n in 0..whole {
-            // SAFETY: chunk n < whole of every row is all there, and the caller's promise.
+            // SAFETY: chunk n < whole is all there, and the caller's promise.
             unsafe {
-                let weights = B::chunks(s, rows, (n, S::LANES / 4));
-                add_chunk::<S, B, W, R>(s, weights, n, x, &mut sums);
+                add_chunk::<S, B, R>(s, B::chunk(s, row, n, S::LANES / 4), n, x, &mut sums);
             }
         }
         if rest > 0 {
             // SAFETY: the last chunk has `rest` weights, and the caller's promise.
             unsafe {
-                let weights = B::chunks(s, rows, (whole, rest / 32));
-                add_chunk::<S, B, W, R>(s, weights, whole, x, &mut sums);
+                add_chunk::<S, B, R>(s, B::chunk(s, row, whole, rest / 32), whole, x, &mut sums);
             }
         }
-        let mut dots = [[s.splat(0.0); R]; W];
-        for w in 0..W {
-            for r in 0..R {
-                dots[w][r] = s.add(sums[w][r][0], sums[w][r][1]);
-            }
-        }
-        dots
+        sums.map(|[even, odd]| s.add(even, odd))
     }
 }
 
 /// # Safety
 /// `x` is valid for reading chunk number `chunk` of R packed input rows.
 #[inline(always)]
-unsafe fn add_chunk<S: Words, B: Packed, const W: usize, const R: usize>(
+unsafe fn add_chunk<S: Words, B: Packed, const R: usize>(
     s: S,
-    weights: [Chunk<S>; W],
+    weights: Chunk<S>,
     chunk: usize,
     x: Inputs,
-    sums: &mut [[[S::F; 2]; R]; W],
+    sums: &mut [[S::F; 2]; R],
 ) {
-    // SAFETY: the chunk lies inside the input, by the caller's promise.
-    let first = unsafe { x.data.add(chunk * B::LAYOUT.vectors() * S::LANES) };
-    let part = [[s.splat(0.0); R]; W];
-    let mut products = Products { s, weights, x: first, stride: x.stride, part, sums };
-    // Not a loop: one that the compiler leaves a loop keeps its sums in memory.
-    // SAFETY: the caller's promise.
-    unsafe {
-        products.add::<B>(0);
-        products.add::<B>(1);
-        products.add::<B>(2);
-        products.add::<B>(3);
-        products.add::<B>(4);
-        products.add::<B>(5);
-        products.add::<B>(6);
-        products.add::<B>(7);
-    }
-}
-
-/// A chunk of W weight rows against R input rows, one product after the other for all sums: what is made of a weight or
-/// loaded of an input serves all of them, and is gone then.
-struct Products<'a, S: Words, const W: usize, const R: usize> {
-    s: S,
-    weights: [Chunk<S>; W],
-    /// The chunk of the first input row.
-    x: *const f32,
-    stride: usize,
-    part: [[S::F; R]; W],
-    sums: &'a mut [[[S::F; 2]; R]; W],
-}
-
-impl<S: Words, const W: usize, const R: usize> Products<'_, S, W, R> {
-    /// The i-th of eight products. Both p of a lane are one chain, or one follows the other; a whole chain is scaled.
-    /// # Safety
-    /// A chunk of each input row is readable.
-    #[inline(always)]
-    unsafe fn add<B: Packed>(&mut self, i: usize) {
-        let (s, shared) = (self.s, B::LAYOUT.shared());
-        let (k, p) = if shared { (i, 0) } else { (i % 4 * 2 + i / 4, i / 4) };
-        let mut q = [s.splat(0.0); W];
-        for w in 0..W {
-            q[w] = B::FIELDS.centred(s, self.weights[w].words, k);
-        }
-        for r in 0..R {
-            // SAFETY: a chunk has eight vectors or more, and row r lies r strides further.
-            let x = unsafe { s.load(self.x.add(r * self.stride + k * S::LANES)) };
-            for w in 0..W {
-                let part = &mut self.part[w][r];
-                *part = if k == p { s.mul(q[w], x) } else { s.fma(q[w], x, *part) };
+    let vectors = B::LAYOUT.vectors();
+    let q = B::FIELDS.centred(s, weights.words);
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: a packed chunk has `vectors` vectors, and row r lies r strides further.
+        let x = |k: usize| unsafe {
+            s.load(x.data.add(r * x.stride + (chunk * vectors + k) * S::LANES))
+        };
+        if B::LAYOUT.shared() {
+            let mut part = s.mul(q[0], x(0));
+            for k in 1..8 {
+                part = s.fma(q[k], x(k), part);
             }
-        }
-        if i == 7 || (i == 3 && !shared) {
-            // SAFETY: the caller's promise.
-            unsafe { self.scale::<B>(p) };
-        }
-    }
-
-    /// # Safety
-    /// That of [`Products::add`].
-    #[inline(always)]
-    unsafe fn scale<B: Packed>(&mut self, p: usize) {
-        let s = self.s;
-        for r in 0..R {
-            for w in 0..W {
-                let sum = &mut self.sums[w][r][p];
-                *sum = s.fma(self.weights[w].scale[p], self.part[w][r], *sum);
+            sums[0] = s.fma(weights.scale[0], part, sums[0]);
+            if vectors > 8 {
+                sums[0] = s.fma(weights.minimum[0], x(8), sums[0]);
             }
-            if p < B::LAYOUT.vectors() - 8 {
-                // SAFETY: the sums of inputs follow the eight vectors.
-                let x = unsafe { s.load(self.x.add(r * self.stride + (8 + p) * S::LANES)) };
-                for w in 0..W {
-                    let sum = &mut self.sums[w][r][p];
-                    *sum = s.fma(self.weights[w].minimum[p], x, *sum);
-                }
+            continue;
+        }
+        for (p, sum) in sums.iter_mut().enumerate() {
+            let mut part = s.mul(q[p], x(p));
+            for c in 1..4 {
+                part = s.fma(q[2 * c + p], x(2 * c + p), part);
+            }
+            *sum = s.fma(weights.scale[p], part, *sum);
+            if p < vectors - 8 {
+                *sum = s.fma(weights.minimum[p], x(8 + p), *sum);
             }
         }
     }

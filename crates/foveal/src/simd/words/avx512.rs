@@ -78,28 +78,6 @@ impl Words for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn by_bytes(self, x: [*const f32; 4]) -> [__m512; 4] {
-        unsafe {
-            // In each, one 128-bit block for every c; then blocks change places.
-            let turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            let a = _mm512_permutexvar_ps(turn, _mm512_loadu_ps(x[0]));
-            let b = _mm512_permutexvar_ps(turn, _mm512_loadu_ps(x[1]));
-            let c = _mm512_permutexvar_ps(turn, _mm512_loadu_ps(x[2]));
-            let d = _mm512_permutexvar_ps(turn, _mm512_loadu_ps(x[3]));
-            let (ab_low, ab_high) =
-                (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-            let (cd_low, cd_high) =
-                (_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-            [
-                _mm512_shuffle_f32x4::<0x88>(ab_low, cd_low),
-                _mm512_shuffle_f32x4::<0xdd>(ab_low, cd_low),
-                _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
-                _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
-            ]
-        }
-    }
-
-    #[inline(always)]
     fn widen_f16(self, bits: u16) -> f32 {
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
     }

@@ -82,25 +82,6 @@ pub(crate) trait Words: Simd {
     /// Each of the `count` numbers is readable.
     unsafe fn load_f16_octets(self, p: *const u8, stride: usize, count: usize) -> [Self::F; 2];
 
-    /// The numbers that byte `c` of every word meets, for each `c`: lane `4 g + w` takes number `4 w + c` of the 16 at
-    /// `x[g]`, g < LANES / 4.
-    /// # Safety
-    /// The first LANES / 4 of `x` are valid for reading 16 numbers.
-    #[inline(always)]
-    unsafe fn by_bytes(self, x: [*const f32; 4]) -> [Self::F; 4] {
-        let mut out = [self.splat(0.0); 4];
-        for (c, out) in out.iter_mut().enumerate() {
-            let mut lanes = [0.0; 16];
-            for (lane, to) in lanes[..Self::LANES].iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                *to = unsafe { *x[lane / 4].add(4 * (lane % 4) + c) };
-            }
-            // SAFETY: an array has 16 numbers, a vector no more.
-            *out = unsafe { self.load(lanes.as_ptr()) };
-        }
-        out
-    }
-
     /// Exact binary16 to binary32.
     fn widen_f16(self, bits: u16) -> f32;
     /// Four signed bytes, times a factor.
