@@ -164,15 +164,18 @@ fn what_can_not_be_shared_out_is_refused() {
     let settings =
         ["data.order=streams", "data.batch=4", "train.pieces=1", "model.mixer={name='gla'}"];
     go(1, &folder.0, &settings, Some(2));
-    let text = text_of_resume(&folder);
+    let text = text_of_resume(&folder, &[]);
+    assert!(text.contains("train.pieces is 1, expected a multiple of the 2 proc"), "{text}");
+    let text = text_of_resume(&folder, &["train.pieces=2".to_owned()]);
     assert!(text.contains("in 1 calls, now in 2; set train.pieces"), "{text}");
 }
 
-fn text_of_resume(folder: &Folder) -> String {
+fn text_of_resume(folder: &Folder, settings: &[String]) -> String {
     let text = text();
     let errors = Threads::run(2, |processes| {
         let processes = Box::new(processes);
-        Trainer::resume_among(processes, &folder.0, &[], Some(&text)).unwrap_err().to_string()
+        let resumed = Trainer::resume_among(processes, &folder.0, settings, Some(&text));
+        resumed.unwrap_err().to_string()
     });
     errors[0].clone()
 }
