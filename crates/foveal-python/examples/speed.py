@@ -1,9 +1,13 @@
 """Speed next to PyTorch's, side by side with the same threads: alternating rounds, best of each and median of ratios.
 
-    python crates/foveal-python/examples/speed.py [calls] [attention] [models] [linear]
+    python crates/foveal-python/examples/speed.py [calls] [attention] [prefill] [prefill_bf16] [window] [training] [linear] [memory]
+
+``memory`` is the peak of processes of their own, after and beside what the model itself takes.
 """
 
+import resource
 import statistics
+import subprocess
 import sys
 import time
 
@@ -19,7 +23,8 @@ def compare(name, own, other, rounds=7, least=0.02):
     """Times two functions in turn; both have run once before."""
     own(), other()
     start = time.perf_counter()
-    own()
+    if least:
+        own()
     times = max(1, int(least / (time.perf_counter() - start)))
     samples = ([], [])
     for _ in range(rounds):
@@ -68,7 +73,8 @@ def attention():
             print(f"geometric mean: {statistics.geometric_mean(ratios):.2f}\n")
 
 
-def models():
+def model(implementation, dtype, window=None, layers=30):
+    """A model of SmolLM2-135M's shape with random weights, or the same with a sliding window."""
     import transformers
 
     import foveal.hf  # noqa: F401
@@ -77,33 +83,57 @@ def models():
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
     }
+    torch.manual_seed(0)
+    kind = transformers.LlamaConfig if window is None else transformers.MistralConfig
+    more = {} if window is None else {"sliding_window": window}
+    config = kind(**small, num_hidden_layers=layers, **more)
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return made.to(dtype).eval()
 
-    def model(implementation, dtype, window=None, layers=30):
-        torch.manual_seed(0)
-        kind = transformers.LlamaConfig if window is None else transformers.MistralConfig
-        more = {} if window is None else {"sliding_window": window}
-        config = kind(**small, num_hidden_layers=layers, **more)
-        made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-        return made.to(dtype).eval()
 
-    def prefill(name, length, dtype, window=None, layers=30):
-        pair = [model(i, dtype, window, layers) for i in ("foveal", "sdpa")]
-        tokens = torch.randint(0, 49152, (1, length))
-        runs = [lambda m=m: m(tokens, logits_to_keep=1, use_cache=False) for m in pair]
-        with torch.no_grad():
-            compare(name, *runs, rounds=3)
+def prompt(made, length):
+    with torch.no_grad():
+        made(torch.randint(0, 49152, (1, length)), logits_to_keep=1, use_cache=False)
 
-    prefill("SmolLM2's shape, prompt of 4096, f32", 4096, torch.float32, layers=6)
-    prefill("SmolLM2's shape, prompt of 4096, bf16", 4096, torch.bfloat16, layers=6)
-    prefill("window of 512, prompt of 8192, f32", 8192, torch.float32, window=512, layers=4)
-    pair = [model(i, torch.float32, layers=4).train() for i in ("foveal", "sdpa")]
-    tokens = torch.randint(0, 49152, (1, 2048))
 
-    def step(m):
-        m.zero_grad()
-        m(tokens, labels=tokens, use_cache=False).loss.backward()
+def step(made, length):
+    tokens = torch.randint(0, 49152, (1, length))
+    made.zero_grad()
+    made(tokens, labels=tokens, use_cache=False).loss.backward()
 
-    compare("training step, 2048 tokens, f32 (4 layers)", *(lambda m=m: step(m) for m in pair), rounds=3)
+
+# Name, what is done, tokens, dtype, window, layers.
+CASES = {
+    "prefill": ("SmolLM2's shape, 30 layers, prompt of 4096, f32", prompt, 4096, torch.float32, None, 30),
+    "prefill_bf16": ("SmolLM2's shape, 30 layers, prompt of 4096, bf16", prompt, 4096, torch.bfloat16, None, 30),
+    "window": ("window of 512, 6 layers, prompt of 8192, f32", prompt, 8192, torch.float32, 512, 6),
+    "training": ("training step, 6 layers, 2048 tokens, f32", step, 2048, torch.float32, None, 6),
+}
+
+
+def case(name):
+    words, run, length, dtype, window, layers = CASES[name]
+    pair = [model(i, dtype, window, layers).train(run is step) for i in ("foveal", "sdpa")]
+    compare(words, *(lambda m=m: run(m, length) for m in pair), rounds=3, least=0)
+
+
+def memory():
+    for name, (words, *_) in CASES.items():
+        peaks = []
+        for implementation in ("foveal", "sdpa"):
+            command = [sys.executable, __file__, "peak", name, implementation]
+            peaks.append([int(n) for n in subprocess.check_output(command, text=True).split()])
+        for (before, peak), whose in zip(peaks, ("ours", "sdpa's")):
+            print(f"{words:52} {whose:6} {peak >> 10:6} MiB, {(peak - before) >> 10} above the model", flush=True)
+
+
+def peak(name, implementation):
+    _, run, length, dtype, window, layers = CASES[name]
+    made = model(implementation, dtype, window, layers).train(run is step)
+    run(made, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(made, length)
+    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def linear():
@@ -132,7 +162,10 @@ def linear():
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["calls", "attention", "models", "linear"]
+    if sys.argv[1:2] == ["peak"]:
+        peak(*sys.argv[2:])
+        sys.exit()
+    chosen = sys.argv[1:] or ["calls", "attention", *CASES, "linear", "memory"]
     print(f"{torch.get_num_threads()} threads; ours, PyTorch's, PyTorch ÷ ours: best ÷ best [median]")
     for name in chosen:
-        globals()[name]()
+        case(name) if name in CASES else globals()[name]()

@@ -3,6 +3,7 @@
 use crate::array::{Array, View};
 use crate::error::{Error, Result};
 use crate::output::Output;
+use crate::state::{State, Stateful};
 use foveal::{Cpu, DType, Element, Level, Scale, Tensor, TensorRef, Threads};
 use half::{bf16, f16};
 use pyo3::prelude::*;
@@ -92,9 +93,40 @@ pub(crate) struct Job<'py> {
     pub(crate) arrays: Bound<'py, PyTuple>,
     /// For gradients: what forward gave, and the gradients of it.
     pub(crate) backward: Option<(Bound<'py, PyTuple>, Bound<'py, PyTuple>)>,
+    /// What is held of the sequence, if the call goes on with one.
+    pub(crate) state: Option<Bound<'py, State>>,
 }
 
 impl<'py> Job<'py> {
+    /// Runs it, or goes on with a state.
+    pub(crate) fn go_on<M: Stateful>(&self, mechanism: &M) -> PyResult<Bound<'py, PyTuple>> {
+        let Some(state) = &self.state else { return self.run(mechanism) };
+        let arrays = collect(&self.arrays, M::ARRAYS)?;
+        let given = views(&arrays, M::ARRAYS);
+        let dtype = given.view(0)?.dtype()?;
+        let mut held = state.get().lock()?;
+        let held = &mut *held;
+        let outputs = self.arrays.py().detach(|| match dtype {
+            DType::F16 => held.step::<M, f16>(mechanism, &given),
+            DType::Bf16 => held.step::<M, bf16>(mechanism, &given),
+            _ => held.step::<M, f32>(mechanism, &given),
+        })?;
+        self.hand_over(&arrays, outputs.into_iter().map(Some))
+    }
+
+    /// Arrays like the first one given.
+    fn hand_over(
+        &self,
+        arrays: &[Option<Array<'py>>],
+        outputs: impl IntoIterator<Item = Option<Output>>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let like = arrays.first().and_then(Option::as_ref).ok_or(Error::Missing { what: "q" })?;
+        let outputs = outputs
+            .into_iter()
+            .map(|output| output.map(|output| output.into_array(like)).transpose());
+        PyTuple::new(self.arrays.py(), outputs.collect::<PyResult<Vec<_>>>()?)
+    }
+
     /// Runs it.
     pub(crate) fn run<M: Mechanism>(&self, mechanism: &M) -> PyResult<Bound<'py, PyTuple>> {
         let py = self.arrays.py();
@@ -124,11 +156,7 @@ impl<'py> Job<'py> {
                 })?
             }
         };
-        let like = arrays.first().and_then(Option::as_ref).ok_or(Error::Missing { what: "q" })?;
-        let outputs = outputs
-            .into_iter()
-            .map(|output| output.map(|output| output.into_array(like)).transpose());
-        PyTuple::new(py, outputs.collect::<PyResult<Vec<_>>>()?)
+        self.hand_over(&arrays, outputs)
     }
 }
 

@@ -20,6 +20,7 @@ mod mechanisms;
 mod memory;
 mod output;
 mod sparse;
+mod state;
 
 use pyo3::prelude::*;
 
@@ -35,6 +36,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<cache::Cache>()?;
     module.add_class::<cache::Pool>()?;
+    module.add_class::<state::State>()?;
     module.add_function(wrap_pyfunction!(cache::attention_cached, module)?)?;
     module.add_function(wrap_pyfunction!(call::get_threads, module)?)?;
     module.add_function(wrap_pyfunction!(call::set_threads, module)?)?;
@@ -44,5 +46,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(mechanisms::backward, module)?)?;
     module.add_function(wrap_pyfunction!(mechanisms::forward, module)?)?;
     module.add_function(wrap_pyfunction!(mechanisms::mechanisms, module)?)?;
+    module.add_function(wrap_pyfunction!(mechanisms::step, module)?)?;
     Ok(())
 }

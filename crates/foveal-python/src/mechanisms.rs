@@ -7,9 +7,10 @@ use crate::exact::{Join, Latent, Rotary, TwoMaps};
 use crate::linear::{self, AllKeys, Causal, Mixtures};
 use crate::memory::{Documents, Segments};
 use crate::sparse::{Chosen, Factorised, Hashed, Native, RandomBlocks, Windowed};
+use crate::state::State;
 use foveal::mask::Band;
 use foveal::memory::infini::{Empty, Infini, Update};
-use foveal::memory::memorizing::Memorizing;
+use foveal::memory::memorizing::{Index, Memorizing};
 use foveal::sparse::{Longformer, Moba, Reformer, SelfLogit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -21,7 +22,7 @@ pub(crate) fn forward<'py>(
     arrays: Bound<'py, PyTuple>,
     options: &Bound<'py, PyTuple>,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    run(name, &Job { arrays, backward: None }, options)
+    run(name, &Job { arrays, backward: None, state: None }, options)
 }
 
 /// Gradients of a mechanism's arrays, from those, what forward gave, and the gradients of it.
@@ -33,7 +34,25 @@ pub(crate) fn backward<'py>(
     d_results: Bound<'py, PyTuple>,
     options: &Bound<'py, PyTuple>,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    run(name, &Job { arrays, backward: Some((results, d_results)) }, options)
+    run(name, &Job { arrays, backward: Some((results, d_results)), state: None }, options)
+}
+
+/// Runs a mechanism on the next tokens of a sequence, of which a state holds what it needs.
+#[pyfunction]
+pub(crate) fn step<'py>(
+    name: &str,
+    state: Bound<'py, State>,
+    arrays: Bound<'py, PyTuple>,
+    options: &Bound<'py, PyTuple>,
+) -> PyResult<Bound<'py, PyTuple>> {
+    const STATES: [&str; 6] =
+        ["sparse_transformer", "lsh", "moba", "native_sparse", "infini", "memorizing"];
+    if !STATES.contains(&name) {
+        let expected = "sparse_transformer, lsh, moba, native_sparse, infini or memorizing";
+        let (what, got) = ("mechanism with a state", name.to_owned());
+        return Err(Error::Option { what, expected, got }.into());
+    }
+    run(name, &Job { arrays, backward: None, state: Some(state) }, options)
 }
 
 /// Names and groups of the mechanisms, in the registry's order.
@@ -82,7 +101,7 @@ fn sparse<'py>(
                 (String, usize, usize, String, Option<usize>, String, usize, Option<f32>);
             let (pattern, stride, width, window, sub_blocks, combine, layer, by): Options =
                 options.extract()?;
-            job.run(&Factorised::new(
+            job.go_on(&Factorised::new(
                 (&pattern, stride, width),
                 (&window, sub_blocks),
                 (&combine, layer),
@@ -103,24 +122,25 @@ fn sparse<'py>(
             job.run(&RandomBlocks { block, random, seed, causal, scale })
         }
         "lsh" => {
-            type Options = (usize, usize, usize, u64, bool, bool, Option<f32>, f32);
-            let (chunk, buckets, rounds, seed, causal, strict, self_logit, by): Options =
+            type Options = (usize, usize, usize, u64, bool, bool, bool, Option<f32>, f32);
+            let (chunk, buckets, rounds, seed, causal, strict, apart, self_logit, by): Options =
                 options.extract()?;
             let layer = Reformer::new(chunk).map_err(Error::from)?.causal(causal).cpu(cpu()?);
             let mut layer = layer.scale(foveal::Scale::Value(by));
             layer = if strict { layer.strict_buckets() } else { layer };
+            layer = if apart { layer.bucket_chunks() } else { layer };
             layer =
                 self_logit.map(SelfLogit::Replace).into_iter().fold(layer, Reformer::self_logit);
-            job.run(&Hashed { layer, buckets, rounds, seed })
+            job.go_on(&Hashed { layer, buckets, rounds, seed })
         }
         "moba" => {
             let (block, top, by): (usize, usize, Option<f32>) = options.extract()?;
             let layer = Moba::new(block, top).map_err(Error::from)?;
-            job.run(&Chosen(layer.scale(scale(by)).cpu(cpu()?)))
+            job.go_on(&Chosen(layer.scale(scale(by)).cpu(cpu()?)))
         }
         _ => {
             let (length, stride, block, top, window, by) = options.extract()?;
-            job.run(&Native::new([length, stride, block, top, window], by)?)
+            job.go_on(&Native::new([length, stride, block, top, window], by)?)
         }
     }
 }
@@ -131,15 +151,18 @@ fn memory<'py>(
     options: &Bound<'py, PyTuple>,
 ) -> PyResult<Bound<'py, PyTuple>> {
     if name == "memorizing" {
-        let (segment, top, capacity, previous) = options.extract()?;
+        type Options = (usize, usize, usize, bool, Option<(usize, usize)>);
+        let (segment, top, capacity, previous, lists): Options = options.extract()?;
         let layer = Memorizing::new(segment, top, capacity).map_err(Error::from)?;
-        return job.run(&Documents(layer.previous(previous)));
+        let index = lists.map(|(lists, probes)| Index::new(lists, probes)).transpose();
+        let layer = layer.previous(previous).index(index.map_err(Error::from)?);
+        return job.go_on(&Documents(layer));
     }
     let (segment, delta, bypass, by): (usize, bool, bool, Option<f32>) = options.extract()?;
     let update = if delta { Update::Delta } else { Update::Linear };
     let empty = if bypass { Empty::Bypassed } else { Empty::Gated };
     let infini = Infini::new(segment).map_err(Error::from)?;
-    job.run(&Segments(infini.update(update).empty(empty).scale(scale(by))))
+    job.go_on(&Segments(infini.update(update).empty(empty).scale(scale(by))))
 }
 
 fn linear<'py>(

@@ -10,8 +10,8 @@ use foveal::sparse::StateHeads;
 use foveal::{Element, Phase, Shape, Tensor, TensorRef};
 
 const GATE: usize = 3;
-const ROTATED: usize = 4;
-const MEMORY: usize = 6;
+const ROTATED: usize = Segments::ROTATED;
+const MEMORY: usize = Segments::MEMORY;
 const SUMS: usize = 7;
 
 /// Infini-attention.
@@ -19,7 +19,13 @@ const SUMS: usize = 7;
 pub(crate) struct Segments(pub(crate) Infini);
 
 impl Segments {
-    fn tokens<'a, E: Element>(given: &Given<'a>) -> Result<Tokens<'a, E>> {
+    /// Where in its arrays queries and keys with positions lie.
+    pub(crate) const ROTATED: usize = 4;
+    /// Where the memory lies.
+    pub(crate) const MEMORY: usize = 6;
+
+    /// What a call is given.
+    pub(crate) fn tokens<'a, E: Element>(given: &Given<'a>) -> Result<Tokens<'a, E>> {
         let gate = given.view(GATE)?.floats()?;
         let tokens = Tokens::new(given.tensor(0)?, given.tensor(1)?, given.tensor(2)?, gate);
         match (given.maybe(ROTATED)?, given.maybe(ROTATED + 1)?) {
@@ -40,6 +46,18 @@ impl Segments {
         fill(given, sums, memory.key_sums_mut())?;
         Ok(memory)
     }
+
+    /// A memory's matrices and sums of keys.
+    pub(crate) fn given_back(memory: &State) -> [Output; 2] {
+        let shape = memory.shape();
+        let heads = [shape.sequences, shape.heads];
+        let [batch, kv_heads] = heads;
+        let matrices = [batch, kv_heads, shape.key_dim, shape.value_dim];
+        [
+            Output::new(memory.matrices().to_vec(), &matrices),
+            Output::new(memory.key_sums().to_vec(), &[batch, kv_heads, shape.key_dim]),
+        ]
+    }
 }
 
 fn fill(given: &Given<'_>, n: usize, to: &mut [f32]) -> Result<()> {
@@ -52,17 +70,6 @@ fn fill(given: &Given<'_>, n: usize, to: &mut [f32]) -> Result<()> {
     Ok(())
 }
 
-fn given_back(memory: &State) -> [Output; 2] {
-    let shape = memory.shape();
-    let heads = [shape.sequences, shape.heads];
-    let [batch, kv_heads] = heads;
-    let matrices = [batch, kv_heads, shape.key_dim, shape.value_dim];
-    [
-        Output::new(memory.matrices().to_vec(), &matrices),
-        Output::new(memory.key_sums().to_vec(), &[batch, kv_heads, shape.key_dim]),
-    ]
-}
-
 impl Mechanism for Segments {
     const ARRAYS: &'static [&'static str] =
         &["q", "k", "v", "gate", "rotated_q", "rotated_k", "memory", "memory_sums"];
@@ -72,7 +79,7 @@ impl Mechanism for Segments {
         let tokens = Segments::tokens::<E>(given)?;
         let mut memory = self.memory(&tokens, given, [MEMORY, SUMS])?;
         let out = infini.forward(&tokens, &mut memory)?;
-        let [matrices, sums] = given_back(&memory);
+        let [matrices, sums] = Segments::given_back(&memory);
         Ok(vec![Output::tensor(out), matrices, sums])
     }
 
@@ -88,7 +95,7 @@ impl Mechanism for Segments {
         let mut d_memory = self.memory(&tokens, d, [1, 2])?;
         let upstream = Upstream { d_out: d.tensor(0)?, initial: &initial };
         let back = infini.backward(&tokens, upstream, &mut d_memory)?;
-        let [matrices, sums] = given_back(&d_memory);
+        let [matrices, sums] = Segments::given_back(&d_memory);
         let (q, k) = back
             .d_rotated
             .map_or((None, None), |(q, k)| (Some(Output::tensor(q)), Some(Output::tensor(k))));
@@ -131,15 +138,22 @@ impl Documents {
             key_dim: k.shape().dim,
             value_dim: v.shape().dim,
         };
-        let (gate, scale) = (given.view(3)?.floats()?, given.view(4)?.floats()?);
-        let bias = given.optional(5).map(|bias| bias.scores()).transpose()?;
         for b in 0..q.shape().batch {
             let [q, k, v] = [q, k, v].map(|x| x.part(b..b + 1, 0..x.shape().heads));
-            let tokens = memorizing::Tokens::new(q, k, v, gate, scale);
-            let tokens = bias.into_iter().fold(tokens, |tokens, bias| tokens.bias(bias));
-            each(b, heads, tokens)?;
+            each(b, heads, Documents::tokens((q, k, v), given)?)?;
         }
         Ok(())
+    }
+
+    /// Tokens of one document with the gates, scales and biases of a call.
+    pub(crate) fn tokens<'a, E: Element>(
+        (q, k, v): (TensorRef<'a, E>, TensorRef<'a, E>, TensorRef<'a, E>),
+        given: &Given<'a>,
+    ) -> Result<memorizing::Tokens<'a, E>> {
+        let (gate, scale) = (given.view(3)?.floats()?, given.view(4)?.floats()?);
+        let tokens = memorizing::Tokens::new(q, k, v, gate, scale);
+        let bias = given.optional(5).map(|bias| bias.scores()).transpose()?;
+        Ok(bias.into_iter().fold(tokens, |tokens, bias| tokens.bias(bias)))
     }
 }
 

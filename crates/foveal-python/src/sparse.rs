@@ -260,20 +260,28 @@ impl Mechanism for Chosen {
 /// Native Sparse Attention. Compressed tokens that are not given are means, and the window's those of the blocks.
 /// Gradients compute forward again.
 #[derive(Debug)]
-pub(crate) struct Native(pub(crate) NativeSparse);
+pub(crate) struct Native(pub(crate) NativeSparse, usize);
 
-const GATES: usize = 3;
+const GATES: usize = Native::GATES;
 const COMPRESSED: usize = 4;
 const NEAR: usize = 6;
 
 impl Native {
+    /// Where in its arrays the gates lie.
+    pub(crate) const GATES: usize = 3;
+
     /// Sizes in the order l, d, l', n, w.
     pub(crate) fn new(
         [length, stride, block, top, window]: [usize; 5],
         by: Option<f32>,
     ) -> Result<Native> {
         let sizes = NativeSizes { length, stride, block, top, window };
-        Ok(Native(NativeSparse::new(sizes)?.scale(scale(by)).cpu(cpu()?)))
+        Ok(Native(NativeSparse::new(sizes)?.scale(scale(by)).cpu(cpu()?), stride))
+    }
+
+    /// Tokens from one compressed token to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.1
     }
 
     /// Runs with the branches that the arrays describe.
@@ -283,23 +291,31 @@ impl Native {
         run: impl FnOnce(Branches<Inputs<'_, E, E>>) -> Result<T>,
     ) -> Result<T> {
         let selected = inputs::<E>(given)?;
+        let pooled = |n: usize, of| -> Result<Option<Tensor<E>>> {
+            Ok(if given.optional(n).is_none() { Some(self.0.pool(of)?) } else { None })
+        };
+        let means = [pooled(COMPRESSED, selected.k)?, pooled(COMPRESSED + 1, selected.v)?];
+        run(self.arrange(given, means.each_ref().map(Option::as_ref))?)
+    }
+
+    /// The branches: compressed tokens that are given, or else those of `means`; the window's likewise, or else the blocks'.
+    pub(crate) fn arrange<'a, E: Element>(
+        &self,
+        given: &Given<'a>,
+        means: [Option<&'a Tensor<E>>; 2],
+    ) -> Result<Branches<Inputs<'a, E, E>>> {
+        let selected = inputs::<E>(given)?;
         let window = match (given.maybe(NEAR)?, given.maybe(NEAR + 1)?) {
             (None, None) => selected,
             (k, v) => Inputs { k: k.unwrap_or(selected.k), v: v.unwrap_or(selected.v), ..selected },
         };
-        let pooled = |n: usize, of| -> Result<Option<Tensor<E>>> {
-            Ok(if given.optional(n).is_none() { Some(self.0.pool(of)?) } else { None })
+        let part = |n: usize| -> Result<TensorRef<'a, E>> {
+            let own = given.maybe::<E>(COMPRESSED + n)?;
+            let missing = Error::Missing { what: "compressed tokens" };
+            own.or(means[n].map(Tensor::view)).ok_or(missing)
         };
-        let (k, v) = (pooled(COMPRESSED, selected.k)?, pooled(COMPRESSED + 1, selected.v)?);
-        let part = |n: usize, own: &Option<Tensor<E>>| match own {
-            Some(_) => Ok(None),
-            None => given.maybe::<E>(n),
-        };
-        let (given_k, given_v) = (part(COMPRESSED, &k)?, part(COMPRESSED + 1, &v)?);
-        let missing = || Error::Missing { what: "compressed tokens" };
-        let k = given_k.or(k.as_ref().map(Tensor::view)).ok_or_else(missing)?;
-        let v = given_v.or(v.as_ref().map(Tensor::view)).ok_or_else(missing)?;
-        run(Branches { compressed: Inputs { k, v, ..selected }, selected, window })
+        let compressed = Inputs { k: part(0)?, v: part(1)?, ..selected };
+        Ok(Branches { compressed, selected, window })
     }
 }
 

@@ -70,7 +70,8 @@ class Recorded:
     def __init__(self, function, *arguments, **options):
         calls = []
 
-        def run(name, arrays, given):
+        def run(name, arrays, given, state=None):
+            assert state is None
             if name == "attention":
                 given = (*given[:-1], True)  # Gradients need the log-sum-exp.
             results = _native.forward(name, arrays, given)

@@ -9,7 +9,7 @@ import pytest
 
 import foveal
 
-MODULES = ["", "_attention", "_caches", "_positions", "exact", "linear", "memory", "sparse"]
+MODULES = ["", "_attention", "_caches", "_core", "_positions", "exact", "linear", "memory", "sparse"]
 ROOT = pathlib.Path(__file__).parents[3]
 
 

@@ -11,8 +11,8 @@ library. Inputs may have any strides as long as the last axis is contiguous; not
 released while kernels run. PyTorch tensors that want gradients get them.
 
 ``foveal.exact``, ``foveal.sparse``, ``foveal.linear`` and ``foveal.memory`` have a function for each mechanism that
-``foveal.mechanisms()`` lists; ``foveal.torch``, ``foveal.nn``, ``foveal.hf`` and ``foveal.distributed`` need PyTorch,
-``foveal.plot`` needs matplotlib.
+``foveal.mechanisms()`` lists; ``foveal.torch``, ``foveal.nn``, ``foveal.fla``, ``foveal.hf`` and ``foveal.distributed`` need
+PyTorch, ``foveal.plot`` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from foveal import _core, _native, exact, linear, memory, sparse
 from foveal._attention import attention, flash_attn_func, flash_attn_varlen_func
+from foveal._core import State
 from foveal._caches import ContiguousCache, PagedCache, PagePool, QuantizedCache, attention_cached
 from foveal._positions import merge, rope
 
@@ -35,6 +36,7 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "QuantizedCache",
+    "State",
     "__version__",
     "attention",
     "attention_cached",
@@ -88,7 +90,7 @@ def get_num_threads() -> int:
 
 def __getattr__(name: str) -> ModuleType:
     # What needs PyTorch or matplotlib is imported when it is asked for.
-    if name in ("distributed", "hf", "nn", "plot", "torch"):
+    if name in ("distributed", "fla", "hf", "nn", "plot", "torch"):
         return importlib.import_module(f"foveal.{name}")
     raise AttributeError(f"module 'foveal' has no attribute {name!r}")
 

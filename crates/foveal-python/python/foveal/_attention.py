@@ -7,9 +7,6 @@ from typing import Any
 from foveal import _native
 from foveal._core import Array, band, is_torch, run
 
-_NOTHING = (None,) * 10
-
-
 def attention(
     q: Array,
     k: Array,
@@ -58,12 +55,12 @@ def attention(
     >>> np.exp(lse[0, :, 0] - 4).round(3)   # keys that each row sees
     array([1., 2., 2.], dtype=float32)
     """
-    behind, ahead = band(causal, window)
+    behind, ahead = (None, 0 if causal else None) if window is None else band(causal, window)
     standard = alibi is True
     slopes = None if alibi is None or isinstance(alibi, bool) else alibi
     options = (behind, ahead, scale, softcap, standard, dropout, seed, generated, return_lse)
     if mask is None and bias is None and slopes is None and sinks is None and key_lengths is None:
-        arrays = (q, k, v, *_NOTHING)
+        arrays = q, k, v
     else:
         arrays = (q, k, v, mask, bias, slopes, sinks, None, None, key_lengths, None, None, None)
     if out is not None:

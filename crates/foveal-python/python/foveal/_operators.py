@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from foveal import _native
+
+if torch.distributed.is_available():
+    # The first call of any operator imports it. Its functions have the process group of that moment for a default, which
+    # would live on after destroy_process_group(), with threads that the interpreter does not wait for when it ends.
+    import torch.distributed.nn.functional  # noqa: F401
 
 _Results = list[tuple[tuple[int, ...], torch.dtype]]
 
@@ -152,9 +158,12 @@ def _names(arrays: str) -> _Names:
 
 def ready_all(name: str, arrays: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The arrays of a mechanism as the native module takes them."""
+    strided = name == "attention"  # It takes none whole, and calls of the shortest kind.
     try:
         for array in arrays:
-            if array is not None and not array.is_contiguous():
+            if array is None or array.is_contiguous():
+                continue
+            if not strided or array.dim() < 3 or array.stride(-1) != 1:
                 break
         else:
             return arrays
@@ -165,6 +174,62 @@ def ready_all(name: str, arrays: Sequence[Tensor | None]) -> Sequence[Tensor | N
 
 
 NAMES = {name: _names(spec.arrays) for name, spec in SPECS.items()}
+
+
+def _differentiable(name: str, tensors: Sequence[Any]) -> list[int]:
+    """Places of the tensors that have gradients."""
+    all_, _, constant = NAMES[name]
+    return [n for n, tensor in enumerate(tensors) if tensor is not None and all_[n] not in constant]
+
+
+def _gradients(
+    name: str, given: tuple[Sequence[Any], Sequence[Any], Sequence[Any]], options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Gradients of all arrays, from those, the results, and the gradients of results."""
+    inputs, results, d = given
+    states = len(SPECS[name].gradients) > 2
+    d = tuple(ready(x, whole=states and n in (1, 2)) for n, x in enumerate(d))
+    return _native.backward(name, tuple(ready_all(name, inputs)), tuple(results), d, options)
+
+
+def _keep(ctx: Any, name: str, tensors: Sequence[Any], results: Sequence[Any]) -> None:
+    """Keeps what gradients need."""
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None), *results)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(x for n, x in enumerate(results) if n not in SPECS[name].gradients))
+
+
+def _kept(ctx: Any, name: str, d_results: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """The arrays, the results, and the gradients of those that take any; no gradients if there are none."""
+    saved = list(ctx.saved_tensors)
+    tensors = [saved.pop(0) if there else None for there in ctx.present]
+    if all(d is None for d in d_results):
+        return tensors, saved, None
+    wanted = [d_results[n] for n in SPECS[name].gradients]
+    if wanted[0] is None:
+        wanted[0] = torch.zeros_like(saved[0])
+    return tensors, saved, wanted
+
+
+class Recorded(torch.autograd.Function):
+    """A mechanism with gradients, called straight: the same kernels as by its operator, which costs ten times as much a call."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        results = _native.forward(name, tuple(ready_all(name, tensors)), options)
+        ctx.name, ctx.options = name, options
+        _keep(ctx, name, tensors, results)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_results: Any) -> tuple[Any, ...]:
+        tensors, saved, wanted = _kept(ctx, ctx.name, d_results)
+        if wanted is None:
+            return (None,) * (2 + len(tensors))
+        gradients = _gradients(ctx.name, (tensors, saved, wanted), ctx.options)[: len(tensors)]
+        return None, None, *gradients, *(None,) * (len(tensors) - len(gradients))
 
 
 def _define(name: str, spec: Spec) -> Callable[..., Any]:
@@ -196,23 +261,15 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
     if not spec.gradients:
         return forward
 
-    def differentiable(tensors: Sequence[Any]) -> list[int]:
-        return [n for n in range(count) if tensors[n] is not None and names.all[n] not in names.constant]
-
     def run_backward(*arguments: Any) -> list[Tensor]:
         *tensors, options = arguments
         inputs, results, d = tensors[:count], tensors[count : count + example], tensors[count + example :]
-        gradients = _native.backward(
-            name,
-            tuple(ready_all(name, inputs)),
-            tuple(results),
-            tuple(ready(x, whole=n in (1, 2) and len(spec.gradients) > 2) for n, x in enumerate(d)),
-            _decode(options),
-        )
-        return [gradients[n] for n in differentiable(inputs)]
+        gradients = _gradients(name, (inputs, results, d), _decode(options))
+        return [gradients[n] for n in _differentiable(name, inputs)]
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
-        return [arguments[n].new_empty(arguments[n].shape) for n in differentiable(arguments)]
+        places = _differentiable(name, arguments[:count])
+        return [arguments[n].new_empty(arguments[n].shape) for n in places]
 
     kept = ", ".join(f"Tensor result_{n}" for n in range(example))
     d = ", ".join(f"Tensor{'?' if n else ''} d_{n}" for n in range(len(spec.gradients)))
@@ -227,22 +284,14 @@ def _define(name: str, spec: Spec) -> Callable[..., Any]:
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.options = inputs
-        results = output if isinstance(output, (tuple, list)) else (output,)
-        ctx.present = [tensor is not None for tensor in tensors]
-        ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None), *results)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for n, x in enumerate(results) if n not in spec.gradients))
+        _keep(ctx, name, tensors, output if isinstance(output, (tuple, list)) else (output,))
 
     def through(ctx: Any, *d_results: Any) -> tuple[Any, ...]:
-        saved = list(ctx.saved_tensors)
-        tensors = [saved.pop(0) if there else None for there in ctx.present]
-        if all(g is None for g in d_results):
+        tensors, saved, wanted = _kept(ctx, name, d_results)
+        if wanted is None:
             return (None,) * (count + 1)
-        wanted = [d_results[n] for n in spec.gradients]
-        if wanted[0] is None:
-            wanted[0] = torch.zeros_like(saved[0])
         gradients = iter(backward(*tensors, *saved, *wanted, ctx.options))
-        places = set(differentiable(tensors))
+        places = set(_differentiable(name, tensors))
         return (*(next(gradients) if n in places else None for n in range(count)), None)
 
     forward.register_autograd(through, setup_context=setup)

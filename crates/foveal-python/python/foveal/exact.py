@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveal._attention import attention
-from foveal._core import Array, band, run
+from foveal._core import Array, band, is_torch, run
 
 
 def full(q: Array, k: Array, v: Array, *, causal: bool = True, **options: Any) -> Any:
@@ -73,7 +73,7 @@ def mla(
     return_lse: bool = False,
 ) -> Any:
     """Latent attention (DeepSeek-V2): keys and values of all heads are made from one compressed row a token, or queries
-    taken to it (``generated``). Forward only, float32.
+    taken to it (``generated``). float32. Tensors that want gradients take keys and values of all heads, in memory.
 
     Queries ``[B, T, H, n + rope_dim]``, rows ``[B, S, c + rope_dim]``, the up-projection ``[H·(n + value_dim), c]``: of
     each head first the rows of its keys, then those of its values. Gives ``[B, T, H, value_dim]``.
@@ -82,6 +82,12 @@ def mla(
     >>> foveal.exact.mla(q, rows, np.ones((2 * 16, 16), np.float32), rope_dim=4, value_dim=8).shape
     (1, 3, 2, 8)
     """
+    if is_torch(q):
+        from foveal import torch as foveal_torch
+
+        if foveal_torch.wants_gradients((q, rows, up)):
+            keys, values = foveal_torch.expand(rows, up, q.shape[2], (rope_dim, value_dim))
+            return attention(q, keys, values, causal=causal, window=window, scale=scale, return_lse=return_lse)
     behind, ahead = band(causal, window)
     out, lse = run("mla", (q, rows, up), (rope_dim, value_dim, behind, ahead, scale, generated))
     return (out, lse) if return_lse else out

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from foveal import linear
+from foveal import fla
 from foveal.torch import run
 
 __all__ = ["NAME", "attention", "attention_mask", "chunk_gated_delta_rule", "use_linear_kernels"]
@@ -172,25 +172,10 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """flash-linear-attention's function of this name (and ``fused_recurrent_gated_delta_rule``) by ``foveal.linear.gated_delta``:
-    queries and keys ``[B, T, H, D]``, values ``[B, T, H, Dv]``, logarithms of decays and strengths ``[B, T, H]``."""
-    dtype = query.dtype
-    query, key, value = (x.float() for x in (query, key, value))
-    if use_qk_l2norm_in_kernel:
-        query, key = (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
-    state = None if initial_state is None else initial_state.float()
-    out, final = linear.gated_delta(
-        query,
-        key,
-        value,
-        g.float(),
-        beta.float(),
-        scale=scale,
-        initial_state=state,
-        cu_seqlens=cu_seqlens,
-        return_state=True,
-    )
-    return out.to(dtype), final if output_final_state else None
+    """``foveal.fla.chunk_gated_delta_rule`` with the names of arguments that Transformers has, which are more than it needs."""
+    common = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
+    common |= {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel, "cu_seqlens": cu_seqlens}
+    return fla.chunk_gated_delta_rule(query, key, value, g, beta, **common)
 
 
 _RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")

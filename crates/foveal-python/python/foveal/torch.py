@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from foveal import _core, _native
-from foveal._operators import OPERATORS, ready, ready_all
+from foveal._operators import NAMES, OPERATORS, SPECS, Recorded, ready, ready_all
 
 __all__ = ["merge", "replace_sdpa", "scaled_dot_product_attention"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _wants_gradients(arrays: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arrays)
+def wants_gradients(arrays: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call is to be recorded."""
+    if torch.is_grad_enabled():
+        for x in arrays:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _share_threads() -> None:
@@ -37,21 +42,54 @@ def _share_threads() -> None:
 
 def run(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The results of a mechanism."""
-    if torch.compiler.is_compiling() or type(arrays[0]) not in _PLAIN or _wants_gradients(arrays):
-        if not torch.compiler.is_compiling():
-            _share_threads()
-        if name == "attention":
-            # Gradients need the log-sum-exp.
-            options = (*options[:-1], True)
-        results = OPERATORS[name](*arrays, repr(options))
-        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+    if _is_compiling():
+        return _operate(name, arrays, options)
     _share_threads()
-    return _native.forward(name, tuple(ready_all(name, arrays)), options)
+    if type(arrays[0]) not in _PLAIN or _modes() or _transforms() is not None:
+        return _operate(name, arrays, options)
+    if not wants_gradients(arrays):
+        return _native.forward(name, tuple(ready_all(name, arrays)), options)
+    if not SPECS[name].gradients:
+        return _operate(name, arrays, options)
+    return Recorded.apply(name, _with_lse(name, options), *arrays)
+
+
+_is_compiling = torch.compiler.is_compiling
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def _with_lse(name: str, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Gradients need the log-sum-exp.
+    return (*options[:-1], True) if name == "attention" else options
+
+
+def _operate(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """By an operator, which tracing, modes and transforms see."""
+    missing = (None,) * (len(NAMES[name].all) - len(arrays))
+    results = OPERATORS[name](*arrays, *missing, repr(_with_lse(name, options)))
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def step(name: str, state: Any, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The results of a mechanism that goes on with a state; no gradients."""
+    _share_threads()
+    arrays = tuple([x.detach() if isinstance(x, Tensor) else x for x in arrays])
+    return _native.step(name, state, tuple(ready_all(name, arrays)), options)
+
+
+def expand(rows: Tensor, up: Tensor, heads: int, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, S, H, n + rope_dim]`` and values ``[B, S, H, value_dim]`` of the compressed rows of latent attention."""
+    rope_dim, value_dim = dims
+    latent, turned = rows.split([rows.shape[-1] - rope_dim, rope_dim], -1)
+    both = torch.nn.functional.linear(latent, up).unflatten(-1, (heads, -1))
+    keys, values = both.split([both.shape[-1] - value_dim, value_dim], -1)
+    turned = turned.unsqueeze(2).expand(-1, -1, heads, -1)
+    return torch.cat([keys, turned], -1), values
 
 
 def attention_into(arrays: tuple[Tensor | None, ...], out: Tensor, options: tuple[Any, ...]) -> Tensor:
     """Attention into a tensor; the log-sum-exp."""
-    if _wants_gradients((*arrays, out)):
+    if wants_gradients((*arrays, out)):
         raise RuntimeError("attention with out=... has no gradients; call it under torch.no_grad()")
     _share_threads()
     return _native.attention_into(tuple(ready_all("attention", arrays)), out, options)
@@ -60,7 +98,7 @@ def attention_into(arrays: tuple[Tensor | None, ...], out: Tensor, options: tupl
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """``foveal.merge`` with gradients."""
     arrays = (out_a, lse_a, out_b, lse_b)
-    if not torch.compiler.is_compiling() and not _wants_gradients(arrays):
+    if not torch.compiler.is_compiling() and not wants_gradients(arrays):
         out, lse = _native.forward("merge", tuple(ready(x) for x in arrays), ())
         return out, lse
     lse = torch.logaddexp(lse_a, lse_b)
@@ -127,7 +165,8 @@ def scaled_dot_product_attention(
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
     options = (None, ahead, scale, None, False, dropout_p, seed, False, False)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = run("attention", (q, k, v, mask, bias, *(None,) * 8), options)[0]
+    arrays = (q, k, v) if attn_mask is None else (q, k, v, mask, bias)
+    out = run("attention", arrays, options)[0]
     return out.transpose(1, 2)
 
 

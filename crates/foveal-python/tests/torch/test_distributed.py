@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
 import foveal  # noqa: E402
+import foveal.torch  # noqa: E402, F401
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "ring.py"
 
@@ -28,6 +30,13 @@ def start(rank, world, address):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
+
+
+def end():
+    # A group that something still holds goes on with its threads while the interpreter ends, which may abort the process.
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    assert group() is None
 
 
 def sharded(rank, world, address):
@@ -57,7 +66,7 @@ def sharded(rank, world, address):
                 torch.testing.assert_close(half.float(), cut(expected.detach()), atol=0.05, rtol=0.05)
     with pytest.raises(ValueError, match="multiple"):
         shard(q[:, :5])
-    dist.destroy_process_group()
+    end()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -86,7 +95,8 @@ def trained(rank, world, address):
     alone.load_state_dict(layer.state_dict())
     alone(x).square().mean().backward()
     torch.testing.assert_close(layer.project.weight.grad, alone.project.weight.grad, atol=1e-6, rtol=1e-4)
-    dist.destroy_process_group()
+    del parallel
+    end()
 
 
 def test_training_in_parallel():
