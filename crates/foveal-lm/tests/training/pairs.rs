@@ -79,7 +79,9 @@ fn copying_is_learned_and_said() {
     assert!(before.lines().count() == 3 && before.contains('('), "{before}");
     for _ in 0..1000 {
         trainer.step().unwrap();
-        if trainer.state().step % 100 == 0 && trainer.evaluate().unwrap().unwrap().loss < 0.05 {
+        if trainer.state().step.is_multiple_of(100)
+            && trainer.evaluate().unwrap().unwrap().loss < 0.05
+        {
             break;
         }
     }

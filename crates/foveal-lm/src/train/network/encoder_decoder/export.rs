@@ -11,7 +11,7 @@ use super::{EncoderDecoder, EncoderDecoderConfig, HALVES, NormPlace, PositionKin
 
 impl EncoderDecoderConfig {
     /// Its `config.json`, without the tokens that end texts.
-    pub(crate) fn to_json(&self) -> Value {
+    pub(crate) fn to_json(self) -> Value {
         let (class, kind) = match self.norms {
             NormPlace::Post => ("MarianMTModel", "marian"),
             NormPlace::Pre => ("FovealEncoderDecoder", "foveal_encoder_decoder"),
