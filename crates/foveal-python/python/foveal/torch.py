@@ -185,6 +185,10 @@ def scaled_dot_product_attention(
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
     options = (None, ahead, scale, None, False, dropout_p, seed, False, False)
     terms = () if attn_mask is None else (mask, bias)
+    if not _is_watched(query) and not wants_gradients((query, key, value, bias)) and not _is_large(query):
+        _share_threads()
+        arrays = tuple(ready_all("attention", (query, key, value, *terms)))
+        return _native.forward("attention_by_heads", arrays, options)[0]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = run("attention", (q, k, v, *terms), options)[0]
     return out.transpose(1, 2)
