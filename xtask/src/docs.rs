@@ -1,7 +1,7 @@
-//! `cargo xtask docs`: the README's table of mechanisms, from the registry, and the header of the C interface, from
-//! its crate.
+//! `cargo xtask docs`: the README's table of mechanisms and what the survey shows of them, from the registry, and the header of
+//! the C interface, from its crate.
 
-use crate::{header, run};
+use crate::{header, run, survey};
 use anyhow::{Context, Result, bail};
 use foveal::registry::MECHANISMS;
 use std::fs;
@@ -16,6 +16,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         _ => bail!("docs takes --check or nothing"),
     };
     header::update(check)?;
+    survey::update(check)?;
     let path = run::root().join("README.md");
     let text = fs::read_to_string(&path).context("README.md")?;
     let (before, rest) = text.split_once(BEGIN).context("README.md has no <!-- mechanisms -->")?;

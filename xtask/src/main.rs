@@ -14,6 +14,7 @@ mod pictures;
 mod python;
 mod rules;
 mod run;
+mod survey;
 mod test;
 
 use std::process::ExitCode;

@@ -9,7 +9,7 @@ use std::process::Command;
 /// The run: few steps, and all that has a state of its own.
 const CONFIG: &str = "[model]\nlayers = 2\nwidth = 32\nheads = 2\nmixer = [{ name = 'full' }, { name = 'gated_delta' }]\n\
     [data]\nsequence = 64\nbatch = 4\norder = 'streams'\n[schedule]\nsteps = 6\n\
-    [train]\npieces = 2\ndropout = 0.1\nevaluate_every = 3\nevaluate_batches = 3\ncheckpoint_every = 3\n";
+    [train]\ndropout = 0.1\nevaluate_every = 3\nevaluate_batches = 3\ncheckpoint_every = 3\n";
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     if let [first, ..] = arguments {
@@ -78,7 +78,7 @@ fn training(foveal: &Path) -> Result<()> {
     same(&one, &two)?;
     let mut uneven = processes(3, foveal);
     if works(train(&mut uneven).arg(&config).arg("--out").arg(folder.join("three"))) {
-        bail!("three processes shared out a step of two pieces");
+        bail!("three processes shared out a step of four sequences");
     }
     Ok(())
 }

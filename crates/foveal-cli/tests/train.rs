@@ -182,6 +182,54 @@ fn runs_that_are_killed_lose_nothing() {
     assert!(metrics(&killed).len() > metrics(&whole).len());
 }
 
+#[test]
+fn an_encoder_decoder_is_trained_on_pairs() {
+    let folder = Folder::new("train-pairs");
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/train-translation.toml");
+    let small = [
+        "model.encoder_layers=1",
+        "model.layers=1",
+        "model.width=16",
+        "schedule.steps=6",
+        "schedule.warmup=2",
+        "data.batch=8",
+        "train.evaluate_every=3",
+        "train.evaluate_batches=2",
+        "train.sample_every=6",
+        "train.checkpoint_every=2",
+    ];
+    let small: Vec<&str> = small.iter().flat_map(|set| ["--set", set]).collect();
+    let start = |out| [&["train", example, "--out", out][..], &small].concat();
+    let (whole, cut) = (path(&folder, "whole"), path(&folder, "cut"));
+    assert!(succeeds(&start(&whole)).contains("8 pairs a step"));
+    kill_after(&start(&cut), 3);
+    succeeds(&["train", "--resume", &cut, "--threads", "1"]);
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        assert!(read(&cut, name) == read(&whole, name), "{name}");
+    }
+    assert_eq!(metrics(&cut), metrics(&whole));
+    let samples = metrics(&whole);
+    assert!(samples.iter().any(|r| r["sample"].as_str().is_some_and(|s| s.contains(" → "))));
+    assert!(String::from_utf8(read(&whole, "report.html")).unwrap().contains("<svg"));
+    // What is made is no decoder, and says so.
+    let decoder = "encoder–decoder, which only training computes";
+    assert_fails(&run(&["generate", "--model", &whole, "x"]), 1, &[decoder]);
+    let gguf = path(&folder, "model.gguf");
+    assert_fails(&run(&["convert", &whole, &gguf, "--attention", "mqa"]), 1, &[decoder]);
+    assert!(!Path::new(&gguf).exists());
+    // Pairs of a file; the prompt is what is translated.
+    let pairs =
+        folder.write("pairs.tsv", "one\teins\ntwo\tzwei\nthree\tdrei\n".repeat(9).as_bytes());
+    let out = path(&folder, "file");
+    let text = std::fs::read_to_string(example).unwrap().replace("task = \"reverse\"", "");
+    let config = folder.write("file.toml", text.as_bytes());
+    let named = format!("data.train=['{pairs}']");
+    let own = ["--set", &named, "--set", "train.prompt=one", "--out", &out];
+    succeeds(&[&["train", &config][..], &small, &own].concat());
+    let said = metrics(&out);
+    assert!(said.iter().any(|r| r["sample"].as_str().is_some_and(|s| s.starts_with("one → "))));
+}
+
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint() {

@@ -94,10 +94,6 @@ pub fn convert(
     let fresh = change(&mut folder, &before, conversion)?;
     let model = ModelConfig::from_json(&folder.config)?;
     let is_file = output.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
-    if is_file && folder.config.get("foveal").is_some() {
-        let key = "mixers by name, for which GGUF has no key,".to_owned();
-        return Err(Error::UnsupportedConfig { key, found: folder.config["foveal"].to_string() });
-    }
     let parameters = assembled(&folder, &model, (conversion.seed, &fresh))?;
     if is_file {
         let temporary = Temporary(beside(output));

@@ -35,6 +35,11 @@ pub enum Error {
     /// A value of the model's description that no model has.
     #[error("the model's {key} is {found}, expected {expected}")]
     Config { key: String, found: String, expected: String },
+    /// A model of two texts, where one is expected.
+    #[error(
+        "the model is an encoder–decoder, which only training computes; expected a decoder. With norms behind sums (model.norms = \"post\") transformers' MarianMTModel opens its folder"
+    )]
+    EncoderDecoder,
     /// A part of a model that this crate doesn't compute.
     #[error("the model sets {key} to {found}, which is not supported")]
     UnsupportedConfig { key: String, found: String },

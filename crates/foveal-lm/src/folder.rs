@@ -150,6 +150,10 @@ impl Folder {
                 tensors.push(Tensor::stored(name, weight, change(&gguf, &config)));
             }
         }
+        let names = weights.tensors().iter().map(|info| &*info.name);
+        for [gguf, name] in names::sections(names, &config, [Form::Gguf, Form::HuggingFace]) {
+            tensors.push(Tensor::stored(name, weights.tensor(&gguf)?, Change::None));
+        }
         Ok(Folder { config: to_json(&config)?, tensors })
     }
 }

@@ -60,6 +60,32 @@ pub(crate) fn all(config: &ModelConfig) -> impl Iterator<Item = Place> {
     global.chain((0..config.layers.len()).flat_map(layer))
 }
 
+/// The name of a tensor of one of a layer's sections: `gate_proj.weight`, `a_log`.
+pub(crate) fn section(layer: usize, section: usize, part: &str, form: Form) -> String {
+    match form {
+        Form::Gguf => format!("blk.{layer}.sections.{section}.{part}"),
+        Form::HuggingFace => format!("model.layers.{layer}.self_attn.sections.{section}.{part}"),
+    }
+}
+
+/// The tensors of sections among names in one form, and their names in the other.
+pub(crate) fn sections<'a>(
+    names: impl Iterator<Item = &'a str>,
+    config: &ModelConfig,
+    [from, to]: [Form; 2],
+) -> Vec<[String; 2]> {
+    let names: Vec<&str> = names.collect();
+    let mut all = vec![];
+    for (layer, sections) in config.layers.iter().map(|layer| layer.sections.len()).enumerate() {
+        for n in 0..sections {
+            let prefix = section(layer, n, "", from);
+            let parts = names.iter().filter_map(|name| name.strip_prefix(&*prefix));
+            all.extend(parts.map(|part| [from, to].map(|form| section(layer, n, part, form))));
+        }
+    }
+    all
+}
+
 /// A tensor that every layer has, or may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -175,12 +201,15 @@ impl<'a> Parts<'a> {
         self.config
     }
 
-    fn name(&self, place: Place) -> String {
-        let form = match self.weights.description() {
+    fn form(&self) -> Form {
+        match self.weights.description() {
             Description::Gguf(_) => Form::Gguf,
             _ => Form::HuggingFace,
-        };
-        place.name(self.config, form)
+        }
+    }
+
+    fn name(&self, place: Place) -> String {
+        place.name(self.config, self.form())
     }
 
     fn table(&self, place: Place) -> Result<Linear, Error> {
@@ -229,7 +258,7 @@ impl<'a> Parts<'a> {
         part: &str,
         shape: [usize; 2],
     ) -> Result<Linear, Error> {
-        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}.weight");
+        let name = self::section(layer, section, &format!("{part}.weight"), self.form());
         Ok(Linear::new(self.weights.tensor(&name)?.with_shape(&shape)?, None))
     }
 
@@ -241,7 +270,7 @@ impl<'a> Parts<'a> {
         part: &str,
         len: usize,
     ) -> Result<Vec<f32>, Error> {
-        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}");
+        let name = self::section(layer, section, part, self.form());
         Ok(self.weights.tensor(&name)?.with_shape(&[len])?.to_f32())
     }
 
@@ -253,7 +282,7 @@ impl<'a> Parts<'a> {
         part: &str,
         [channels, taps]: [usize; 2],
     ) -> Result<Vec<f32>, Error> {
-        let name = format!("model.layers.{layer}.self_attn.sections.{section}.{part}.weight");
+        let name = self::section(layer, section, &format!("{part}.weight"), self.form());
         Ok(self.weights.tensor(&name)?.with_shape(&[channels, 1, taps])?.to_f32())
     }
 

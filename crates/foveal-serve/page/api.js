@@ -42,10 +42,11 @@ async function ask(path, body, signal) {
 /**
  * @param {string} path
  * @param {unknown} [body]
+ * @param {AbortSignal} [signal]
  * @returns {Promise<any>}
  */
-export async function json(path, body) {
-  return (await ask(path, body)).json();
+export async function json(path, body, signal) {
+  return (await ask(path, body, signal)).json();
 }
 
 /**

@@ -94,13 +94,15 @@ function mark(n) {
 
 async function row() {
   if (!look) return;
-  const mine = ++asked;
+  const mine = ++asked, list = element("tokens", HTMLElement);
+  list.setAttribute("aria-busy", "true");
   try {
     const answer = await json(`/page/look/${look.id}/row`, { position: token, ...heads() });
     if (mine === asked) colour(answer);
   } catch (error) {
     if (mine === asked) notice(error);
   }
+  if (mine === asked) list.setAttribute("aria-busy", "false");
 }
 
 /** @param {number} n */
@@ -210,5 +212,5 @@ export function start() {
     if (event.target instanceof HTMLSelectElement) maps.order(event.target.value);
   });
   maps.start(take);
-  return (/** @type {object[]} */ messages) => begin({ messages });
+  return begin;
 }

@@ -1,6 +1,6 @@
 // @ts-check
 import { element, json, key, notice } from "./api.js";
-import { start as startChat } from "./chat.js";
+import * as talk from "./talk.js";
 import { start as startLook } from "./look.js";
 import { start as startMechanisms } from "./mechanisms.js";
 
@@ -38,7 +38,8 @@ let last = { made: 0, time: 0 };
 
 async function gauges() {
   if (document.hidden) return;
-  const { id, status } = await json("/page/status");
+  const { id, chat, context_length, status } = await json("/page/status");
+  talk.know(chat, context_length);
   const time = performance.now();
   const speed = last.time ? (1000 * (status.made_tokens - last.made)) / (time - last.time) : 0;
   last = { made: status.made_tokens, time };
@@ -65,9 +66,9 @@ element("key-form", HTMLFormElement).addEventListener("submit", (event) => {
 });
 
 const look = startLook();
-startChat((messages) => {
+talk.start((what) => {
   show("look");
-  look(messages);
+  look(what);
 });
 show(VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
 watch();

@@ -22,13 +22,22 @@ cp "$here/package.json" "$here/click.mjs" "$folder/"
 echo "tsc: no errors"
 servers=()
 trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
+# Any free port; the server says which.
 serve() {
-    "$foveal" serve --port "$@" 2>"$folder/log-$1" &
+    local log=$folder/log-$1
+    shift
+    "$foveal" serve --port 0 "$@" 2>"$log" &
     servers+=($!)
-    for _ in $(seq 200); do curl -sf "http://127.0.0.1:$1/health" >/dev/null && return; sleep 0.1; done
-    cat "$folder/log-$1" >&2
+    for _ in $(seq 1200); do
+        address=$(sed -n 's|.* at \(http://[0-9.:]*\)$|\1|p' "$log")
+        [ -z "$address" ] || return 0
+        kill -0 "${servers[-1]}" 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$log" >&2
     return 1
 }
-serve 18090 "${model[@]}"
-serve 18091 --model "$mixed" --name mixed
-CHROMIUM=${CHROMIUM:-$(command -v chromium)} node "$folder/click.mjs" http://127.0.0.1:18090 http://127.0.0.1:18091 "$pictures"
+serve model "${model[@]}"
+base=$address
+serve mixed --model "$mixed" --name mixed
+CHROMIUM=${CHROMIUM:-$(command -v chromium)} node "$folder/click.mjs" "$base" "$address" "$pictures"

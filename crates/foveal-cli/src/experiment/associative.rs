@@ -13,16 +13,16 @@ use foveal::linear::{Delta, Linear, Recurrence, Recurrent, Tokens};
 use foveal::testing::normal;
 use foveal::{Attention, Scale, Shape, Tensor};
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table, digits};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 /// What scores of attention are multiplied by.
 const SHARPNESS: f32 = 100.0;
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let (pairs, dim) = (cell.count("pairs")?, cell.count("dim")?);
     let shape = Shape { batch: 1, seq: pairs, heads: 1, dim };
     let seed = 100 * cell.seed()?;

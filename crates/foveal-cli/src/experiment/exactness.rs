@@ -12,10 +12,10 @@ use foveal::sparse::{Factors, Moba, SparseTransformer, Window};
 use foveal::testing::normal;
 use foveal::{Attention, Mask, Phase, Shape, SoftmaxState, Tensor, TensorRef, Workspace};
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, cross};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 const HEADS: usize = 4;
@@ -61,7 +61,7 @@ impl Text {
     }
 }
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let text = Text::new(cell.count("tokens")?, cell.count("dim")?, cell.seed()?)?;
     let x = text.inputs();
     let full = Attention::new().mask(Mask::causal());

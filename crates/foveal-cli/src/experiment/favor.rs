@@ -14,10 +14,10 @@ use foveal_lm::config::ModelConfig;
 use foveal_lm::tokenizer::Encode;
 use foveal_lm::train::Parameters;
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 use crate::{source, train};
 
@@ -28,7 +28,7 @@ struct Layer {
     v: Tensor<f32>,
 }
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let layer = first_layer(cell.count("tokens")?, cell.number("sharpness")?)?;
     let (count, seed) = (cell.count("features")?, cell.seed()?);
     let exact = Attention::new().mask(Mask::causal());

@@ -10,11 +10,11 @@ use foveal_lm::convert::{Attention, Conversion, Pool, convert};
 use foveal_lm::train::Config;
 use foveal_lm::train::config::{ModelSection, ScheduleSection};
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
 use super::language::{Folder, bits_a_token, config, held_out, trained};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
 
 /// Held-out bytes that are predicted.
@@ -24,7 +24,7 @@ const SHARES: [usize; 3] = [0, 5, 20];
 const POOLS: [(&str, Pool); 3] =
     [("mean", Pool::Mean), ("first", Pool::First), ("random", Pool::Random)];
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let tokens = cell.count("tokens")?;
     let text = held_out(PREDICTED);
     let bits = |folder: &Path| -> anyhow::Result<f64> {

@@ -6,10 +6,10 @@ use foveal::linear::{Delta, Linear, Recurrence, Recurrent, Tokens};
 use foveal::testing::normal;
 use foveal::{Attention, Mask, Shape, Tensor};
 
-use super::Numbers;
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
 use super::results::Results;
+use super::{Models, Numbers};
 use crate::compare::kernels::{DIM, HEADS, WINDOW, measure, state_bytes};
 use crate::plot::{Axis, Plot, Series, short};
 
@@ -17,7 +17,7 @@ use crate::plot::{Axis, Plot, Series, short};
 const STEPS: usize = 20;
 const ROUNDS: usize = 5;
 
-pub(super) fn run(cell: &Cell) -> anyhow::Result<Numbers> {
+pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let (name, tokens) = (cell.word("mechanism")?, cell.count("tokens")?);
     let point = measure(name, tokens)?;
     let mut numbers = Numbers::from([

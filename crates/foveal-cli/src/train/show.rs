@@ -36,8 +36,11 @@ impl Show {
         let (config, state) = (trainer.config(), trainer.state());
         let count = trainer.parameters().values().len();
         let text = format!(
-            "{count} parameters, {} tokens a step, {} steps",
-            config.data.sequence * config.data.batch * config.train.accumulate,
+            "{count} parameters, {} a step, {} steps",
+            match (config.data.batch * config.train.accumulate, config.has_pairs()) {
+                (pairs, true) => format!("{pairs} pairs"),
+                (sequences, false) => format!("{} tokens", config.data.sequence * sequences),
+            },
             config.schedule.steps,
         );
         output::note(&match state.step {

@@ -1,15 +1,21 @@
-//! The description of a model in GGUF metadata: keys `ARCH.*`, as llama.cpp writes them.
+//! The description of a model in GGUF metadata: keys `ARCH.*`, as llama.cpp writes them, and `foveal.mixer` where mixers are
+//! named.
 
 use super::{
     Activation, Architecture, AttentionConfig, LayerConfig, ModelConfig, Reach, RopeConfig,
     RopeLayout, RopeScaling,
 };
 use foveal::position::{Yarn, YarnAmplitude};
+use serde_json::{Value, json};
 
 use crate::Error;
 use crate::weights::gguf::{FromValue, Metadata};
 use crate::weights::{self, Weights};
 
+/// What the architecture of a model with mixers by name begins with; the family follows.
+pub(crate) const NAMED: &str = "foveal-";
+/// The key that has its mixers, as JSON in the form of `config.json`.
+pub(crate) const MIXER: &str = "foveal.mixer";
 const LLAMA_ROPE_BASE: f64 = 10_000.0;
 /// Gemma 3's windowed layers, where the metadata has nothing else.
 const GEMMA_LOCAL_ROPE_BASE: f64 = 10_000.0;
@@ -18,7 +24,8 @@ const GEMMA2_WINDOW: usize = 4096;
 
 pub(super) fn read(metadata: &Metadata, weights: &Weights) -> Result<ModelConfig, Error> {
     let name: &str = metadata.require("general.architecture")?;
-    let architecture = match name {
+    let family = name.strip_prefix(NAMED);
+    let architecture = match family.unwrap_or(name) {
         "llama" => Architecture::Llama,
         "qwen2" => Architecture::Qwen2,
         "qwen3" => Architecture::Qwen3,
@@ -27,21 +34,26 @@ pub(super) fn read(metadata: &Metadata, weights: &Weights) -> Result<ModelConfig
         "gpt-oss" => Architecture::GptOss,
         _ => return Err(Error::Architecture { found: name.to_owned() }),
     };
-    let keys = Keys { metadata, weights, architecture };
+    let keys = Keys { metadata, weights, name, architecture };
     keys.refuse_unsupported()?;
-    keys.model()
+    match family {
+        Some(_) => keys.model_with_mixers(),
+        None => keys.model(),
+    }
 }
 
 /// The metadata of one model.
 struct Keys<'a> {
     metadata: &'a Metadata,
     weights: &'a Weights,
+    /// What keys begin with.
+    name: &'a str,
     architecture: Architecture,
 }
 
 impl<'a> Keys<'a> {
     fn key(&self, name: &str) -> String {
-        format!("{}.{name}", self.architecture)
+        format!("{}.{name}", self.name)
     }
 
     fn get<T: FromValue<'a>>(&self, name: &str) -> Result<Option<T>, Error> {
@@ -89,6 +101,22 @@ impl<'a> Keys<'a> {
             }
         }
         Ok(())
+    }
+
+    /// A model whose mixers are named, with its rows in the folder's order.
+    fn model_with_mixers(&self) -> Result<ModelConfig, Error> {
+        let mut model = self.model()?;
+        model.attention.rope_layout = RopeLayout::HalfSplit;
+        let text: &str = self.metadata.require(MIXER)?;
+        let mixer: Value = serde_json::from_str(text)
+            .map_err(|error| Error::config(MIXER, error, "mixers as in config.json, as JSON"))?;
+        let heads = [model.attention.heads, model.attention.kv_heads];
+        let foveal = json!({ "mixer": mixer });
+        let sections = super::sections::read(Some(&foveal), model.layers.len(), heads)?;
+        for (layer, sections) in model.layers.iter_mut().zip(sections) {
+            layer.sections = sections;
+        }
+        Ok(model)
     }
 
     fn model(&self) -> Result<ModelConfig, Error> {

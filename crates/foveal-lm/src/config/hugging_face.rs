@@ -18,6 +18,9 @@ const FULL: &str = "full_attention";
 const WINDOWED: &str = "sliding_attention";
 
 pub(super) fn read(json: &Value) -> Result<ModelConfig, Error> {
+    if json.get("is_encoder_decoder") == Some(&Value::Bool(true)) {
+        return Err(Error::EncoderDecoder);
+    }
     let class = json.pointer("/architectures/0").and_then(Value::as_str);
     let name = class.or_else(|| json.get("model_type")?.as_str()).unwrap_or_default();
     let architecture = match name {

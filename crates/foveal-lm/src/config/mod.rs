@@ -3,9 +3,9 @@
 //! Every number in a [`ModelConfig`] has been checked: counts are positive and bounded, heads divide, floats are
 //! finite. What this crate doesn't compute is refused here, by name, and never ignored.
 
-mod gguf;
+pub(crate) mod gguf;
 mod hugging_face;
-mod sections;
+pub(crate) mod sections;
 
 use foveal::plan;
 use foveal::position::{Yarn, YarnAmplitude};

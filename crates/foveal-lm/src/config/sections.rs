@@ -10,13 +10,14 @@
 //! One description stands for all layers, a list has one for each. A layer is one mechanism, or a list of them with the
 //! heads that each takes, in their order.
 
-use serde::Deserialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+use super::LayerConfig;
 use crate::Error;
 
 /// What mixes tokens in some of a layer's heads.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Mechanism {
@@ -205,7 +206,7 @@ pub enum Mechanism {
 }
 
 /// See [`foveal::memory::memorizing::Index`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryIndex {
     /// Lists of a key/value head.
@@ -215,7 +216,7 @@ pub struct MemoryIndex {
 }
 
 /// See [`foveal::memory::infini::Update`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryUpdate {
     /// Values.
@@ -226,7 +227,7 @@ pub enum MemoryUpdate {
 }
 
 /// See [`foveal::linear::FeatureMap`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KernelMap {
     /// elu(x) + 1.
@@ -239,7 +240,7 @@ pub enum KernelMap {
 }
 
 /// The patterns of the Sparse Transformer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Factorised {
     /// Near tokens, and each l-th one before.
@@ -249,7 +250,7 @@ pub enum Factorised {
 }
 
 /// See [`foveal::sparse::Window`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NearWindow {
     /// l + 1 keys.
@@ -260,7 +261,7 @@ pub enum NearWindow {
 }
 
 /// See [`foveal::sparse::Combine`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CombineHeads {
     /// Every head sees both sets.
@@ -353,6 +354,36 @@ pub struct SectionConfig {
     pub heads: usize,
     /// Key/value heads; they divide the query heads.
     pub kv_heads: usize,
+}
+
+/// What [`read`] reads: `None` for layers without sections.
+///
+/// # Errors
+///
+/// [`Error::UnsupportedConfig`] where only some layers have sections.
+pub(crate) fn write(layers: &[LayerConfig]) -> Result<Option<Value>, Error> {
+    if layers.iter().all(|layer| layer.sections.is_empty()) {
+        return Ok(None);
+    }
+    let unsupported = |found: String| {
+        let key = "mixers by name in some layers only".to_owned();
+        Error::UnsupportedConfig { key, found }
+    };
+    let mut mixer = vec![];
+    for (n, layer) in layers.iter().enumerate() {
+        if layer.sections.is_empty() {
+            return Err(unsupported(format!("none in layer {n}")));
+        }
+        let sections = layer.sections.iter().map(|section| {
+            let mut json = serde_json::to_value(&section.mechanism)?;
+            json["heads"] = section.heads.into();
+            json["kv_heads"] = section.kv_heads.into();
+            Ok(json)
+        });
+        let sections: Result<Value, serde_json::Error> = sections.collect();
+        mixer.push(sections.map_err(|error| unsupported(error.to_string()))?);
+    }
+    Ok(Some(json!({"mixer": mixer})))
 }
 
 /// The sections of each of `layers` layers: empty where a layer has its family's attention.

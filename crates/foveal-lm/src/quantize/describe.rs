@@ -5,6 +5,8 @@ use foveal::projection::Format;
 
 use super::rows::Change;
 use crate::Error;
+use crate::config::gguf::{MIXER, NAMED};
+use crate::config::sections;
 use crate::config::{Activation, Architecture, LayerConfig, ModelConfig, Reach, RopeScaling};
 use crate::ropes;
 use crate::weights::gguf::{Metadata, OwnedValue};
@@ -46,7 +48,7 @@ pub(super) fn of_format(format: Format) -> Keys {
     keys
 }
 
-/// The family's name in GGUF, which has no Mistral.
+/// The family, of which GGUF has no Mistral.
 fn architecture(config: &ModelConfig) -> Architecture {
     match config.architecture {
         Architecture::Mistral => Architecture::Llama,
@@ -57,18 +59,27 @@ fn architecture(config: &ModelConfig) -> Architecture {
 /// What GGUF stores otherwise in the tensor of this name.
 pub(super) fn change(name: &str, config: &ModelConfig) -> Change {
     let rotated = name.contains("attn_q.") || name.contains("attn_k.");
-    if architecture(config) == Architecture::Llama && rotated {
+    if architecture(config) == Architecture::Llama && rotated && !is_named(config) {
         return Change::Interleave(config.attention.head_dim);
     }
     let norm = name.ends_with("norm.weight");
     if norm && config.norm_offset == 1.0 { Change::AddOne } else { Change::None }
 }
 
+/// Whether the mixers have names.
+fn is_named(config: &ModelConfig) -> bool {
+    config.layers.iter().any(|layer| !layer.sections.is_empty())
+}
+
 /// The keys of a model that came from a folder.
 pub(super) fn described(config: &ModelConfig) -> Result<Keys, Error> {
     refuse(config)?;
-    let architecture = architecture(config);
-    let mut keys: Keys = vec![("general.architecture".to_owned(), architecture.name().into())];
+    let named = if is_named(config) { NAMED } else { "" };
+    let architecture = format!("{named}{}", architecture(config));
+    let mut keys: Keys = vec![("general.architecture".to_owned(), (&*architecture).into())];
+    if let Some(foveal) = sections::write(&config.layers)? {
+        keys.push((MIXER.to_owned(), (&*foveal["mixer"].to_string()).into()));
+    }
     let mut put = |name: &str, value: OwnedValue| {
         keys.push((format!("{architecture}.{name}"), value));
     };
@@ -113,9 +124,6 @@ fn refuse(config: &ModelConfig) -> Result<(), Error> {
     if config.attention.latent.is_some() {
         return unsupported("latent attention", config.architecture.to_string());
     }
-    if config.layers.iter().any(|layer| !layer.sections.is_empty()) {
-        return unsupported("mixers by name", "\"foveal\" in config.json".to_owned());
-    }
     let usual = match config.architecture.is_gemma() {
         true => Activation::GeluTanh,
         false => Activation::Silu,
@@ -138,7 +146,8 @@ fn refuse(config: &ModelConfig) -> Result<(), Error> {
         return unsupported("the windowed layers' rope", format!("{:?}", local.rope));
     }
     for layer in &config.layers {
-        if layer != full && layer != local {
+        let is = |other: &LayerConfig| layer.reach == other.reach && layer.rope == other.rope;
+        if !is(full) && !is(local) {
             return unsupported("a layer", format!("{layer:?}"));
         }
     }

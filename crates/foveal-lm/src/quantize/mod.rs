@@ -2,7 +2,7 @@
 //!
 //! | tensor | format |
 //! |---|---|
-//! | norms, biases, sinks, divisors of frequencies | f32 |
+//! | norms, biases, sinks, divisors of frequencies, taps of convolutions | f32 |
 //! | embedding and head | the format asked for; Q6_K instead of 4 and 5 bits |
 //! | other matrices | the format asked for |
 //! | a matrix whose rows are no whole blocks of that | the next in Q4_K → Q5_0, Q5_K → Q5_1, Q6_K → Q8_0, all → f16 |
@@ -10,7 +10,8 @@
 //! The fallbacks are llama.cpp's. What has its format already is copied as it is. Rows are read, brought to f32, and
 //! written some at a time, so memory does not grow with the model; the file appears whole or not at all; the same input
 //! gives the same bytes. A folder's Llama gets its rows of queries and keys in GGUF's order, and Gemma's norms the one that
-//! their definition adds.
+//! their definition adds. A model with mixers by name is `foveal-FAMILY` there, with the mixers in `foveal.mixer` as JSON: what does
+//! not know them refuses the file. Its rows are in the folder's order.
 
 mod describe;
 mod rows;
@@ -148,6 +149,10 @@ fn sources(weights: &Weights, config: &ModelConfig, format: Format) -> Result<Ve
         let change = describe::change(&gguf, config);
         all.push(source(&gguf, weights.tensor(&hugging_face)?, change, format));
     }
+    let names = weights.tensors().iter().map(|info| &*info.name);
+    for [hugging_face, gguf] in names::sections(names, config, [Form::HuggingFace, Form::Gguf]) {
+        all.push(plain(&gguf, weights.tensor(&hugging_face)?));
+    }
     if let Some(divisors) = describe::divisors(config)? {
         let bytes: Vec<u8> = divisors.iter().flat_map(|x| x.to_le_bytes()).collect();
         let name = "rope_freqs.weight";
@@ -175,7 +180,7 @@ fn source(name: &str, weight: Weight, change: Change, format: Format) -> Source 
 
 /// The format of a tensor, and whether it is another than it should be.
 fn choose(name: &str, shape: &[usize], format: Format) -> (Format, bool) {
-    if shape.len() < 2 {
+    if shape.len() != 2 {
         return (Format::F32, false);
     }
     let outer = matches!(name, "token_embd.weight" | "output.weight");

@@ -136,12 +136,16 @@ impl Sampler {
     ///
     /// [`Error::Logit`] when a logit is NaN or +∞, [`Error::NoCandidate`] when none is above −∞.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, Error> {
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        self.penalise();
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         let keep = if temperature == 0.0 { 1 } else { top_k };
-        largest(&self.logits, keep, &mut self.candidates)?;
+        if self.sampling.repeat_penalty == 1.0 {
+            largest(logits, keep, &mut self.candidates)?;
+        } else {
+            self.logits.clear();
+            self.logits.extend_from_slice(logits);
+            self.penalise();
+            largest(&self.logits, keep, &mut self.candidates)?;
+        }
         let kept = &mut self.candidates;
         if top_p < 1.0 {
             probabilities(kept, 1.0);
@@ -165,9 +169,6 @@ impl Sampler {
 
     fn penalise(&mut self) {
         let penalty = self.sampling.repeat_penalty;
-        if penalty == 1.0 {
-            return;
-        }
         for (index, &token) in self.recent.iter().enumerate() {
             if self.recent.range(..index).any(|&earlier| earlier == token) {
                 continue;

@@ -44,7 +44,7 @@ fn tensors(
     let named = |part: &str, shape: &[usize], mean: f32| {
         let name = format!("model.layers.{layer}.self_attn.sections.{n}.{part}");
         let values = noise(shape.iter().product(), &name, mean);
-        let (shape, gguf) = (shape.to_vec(), name.clone());
+        let (shape, gguf) = (shape.to_vec(), format!("blk.{layer}.sections.{n}.{part}"));
         TinyTensor { hugging_face: name, gguf, shape, gguf_values: values.clone(), values }
     };
     match section["name"].as_str() {

@@ -4,6 +4,7 @@
 //! come after the file and are read as it is.
 
 mod model;
+mod pairs;
 
 use std::path::{Path, PathBuf};
 
@@ -41,6 +42,13 @@ pub struct DataSection {
     pub validation_share: f64,
     /// The member of a JSONL line that has the text.
     pub text_key: String,
+    /// The members of a JSONL line that have the two texts of a pair.
+    pub source_key: String,
+    /// The second of them.
+    pub target_key: String,
+    /// Pairs that are made up, where `train` names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<Task>,
     /// A line of its own between the documents of a text file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
@@ -67,6 +75,16 @@ pub enum Order {
     /// Each goes on where the last one of its place in the batch ended, and layers carry on what they keep of it: truncated
     /// backpropagation through time. A document begins with nothing carried.
     Streams,
+}
+
+/// What made-up pairs ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// The same letters again.
+    Copy,
+    /// The letters from the last to the first.
+    Reverse,
 }
 
 /// AdamW, and the limit of a gradient.
@@ -118,6 +136,8 @@ pub enum Kind {
     Wsd,
     /// Level.
     Constant,
+    /// With the inverse of the root of the step.
+    InverseSqrt,
 }
 
 /// The loop.
@@ -132,14 +152,17 @@ pub struct TrainSection {
     pub mask_share: f64,
     /// Batches whose gradients are added up for a step.
     pub accumulate: usize,
-    /// In how many pieces a step is computed, whose gradients are added in order; as many as there are processes where it is
-    /// left out. The bits of a run depend on it, and not on the number of processes, which divides it.
+    /// In how many pieces a step is computed, whose gradients are added in order. Where it is left out: 2 if the step's sequences can be
+    /// halved, else 1; as many as there are processes where their number does not divide that. The bits of a run depend on it,
+    /// and not on the number of processes, which divides it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pieces: Option<usize>,
     /// What projections and attention compute in; parameters are f32 in any case.
     pub precision: Precision,
     /// The share of numbers that is dropped behind each part of a layer.
     pub dropout: f64,
+    /// The part of a target's weight that all tokens share, in training.
+    pub smoothing: f64,
     /// Whether blocks are computed again on the way back instead of kept: less memory, a third more time.
     pub recompute: bool,
     /// Steps from one evaluation to the next; 0 for none.
@@ -167,6 +190,8 @@ pub enum Objective {
     Causal,
     /// Tokens that are hidden, from those on both sides. Such a model makes no text.
     Masked,
+    /// The second text of a pair, from the first: by an encoder–decoder.
+    Translation,
 }
 
 /// What projections and attention compute in.
@@ -187,6 +212,9 @@ impl Default for DataSection {
             validation: vec![],
             validation_share: 0.05,
             text_key: "text".to_owned(),
+            source_key: "source".to_owned(),
+            target_key: "target".to_owned(),
+            task: None,
             separator: None,
             tokenizer: None,
             vocab: 2048,
@@ -226,6 +254,7 @@ impl Default for TrainSection {
             pieces: None,
             precision: Precision::default(),
             dropout: 0.0,
+            smoothing: 0.0,
             recompute: false,
             evaluate_every: 100,
             evaluate_batches: 20,
@@ -278,6 +307,7 @@ impl Config {
 
     fn check(&self) -> Result<(), Error> {
         self.model.check()?;
+        self.check_pairs()?;
         let Config { data, optimizer, schedule, train, .. } = self;
         for (key, found, limit) in [
             ("data.vocab", data.vocab, 1 << 20),
@@ -321,6 +351,7 @@ impl Config {
             ("optimizer.betas", optimizer.betas[0]),
             ("optimizer.betas", optimizer.betas[1]),
             ("train.dropout", train.dropout),
+            ("train.smoothing", train.smoothing),
         ];
         match below_one.into_iter().find(|(_, found)| !(0.0..1.0).contains(found)) {
             Some((key, found)) => Err(Error::config(key, found, "at least 0 and below 1")),

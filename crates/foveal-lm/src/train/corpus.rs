@@ -24,20 +24,7 @@ const DEPTH: usize = 16;
 pub(super) fn read(paths: &[PathBuf], data: &DataSection) -> Result<Vec<String>, Error> {
     let mut documents = vec![];
     for path in paths {
-        let mut files = vec![];
-        if path.is_dir() {
-            list(path, DEPTH, &mut files)?;
-            if files.is_empty() {
-                let expected = ENDINGS.map(|ending| format!(".{ending}")).join(", ");
-                return Err(wrong(
-                    path,
-                    format!("the folder has no file that ends with {expected}"),
-                ));
-            }
-        } else {
-            files.push(path.clone());
-        }
-        for file in files {
+        for file in files(path, &ENDINGS)? {
             read_file(&file, data, &mut documents)?;
         }
     }
@@ -45,17 +32,40 @@ pub(super) fn read(paths: &[PathBuf], data: &DataSection) -> Result<Vec<String>,
     Ok(documents)
 }
 
+/// A file, or those of a folder with such endings, by name.
+///
+/// # Errors
+///
+/// [`Error::Text`] for a folder without one, or that can't be read.
+pub(super) fn files(path: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, Error> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = vec![];
+    list(path, (DEPTH, endings), &mut files)?;
+    if files.is_empty() {
+        let expected: Vec<String> = endings.iter().map(|ending| format!(".{ending}")).collect();
+        let reason = format!("the folder has no file that ends with {}", expected.join(", "));
+        return Err(wrong(path, reason));
+    }
+    Ok(files)
+}
+
 #[allow(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
-fn wrong(path: &Path, reason: impl ToString) -> Error {
+pub(super) fn wrong(path: &Path, reason: impl ToString) -> Error {
     Error::Text { path: path.to_owned(), reason: reason.to_string() }
 }
 
-fn has_ending(path: &Path, endings: &[&str]) -> bool {
+pub(super) fn has_ending(path: &Path, endings: &[&str]) -> bool {
     let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
     endings.iter().any(|known| ending.eq_ignore_ascii_case(known))
 }
 
-fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), Error> {
+fn list(
+    folder: &Path,
+    (depth, endings): (usize, &[&str]),
+    files: &mut Vec<PathBuf>,
+) -> Result<(), Error> {
     let entries = std::fs::read_dir(folder).map_err(|error| wrong(folder, error))?;
     let paths = entries.map(|entry| entry.map(|entry| entry.path()));
     let mut paths = paths.collect::<Result<Vec<_>, _>>().map_err(|error| wrong(folder, error))?;
@@ -63,12 +73,9 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), Err
     for path in paths {
         if path.is_dir() {
             let depth = depth.checked_sub(1);
-            list(
-                &path,
-                depth.ok_or_else(|| wrong(&path, "too many folders in one another"))?,
-                files,
-            )?;
-        } else if has_ending(&path, &ENDINGS) {
+            let depth = depth.ok_or_else(|| wrong(&path, "too many folders in one another"))?;
+            list(&path, (depth, endings), files)?;
+        } else if has_ending(&path, endings) {
             files.push(path);
         }
     }

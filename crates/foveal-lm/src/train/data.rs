@@ -9,14 +9,20 @@
 //! be known to go on. A sequence of `T` tokens predicts each next one. In streams a sequence ends with its document; the rest
 //! of its place has no targets.
 
+mod pairs;
+mod text;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::config::{DataSection, Order};
 use super::corpus::pieces;
 use super::random::{Random, Use, seed};
-use super::{Batch, Error, IGNORED};
+use super::{Batch, Error, IGNORED, Pairs};
 use crate::tokenizer::{Encode, Tokenizer};
+
+pub(super) use pairs::{Pair, PairBatches, digest};
+pub(super) use text::Text;
 
 /// Bytes of a text that are encoded at a time.
 const PIECE: usize = 1 << 18;
@@ -51,6 +57,8 @@ pub struct Stream {
 /// Sequences that go through the model together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sequences {
+    /// The sources of pairs, `[sequences, S]`; none of one text.
+    pub sources: Vec<u32>,
     /// `[sequences, T]`.
     pub tokens: Vec<u32>,
     /// What follows each, or [`IGNORED`].
@@ -83,22 +91,12 @@ impl Tokens {
             .enumerate()
             .flat_map(|(n, document)| pieces(document, PIECE).map(move |piece| (n, piece)))
             .collect();
-        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let share = all.len().div_ceil(threads).max(1);
         let encode = |part: &[(usize, &str)]| {
             let ids =
                 part.iter().map(|(n, piece)| Ok((*n, tokenizer.encode(piece, Encode::TEXT)?)));
             ids.collect::<Result<Vec<_>, Error>>()
         };
-        let parts: Vec<Result<Vec<_>, Error>> = std::thread::scope(|scope| {
-            let started: Vec<_> =
-                all.chunks(share).map(|part| scope.spawn(move || encode(part))).collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| match thread.join() {
-                Ok(result) => result,
-                Err(fault) => std::panic::resume_unwind(fault),
-            };
-            started.into_iter().map(join).collect()
-        });
+        let parts = on_threads(&all, encode);
         let end = tokenizer.eos().filter(|_| documents.len() > 1);
         let mut joined = Tokens::default();
         let mut current = 0;
@@ -161,6 +159,21 @@ impl Tokens {
         self.ends.iter().for_each(|&end| hash.update((end as u64).to_le_bytes()));
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// Parts of `all`, each worked on by a thread; the results in order.
+pub(super) fn on_threads<T: Sync, R: Send>(all: &[T], work: impl Fn(&[T]) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let (share, work) = (all.len().div_ceil(threads).max(1), &work);
+    std::thread::scope(|scope| {
+        let started: Vec<_> =
+            all.chunks(share).map(|part| scope.spawn(move || work(part))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| match thread.join() {
+            Ok(result) => result,
+            Err(fault) => std::panic::resume_unwind(fault),
+        };
+        started.into_iter().map(join).collect()
+    })
 }
 
 impl Batches {
@@ -310,6 +323,12 @@ impl Sequences {
     /// The same for a network.
     pub fn view(&self) -> Batch<'_> {
         Batch { sequences: self.fresh.len(), tokens: &self.tokens, targets: &self.targets }
+    }
+
+    /// The same for a network of pairs.
+    pub fn pairs(&self) -> Pairs<'_> {
+        let Sequences { sources: source, tokens, targets, fresh } = self;
+        Pairs { sequences: fresh.len(), source, tokens, targets }
     }
 
     /// Hides tokens, a share of all, and asks for those instead of the next ones: four of five become `mask`, half of the rest

@@ -30,6 +30,21 @@ pub enum Error {
     /// No text at all.
     #[error("data.train names no text; give it files or folders")]
     NoText,
+    /// No pairs at all.
+    #[error(
+        "data.train names no pairs; give it .jsonl or .tsv files, or set data.task to \"copy\" or \"reverse\""
+    )]
+    NoPairs,
+    /// Fewer pairs than a step takes.
+    #[error(
+        "there are {found} pairs, expected {expected} at least, those of a step; give more or lower data.batch"
+    )]
+    TooFewPairs { found: usize, expected: usize },
+    /// A pair that is longer than the model reads.
+    #[error(
+        "pair {number} has {found} tokens, expected {limit} at most; raise data.sequence, or leave it out of the file"
+    )]
+    LongPair { number: usize, found: usize, limit: usize },
     /// Texts that are not those with which a run began.
     #[error(
         "the texts or the tokenizer have changed since the run began; resume with the same ones, or start a new run"

@@ -10,6 +10,7 @@ pub mod data;
 mod error;
 pub mod network;
 mod optimizer;
+mod pairs;
 pub mod parameters;
 mod random;
 mod run;

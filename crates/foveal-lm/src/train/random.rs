@@ -21,6 +21,8 @@ pub(super) enum Use {
     Mask,
     /// A sample's choices.
     Sample,
+    /// Pairs that are made up.
+    Task,
 }
 
 /// A seed for one purpose, at one place of a run.

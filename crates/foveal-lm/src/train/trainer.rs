@@ -1,6 +1,8 @@
 //! A training run between two steps: model, text, optimizer and place, and what one step does with them.
 
 mod evaluate;
+mod learner;
+mod texts;
 mod together;
 
 use std::borrow::Cow;
@@ -12,16 +14,17 @@ use foveal_processes::{Alone, Processes};
 use serde_json::Value;
 
 use super::checkpoint::{self, Numbers, State};
-use super::config::{Config, Objective as Wanted, Order, Precision as Wide};
-use super::data::{Batches, Sequences, Tokens};
+use super::config::{Config, Objective, Order, Precision as Wide};
+use super::data::{Sequences, Text};
 use super::optimizer::{Move, Optimizer, length};
 use super::random::{Use, seed};
 use super::{
-    Carried, Error, Network, Objective, Parameters, Precision, Scratch, StepOptions, Vocabulary,
-    corpus, sample, schedule, start,
+    Carried, Error, Parameters, Precision, Scratch, StepOptions, Vocabulary, sample, schedule,
+    start,
 };
-use crate::config::ModelConfig;
 use crate::folder;
+pub(super) use learner::Learner;
+pub(super) use texts::start as start_token;
 
 /// What a run keeps besides its checkpoint: the configuration, with all settings in it.
 pub const CONFIG: &str = "train.toml";
@@ -34,9 +37,9 @@ pub struct Trainer {
     config: Config,
     json: Value,
     vocabulary: Vocabulary,
-    train: Batches,
-    validation: Option<Batches>,
-    network: Network,
+    train: Text,
+    validation: Option<Text>,
+    learner: Learner,
     parameters: Parameters,
     optimizer: Optimizer,
     gradients: Vec<f32>,
@@ -151,10 +154,8 @@ impl Trainer {
     fn join(own: Result<Trainer, Error>, processes: Box<dyn Processes>) -> Result<Trainer, Error> {
         let own = own.and_then(|mut trainer| {
             trainer.pieces = together::pieces(&trainer.config, &*processes)?;
-            if processes.count() > 1 {
-                // Whoever resumes the run, on any number of processes, gets the same bits.
-                trainer.config.train.pieces = Some(trainer.pieces);
-            }
+            // Whoever resumes the run, on any number of processes, gets the same bits.
+            trainer.config.train.pieces = Some(trainer.pieces);
             let per_call = trainer.per_call(&trainer.train);
             trainer.carried = trainer.nothing_carried(&trainer.train, per_call)?;
             Ok(trainer)
@@ -190,7 +191,9 @@ impl Trainer {
             let key = setting.split('=').next().unwrap_or_default().trim().to_owned();
             return Err(Error::Fixed { key });
         }
-        let config = Config::parse(&text, settings, folder)?;
+        let mut config = Config::parse(&text, settings, folder)?;
+        // So runs were computed that do not say.
+        config.train.pieces.get_or_insert(1);
         let vocabulary = match folder.join("tokenizer.json").exists() {
             true => Some(Vocabulary::open(folder)?),
             false => None,
@@ -205,28 +208,14 @@ impl Trainer {
         builtin: Option<&str>,
         (vocabulary, json): (Option<Vocabulary>, Option<Value>),
     ) -> Result<Trainer, Error> {
-        let mut documents = corpus::read(&config.data.train, &config.data)?;
-        match builtin {
-            Some(text) if config.data.train.is_empty() => documents.push(text.to_owned()),
-            _ => {}
-        }
-        if documents.is_empty() {
-            return Err(Error::NoText);
-        }
+        let texts = texts::read(&config, builtin)?;
         let vocabulary = match vocabulary {
             Some(vocabulary) => vocabulary,
-            None => start::vocabulary(&config, &documents)?,
+            None => start::vocabulary(&config, &texts)?,
         };
-        let tokens = Tokens::encode(&documents, &vocabulary.tokenizer)?;
-        drop(documents);
-        let (train, validation, digest) = texts(&config, tokens, &vocabulary)?;
-        let (json, parameters) = start::model(&config, &vocabulary, json)?;
-        let model = ModelConfig::from_json(&json)?;
-        let objective = match config.train.objective {
-            Wanted::Causal => Objective::Causal,
-            Wanted::Masked => Objective::Masked,
-        };
-        let network = Network::new(&model, objective)?;
+        let (train, validation, digest) = texts::encoded(&config, &texts, &vocabulary)?;
+        drop(texts);
+        let start::Model { json, parameters, learner } = start::model(&config, &vocabulary, json)?;
         Ok(Trainer {
             optimizer: Optimizer::new(&parameters),
             gradients: parameters.zeros(),
@@ -243,7 +232,7 @@ impl Trainer {
             vocabulary,
             train,
             validation,
-            network,
+            learner,
             parameters,
         })
     }
@@ -288,6 +277,16 @@ impl Trainer {
         &self.parameters
     }
 
+    /// What is trained.
+    pub(super) fn learner(&self) -> &Learner {
+        &self.learner
+    }
+
+    /// What is not trained on, or what is, where nothing is kept back.
+    pub(super) fn kept_back(&self) -> &Text {
+        self.validation.as_ref().unwrap_or(&self.train)
+    }
+
     /// The tokenizer.
     pub fn vocabulary(&self) -> &Vocabulary {
         &self.vocabulary
@@ -309,13 +308,13 @@ impl Trainer {
     }
 
     /// Sequences of one call of the network in training.
-    fn per_call(&self, text: &Batches) -> usize {
+    fn per_call(&self, text: &Text) -> usize {
         let sequences = self.config.data.batch * self.config.train.accumulate;
         together::sequences_per_call(sequences / self.pieces.max(1), self.most_per_call(text))
     }
 
     /// The most sequences of one call of the network.
-    fn most_per_call(&self, text: &Batches) -> usize {
+    fn most_per_call(&self, text: &Text) -> usize {
         let (batch, streams) = (self.config.data.batch, text.position().streams.len());
         // Texts that end at different times are carried apart.
         match text.in_step() {
@@ -325,12 +324,13 @@ impl Trainer {
         }
     }
 
-    fn nothing_carried(&self, text: &Batches, per_call: usize) -> Result<Vec<Carried>, Error> {
+    fn nothing_carried(&self, text: &Text, per_call: usize) -> Result<Vec<Carried>, Error> {
         if self.config.data.order == Order::Shuffled {
             return Ok(vec![]);
         }
         let calls = text.position().streams.len() / per_call;
-        Ok((0..calls).map(|_| self.network.carried(per_call)).collect::<Result<_, _>>()?)
+        let carried = (0..calls).map(|_| self.learner.carried(per_call));
+        Ok(carried.filter_map(Result::transpose).collect::<Result<_, _>>()?)
     }
 
     /// One step: gradients of its batches, their length, and a move of all parameters.
@@ -342,13 +342,9 @@ impl Trainer {
     pub fn step(&mut self) -> Result<Step, Error> {
         let begin = Instant::now();
         let number = self.state.step + 1;
-        let all = self.config.data.batch * self.config.train.accumulate;
-        let per_call = self.per_call(&self.train);
-        let batches: Vec<Sequences> = (0..all / per_call)
-            .map(|n| self.batch(n * per_call..(n + 1) * per_call, number))
-            .collect();
-        let targets: usize = batches.iter().map(Sequences::predicted).sum();
-        let sum = self.gradients_of(&batches, number, targets)?;
+        let pieces: Vec<Vec<Sequences>> = (0..self.pieces).map(|n| self.next(n, number)).collect();
+        let targets: usize = pieces.iter().flatten().map(Sequences::predicted).sum();
+        let sum = self.gradients_of(&pieces, number, targets)?;
         let loss = sum / targets.max(1) as f64;
         let gradient = length(&self.gradients, self.cpu);
         if !(loss.is_finite() && gradient.is_finite()) {
@@ -367,18 +363,19 @@ impl Trainer {
         Ok(Step { step: number, loss, gradient, learning_rate, tokens: targets, seconds })
     }
 
-    /// The sequences of some places of a step.
-    fn batch(&mut self, places: std::ops::Range<usize>, step: u64) -> Sequences {
-        let first = places.start as u64;
-        let batch = self.train.next(places);
-        self.hidden(batch, [step, first])
+    /// The calls of a piece of a step.
+    fn next(&mut self, piece: usize, step: u64) -> Vec<Sequences> {
+        let each = self.config.data.batch * self.config.train.accumulate / self.pieces;
+        let (first, per_call) = (piece * each, self.per_call(&self.train));
+        let calls = self.train.calls(first..first + each, per_call).into_iter().enumerate();
+        calls.map(|(n, batch)| self.hidden(batch, [step, (first + n * per_call) as u64])).collect()
     }
 
     /// The same with some tokens hidden, where those are to be predicted.
     fn hidden(&self, batch: Sequences, place: [u64; 2]) -> Sequences {
         let train = &self.config.train;
         match (train.objective, self.vocabulary.mask()) {
-            (Wanted::Masked, Some(mask)) => {
+            (Objective::Masked, Some(mask)) => {
                 let vocab = self.vocabulary.tokenizer.vocab_size();
                 batch.hide(mask, vocab, train.mask_share, seed(train.seed, Use::Mask, place))
             }
@@ -402,13 +399,14 @@ impl Trainer {
         let mut options = StepOptions::new(self.cpu, &mut self.scratch);
         options.recompute = train.recompute;
         options.precision = precision(train.precision);
+        options.smoothing = train.smoothing as f32;
         options.scale = (batch.predicted() as f64 / targets.max(1) as f64) as f32;
         if train.dropout > 0.0 {
             let seed = seed(train.seed, Use::Dropout, [step, call as u64]);
             options.dropout = Some(Dropout { rate: train.dropout as f32, seed });
         }
         let values = self.parameters.values();
-        let loss = self.network.gradients(values, &batch.view(), carried, gradients, &mut options);
+        let loss = self.learner.gradients(values, (batch, carried), gradients, &mut options);
         match loss {
             Ok(loss) => Ok(loss.sum),
             Err(crate::Error::NotFinite { place }) => {
@@ -429,7 +427,8 @@ impl Trainer {
         not_finite(step, what, place)
     }
 
-    /// Text that the model makes, after the prompt of the configuration.
+    /// Text that the model makes, after the prompt of the configuration; of an encoder–decoder what it makes of the prompt, or
+    /// of pairs that are kept back.
     ///
     /// # Errors
     ///
@@ -437,7 +436,7 @@ impl Trainer {
     pub fn sample(&self) -> Result<String, Error> {
         let train = &self.config.train;
         let seed = seed(train.seed, Use::Sample, [self.state.step, 0]);
-        sample::text(self, &train.prompt, (train.sample_tokens, seed))
+        sample::text(self, (train.sample_tokens, seed))
     }
 
     /// Writes a checkpoint into `folder`: the first process does, and all call it.
@@ -468,8 +467,14 @@ impl Trainer {
     /// [`Error::Write`].
     pub fn export(&self, folder: &Path) -> Result<(), Error> {
         self.write_description(folder)?;
-        let values = |n: usize| Cow::Borrowed(self.entry_values(n));
-        folder::write(folder, &self.json, folder::Numbers::F32, (&self.shapes(), &values))
+        let (fixed, learned) = (self.learner.fixed_tensors(), self.parameters.entries().len());
+        let mut shapes = self.shapes();
+        shapes.extend(fixed.iter().map(|(name, shape, _)| (name.clone(), shape.clone())));
+        let values = |n: usize| {
+            let fixed = n.checked_sub(learned).and_then(|n| fixed.get(n));
+            Cow::Borrowed(fixed.map_or_else(|| self.entry_values(n), |(_, _, numbers)| numbers))
+        };
+        folder::write(folder, &self.json, folder::Numbers::F32, (&shapes, &values))
             .map_err(write_error)
     }
 
@@ -531,33 +536,4 @@ fn precision(wanted: Wide) -> Precision {
         Wide::F32 => Precision::F32,
         Wide::Bf16 => Precision::Bf16,
     }
-}
-
-/// The text to train on, that to evaluate on, and what tells them from others.
-fn texts(
-    config: &Config,
-    mut tokens: Tokens,
-    vocabulary: &Vocabulary,
-) -> Result<(Batches, Option<Batches>, String), Error> {
-    let digest = tokens.digest();
-    let data = &config.data;
-    let streams = data.batch * config.train.accumulate;
-    let kept = if data.validation.is_empty() {
-        let least = 2 * data.sequence + 1;
-        let share = (tokens.len() as f64 * data.validation_share) as usize;
-        let wanted = data.validation_share > 0.0 && least <= tokens.len() / 2;
-        tokens.split_off(if wanted { share.max(least) } else { 0 })
-    } else {
-        let documents = corpus::read(&data.validation, data)?;
-        Tokens::encode(&documents, &vocabulary.tokenizer)?
-    };
-    let validation = match kept.is_empty() {
-        true => None,
-        false => {
-            let streams = (kept.len() / (data.sequence + 1)).clamp(1, data.batch);
-            Some(Batches::new(kept, data, 0, streams, "text to evaluate on")?)
-        }
-    };
-    let train = Batches::new(tokens, data, config.train.seed, streams, "text to train on")?;
-    Ok((train, validation, digest))
 }

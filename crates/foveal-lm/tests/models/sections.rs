@@ -8,6 +8,8 @@ use foveal_lm::mixer::{Attended, CacheOptions, CacheStorage, Keep};
 use foveal_lm::model::{Observer, Scratch, Step};
 use foveal_lm::quantize::quantize;
 use foveal_lm::testing::{Tiny, TinySizes};
+use foveal_lm::train::Parameters;
+use foveal_lm::weights::{Description, Weights};
 use foveal_lm::{Error, Model};
 use serde_json::{Value, json};
 
@@ -510,7 +512,41 @@ fn what_is_not_done_with_named_mixers_is_refused() {
     let mut state = other.state().unwrap();
     let error = model.forward(&[1], Step::PROMPT, &mut state, &mut scratch).unwrap_err();
     assert!(matches!(error, Error::SectionState), "{error}");
-    let out = folder.0.join("out.gguf");
-    let error = quantize(&folder.0, &out, Format::Q8_0, |_| {}).unwrap_err();
-    assert!(matches!(error, Error::UnsupportedConfig { .. }), "{error}");
+}
+
+#[test]
+fn a_gguf_file_holds_named_mixers() {
+    for mixer in mixers() {
+        let folder = Folder::new(&format!("{}-gguf", name(&mixer)));
+        tiny(&mixer).save_folder(&folder.0, Format::F32, 1).unwrap();
+        let file = folder.0.join("out.gguf");
+        quantize(&folder.0, &file, Format::F32, |_| {}).unwrap();
+        let both = [&folder.0, &file].map(|path| Weights::open(path).unwrap());
+        let all = both.each_ref().map(|weights| {
+            let model = Model::new(weights).unwrap();
+            logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text(), &[]))
+        });
+        assert!(all[0] == all[1], "{mixer}");
+        // The way back, as training goes it.
+        let [old, new] = both.each_ref().map(|weights| Parameters::from_weights(weights).unwrap());
+        assert_eq!(old.0, new.0, "{mixer}");
+        assert!(old.1.values() == new.1.values(), "{mixer}");
+    }
+    // A family whose norms the file stores otherwise, but not those of a mixer.
+    let mut qwen = Tiny::new("qwen3", TinySizes { layers: LAYERS, ..TinySizes::default() });
+    qwen.config["foveal"] = json!({"mixer": {"name": "window", "tokens": 5}});
+    let folder = Folder::new("sections-qwen-gguf");
+    qwen.save_folder(&folder.0, Format::F32, 1).unwrap();
+    let file = folder.0.join("out.gguf");
+    quantize(&folder.0, &file, Format::F32, |_| {}).unwrap();
+    let weights = Weights::open(&file).unwrap();
+    let Description::Gguf(metadata) = weights.description() else { panic!("a GGUF file") };
+    // What knows nothing of mixers does not know the architecture.
+    assert_eq!(metadata.require::<&str>("general.architecture").unwrap(), "foveal-qwen3");
+    assert_eq!(metadata.require::<u32>("foveal-qwen3.block_count").unwrap(), LAYERS as u32);
+    let [old, new] = [&folder.0, &file].map(|path| {
+        let model = Model::load(path).unwrap();
+        logits(&model, &mut model.state().unwrap(), Phase::Prompt, (&text(), &[]))
+    });
+    assert!(old == new);
 }

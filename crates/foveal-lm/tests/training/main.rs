@@ -4,6 +4,7 @@ mod across;
 mod encoders;
 mod laws;
 mod mechanisms;
+mod pairs;
 mod runs;
 mod setup;
 mod together;

@@ -7,10 +7,14 @@ use std::path::Path;
 use foveal_lm::train::{Config, End, Error, Event, Trainer, begin, run};
 use foveal_processes::{Processes, Threads};
 
+use crate::pairs::translation;
 use crate::runs::{Folder, bits, config, text};
 
 /// What a run on so many processes ends with, on each: losses, parameters, the best evaluation.
 type Ended = (Vec<u64>, Vec<u32>, Option<u64>);
+
+/// Says that the run is one of [`translation`].
+const PAIRS: &str = "data.task=reverse";
 
 /// From the beginning, or from the checkpoint in `folder`, up to a step.
 fn go(count: usize, folder: &Path, settings: &[&str], stop: Option<u64>) -> Vec<Ended> {
@@ -21,7 +25,11 @@ fn go(count: usize, folder: &Path, settings: &[&str], stop: Option<u64>) -> Vec<
         let mut trainer = match folder.join("train.toml").exists() {
             true => Trainer::resume_among(processes, folder, &[], Some(&text)).unwrap(),
             false => {
-                let new = Trainer::new_among(processes, config(settings), Some(&text)).unwrap();
+                let config = match settings.contains(&PAIRS) {
+                    true => translation(settings),
+                    false => config(settings),
+                };
+                let new = Trainer::new_among(processes, config, Some(&text)).unwrap();
                 // The folder is there when all have looked whether it is.
                 begin(&new, folder).unwrap();
                 new
@@ -48,7 +56,7 @@ fn go(count: usize, folder: &Path, settings: &[&str], stop: Option<u64>) -> Vec<
 
 #[test]
 fn processes_change_no_bit_of_a_run_in_so_many_pieces() {
-    let all: [&[&str]; 4] = [
+    let all: [&[&str]; 5] = [
         &["data.batch=4"],
         &["data.batch=4", "data.order=streams", "train.dropout=0.2", "train.accumulate=2"],
         &["data.batch=1", "train.accumulate=4", "train.precision=bf16", "train.recompute=true"],
@@ -58,6 +66,7 @@ fn processes_change_no_bit_of_a_run_in_so_many_pieces() {
             "model.mixer={name='full'}",
             "train.mask_share=0.5",
         ],
+        &["data.batch=8", "train.accumulate=2", "train.dropout=0.1", PAIRS],
     ];
     for (n, settings) in all.into_iter().enumerate() {
         let settings: Vec<&str> =
@@ -83,18 +92,52 @@ fn processes_change_no_bit_of_a_run_in_so_many_pieces() {
 }
 
 #[test]
-fn pieces_are_as_many_as_processes_and_change_roundings_alone() {
-    let one = Folder::new("whole-step");
-    let two = Folder::new("two-pieces");
-    let whole = go(1, &one.0, &["data.batch=4"], None).swap_remove(0);
-    let halves = go(2, &two.0, &["data.batch=4"], None).swap_remove(0);
-    for (a, b) in whole.0.iter().zip(&halves.0) {
-        let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
-        assert!((a - b).abs() < 1e-5 * a, "{a} {b}");
+fn one_process_and_two_compute_the_same_bits_unless_told_otherwise() {
+    let run = |count, settings: &[&str], name: &str| {
+        let folder = Folder::new(name);
+        let ended = go(count, &folder.0, settings, None).swap_remove(0);
+        let config = std::fs::read_to_string(folder.0.join("train.toml")).unwrap();
+        let pieces = config.lines().find(|line| line.starts_with("pieces")).unwrap().to_owned();
+        (ended, pieces)
+    };
+    let one = run(1, &["data.batch=6"], "usual-one");
+    let two = run(2, &["data.batch=6"], "usual-two");
+    assert!(one == two && one.1 == "pieces = 2", "{} {}", one.1, two.1);
+    // Other pieces change roundings alone.
+    for (count, settings, pieces) in [
+        (3, &["data.batch=6"][..], "pieces = 3"),
+        (1, &["data.batch=6", "train.pieces=1"], "pieces = 1"),
+    ] {
+        let other = run(count, settings, "usual-other");
+        assert_eq!(other.1, pieces);
+        assert_ne!(other.0.1, one.0.1);
+        for (a, b) in one.0.0.iter().zip(&other.0.0) {
+            let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
+            assert!((a - b).abs() < 1e-5 * a, "{a} {b}");
+        }
     }
-    let config = std::fs::read_to_string(two.0.join("train.toml")).unwrap();
-    assert!(config.contains("pieces = 2"), "{config}");
-    assert!(!std::fs::read_to_string(one.0.join("train.toml")).unwrap().contains("pieces"));
+    // What can't be halved is one piece.
+    assert_eq!(run(1, &["data.batch=3"], "usual-odd").1, "pieces = 1");
+}
+
+/// A run that does not say in how many pieces was computed whole.
+#[test]
+fn runs_of_before_go_on_in_one_piece() {
+    let text = text();
+    let folder = Folder::new("before");
+    let ended = |folder: &Folder| {
+        let mut trainer = Trainer::resume(&folder.0, &[], Some(&text)).unwrap();
+        run(&mut trainer, &folder.0, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        bits(&trainer)
+    };
+    let settings = ["data.batch=4", "train.pieces=1"];
+    go(1, &folder.0, &settings, Some(2));
+    let path = folder.0.join("train.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, config.replace("pieces = 1\n", "")).unwrap();
+    let whole = Folder::new("before-whole");
+    let expected = go(1, &whole.0, &settings, None).swap_remove(0).1;
+    assert!(ended(&folder) == expected);
 }
 
 /// What each of some processes says that can't begin.
@@ -108,7 +151,7 @@ fn refused(count: usize, settings: impl Fn(usize) -> Config + Sync) -> Vec<Error
 
 #[test]
 fn what_can_not_be_shared_out_is_refused() {
-    let errors = refused(2, |_| config(&["data.batch=3"]));
+    let errors = refused(2, |_| config(&["data.batch=3", "train.pieces=2"]));
     let text = errors[1].to_string();
     assert!(
         text.contains("data.batch · train.accumulate is 3, expected a multiple of the 2"),
@@ -118,17 +161,21 @@ fn what_can_not_be_shared_out_is_refused() {
     assert!(errors[0].to_string().contains("train.pieces is 3, expected a multiple of the 2 proc"));
     // Streams are carried in calls.
     let folder = Folder::new("other-pieces");
-    let settings = ["data.order=streams", "data.batch=4", "model.mixer={name='gla'}"];
+    let settings =
+        ["data.order=streams", "data.batch=4", "train.pieces=1", "model.mixer={name='gla'}"];
     go(1, &folder.0, &settings, Some(2));
-    let text = text_of_resume(&folder);
+    let text = text_of_resume(&folder, &[]);
+    assert!(text.contains("train.pieces is 1, expected a multiple of the 2 proc"), "{text}");
+    let text = text_of_resume(&folder, &["train.pieces=2".to_owned()]);
     assert!(text.contains("in 1 calls, now in 2; set train.pieces"), "{text}");
 }
 
-fn text_of_resume(folder: &Folder) -> String {
+fn text_of_resume(folder: &Folder, settings: &[String]) -> String {
     let text = text();
     let errors = Threads::run(2, |processes| {
         let processes = Box::new(processes);
-        Trainer::resume_among(processes, &folder.0, &[], Some(&text)).unwrap_err().to_string()
+        let resumed = Trainer::resume_among(processes, &folder.0, settings, Some(&text));
+        resumed.unwrap_err().to_string()
     });
     errors[0].clone()
 }

@@ -175,6 +175,15 @@ fn reversing_is_learned_and_not_by_heart() {
         adam.step(&mut parameters, &gradients, 0.005);
     }
     assert!(loss < 0.05, "{loss}");
+    // What it says by itself is what it was taught, and ends where its positions do: nobody has taught it an end.
+    let [source, _, targets] = &batch(0);
+    let right = source.chunks(6).zip(targets.chunks(6)).filter(|(source, target)| {
+        let mut options = StepOptions::new(Cpu::detect().unwrap(), &mut scratch);
+        let said = network.greedy(parameters.values(), source, 0, &mut options).unwrap();
+        assert!(said.len() <= config.context && !said.contains(&0));
+        said.starts_with(target)
+    });
+    assert!(right.count() >= 28);
 }
 
 #[test]
@@ -199,6 +208,16 @@ fn what_does_not_fit_is_refused() {
     assert!(matches!(run(&[1; 13], &[1], &[1]), Err(Error::Kernel(_))));
     assert!(matches!(run(&[1], &[1, 2], &[1]), Err(Error::Kernel(_))));
     assert_eq!(run(&[1], &[1], &[IGNORED]).unwrap().targets, 0);
+    let say = |values: &[f32], source: &[u32], end| {
+        let mut scratch = Scratch::new();
+        let mut options = StepOptions::new(Cpu::detect().unwrap(), &mut scratch);
+        case.network.greedy(values, source, end, &mut options)
+    };
+    assert!(matches!(say(values, &[40], 0), Err(Error::Token { found: 40, .. })));
+    assert!(matches!(say(values, &[1], 40), Err(Error::Token { found: 40, .. })));
+    assert!(matches!(say(values, &[1; 13], 0), Err(Error::Kernel(_))));
+    assert!(matches!(say(&values[1..], &[1], 0), Err(Error::Kernel(_))));
+    assert!(matches!(say(&vec![f32::NAN; values.len()], &[1], 0), Err(Error::NotFinite { .. })));
     let mut broken = values.to_vec();
     broken[case.parameters.entries()[0].range.clone()].fill(f32::NAN);
     let mut gradients = case.parameters.zeros();

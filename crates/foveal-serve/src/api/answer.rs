@@ -47,18 +47,17 @@ impl Answer {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<(usize, Event), Failure>>> {
-        if let Poll::Ready(event) = self.events.poll_recv(context) {
-            let event = event.map(|(number, event)| match event {
+        // First of all, however many events lie there for a client that takes them slowly.
+        if self.deadline.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Some(Err(Failure::late(self.limit.as_secs()))));
+        }
+        self.events.poll_recv(context).map(|event| {
+            event.map(|(number, event)| match event {
                 Event::Failed(error) => Err(Failure::of_model(&error)),
                 Event::Cut => Err(Failure::cut()),
                 event => Ok((number, event)),
-            });
-            return Poll::Ready(event);
-        }
-        match self.deadline.as_mut().poll(context) {
-            Poll::Ready(()) => Poll::Ready(Some(Err(Failure::late(self.limit.as_secs())))),
-            Poll::Pending => Poll::Pending,
-        }
+            })
+        })
     }
 
     /// All texts, once all are whole.

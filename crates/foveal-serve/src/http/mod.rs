@@ -73,7 +73,10 @@ impl Server {
                 (listener.accept().await, place)
             };
             tokio::select! {
+                // In this order: whoever has had an answer can rely on signals being heard.
+                biased;
                 () = &mut ended => break,
+                Some(_) = connections.join_next() => {}
                 (accepted, place) = accepted => match accepted {
                     Ok((stream, _)) => {
                         let service = TowerToHyperService::new(service.clone());
@@ -86,7 +89,6 @@ impl Server {
                     // Out of descriptors, or a client that was gone at once: there are others.
                     Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
                 },
-                Some(_) = connections.join_next() => {}
             }
         }
         drop(listener);

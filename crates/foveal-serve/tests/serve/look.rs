@@ -1,16 +1,13 @@
 //! The page's looks: maps and rows of a model whose attention is that of its family, and of one whose configuration names mixers.
 
-use std::path::Path;
-
-use foveal::projection::Format;
 use foveal_lm::Model;
 use foveal_lm::look::{Looking, Weights as Row};
 use foveal_lm::mixer::CacheOptions;
-use foveal_lm::testing::{Tiny, TinySizes, byte_tokenizer};
+use foveal_lm::testing::{Tiny, TinySizes};
 use foveal_lm::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use crate::support::{Server, model, options};
+use crate::support::{Server, built, model, options};
 
 const TEXT: &str = "the cat sat on the mat because the cat was tired";
 
@@ -23,21 +20,7 @@ fn mixed() -> (Model, Tokenizer) {
         [{"name": "infini", "segment": 8, "heads": 2, "kv_heads": 2},
          {"name": "linear", "heads": 2, "kv_heads": 2}],
     ]);
-    let folder = tempfolder();
-    Tiny::mixed(sizes, &mixer, 400).save_folder(&folder, Format::F32, 1).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
-    let loaded = (Model::load(&folder).unwrap(), Tokenizer::from_folder(&folder).unwrap());
-    let _ = std::fs::remove_dir_all(&folder);
-    loaded
-}
-
-fn tempfolder() -> std::path::PathBuf {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
-    let n = COUNT.fetch_add(1, Ordering::Relaxed);
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("look-mixed-{n}"));
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
+    built(&Tiny::mixed(sizes, &mixer, 400))
 }
 
 /// The weights of an answer, and the tokens that have any.

@@ -3,18 +3,21 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use foveal::projection::Format;
 use foveal_lm::Model;
 use foveal_lm::chat::ChatTemplate;
 use foveal_lm::generate::{BatchOptions, Generator, Options as TextOptions, prompt_tokens};
 use foveal_lm::mixer::CacheOptions;
+use foveal_lm::testing::{Tiny, TinySizes, byte_tokenizer};
 use foveal_lm::tokenizer::Tokenizer;
 use foveal_lm::weights::{Description, Weights};
 use foveal_serve::{Error, Options, Served, Stop};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub(crate) fn model() -> (Model, Tokenizer) {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf");
@@ -22,6 +25,40 @@ pub(crate) fn model() -> (Model, Tokenizer) {
     let Description::Gguf(metadata) = weights.description() else { panic!("a GGUF file") };
     let tokenizer = Tokenizer::from_gguf(metadata).unwrap();
     (Model::new(&weights).unwrap(), tokenizer)
+}
+
+/// A model of random weights, with a token for each byte.
+pub(crate) fn built(tiny: &Tiny) -> (Model, Tokenizer) {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let (process, n) = (std::process::id(), COUNT.fetch_add(1, Relaxed));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("built-{process}-{n}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    tiny.save_folder(&folder, Format::F32, 1).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
+    let loaded = (Model::load(&folder).unwrap(), Tokenizer::from_folder(&folder).unwrap());
+    let _ = std::fs::remove_dir_all(&folder);
+    loaded
+}
+
+/// How many tokens a text of [`endless`] may have: more than any test waits for.
+const ENDLESS: usize = 1 << 20;
+
+/// A model whose texts end by their length alone, as no token ends them.
+pub(crate) fn endless() -> (Model, Tokenizer) {
+    built(&Tiny::new("llama", TinySizes { layers: 2, vocab: 256, ..TinySizes::default() }))
+}
+
+/// For a server of [`endless`]: what happens to a text that goes on does not depend on how fast it is made.
+pub(crate) fn endless_options() -> Options {
+    let cache = CacheOptions { context: Some(ENDLESS), ..CacheOptions::default() };
+    let batch = BatchOptions { parallel: 4, cache, pool: Some(4 * ENDLESS) };
+    Options { batch, drain: Duration::from_secs(600), ..options() }
+}
+
+/// A request for such a text.
+pub(crate) fn endlessly(stream: bool) -> Vec<u8> {
+    let body = json!({"prompt": "a", "max_tokens": ENDLESS - 1, "stream": stream, "seed": 1});
+    post("/v1/completions", &body.to_string())
 }
 
 /// How keys and values are kept; more of them than the model was trained with, so that texts can be long.

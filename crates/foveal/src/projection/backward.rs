@@ -31,12 +31,12 @@ use std::ops::Range;
 
 /// Numbers that are summed over in one run.
 const DEPTH: usize = 256;
-/// Rows of results that one left factor is laid out for; a multiple of the kernel's 6.
-const STRIP: usize = 96;
+/// Rows of results that the kernel computes together.
+const RUN: usize = 6;
+/// The most rows of results that one left factor is laid out for.
+const STRIP: usize = 16 * RUN;
 /// The most strips of a block: they share the panels of its right factor.
 const MOST_STRIPS: usize = 4;
-/// Blocks for each thread, where there are enough strips: so that none waits long for the last.
-const BLOCKS_PER_THREAD: usize = 4;
 /// Columns of results of a block: whole panels, and a multiple of every block length.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
 /// A strip of the left factor, then the panels of the right factor, then a widened row of that, then its rows as cells.
@@ -195,6 +195,22 @@ enum Right<'a> {
     Stored(Matrix<'a>),
 }
 
+/// Rows of a block of results, of which `across` lie side by side: as many as share a right factor well, and so that all
+/// threads have the same number of equal blocks. So none waits for the last.
+fn block_rows(rows: usize, across: usize, threads: usize) -> usize {
+    if threads == 1 {
+        return MOST_STRIPS * STRIP;
+    }
+    let (least, most) = (rows.div_ceil(MOST_STRIPS * STRIP), rows.div_ceil(STRIP / 2));
+    let fair = |down: &usize| (down * across).is_multiple_of(threads);
+    even(rows, (least..=most).find(fair).unwrap_or(most))
+}
+
+/// Rows of each of so many equal parts: whole runs of the kernel.
+fn even(rows: usize, parts: usize) -> usize {
+    rows.div_ceil(parts.max(1)).max(1).next_multiple_of(RUN)
+}
+
 /// C\[m, n\] = Σ_k A\[m, k\] · B\[k, n\], or added to what C holds.
 struct Product<'a> {
     left: Left<'a>,
@@ -210,15 +226,12 @@ impl Product<'_> {
         let Sizes { rows, columns, depth } = self.sizes;
         let split = rows.saturating_mul(columns).saturating_mul(depth) >= SPLIT_PRODUCTS;
         let threads = if split { cpu.threads.count() } else { 1 };
-        let (strips, across) = (rows.div_ceil(STRIP), columns.div_ceil(BLOCK_COLUMNS));
-        let block = match threads {
-            1 => MOST_STRIPS,
-            _ => (strips * across / (BLOCKS_PER_THREAD * threads)).clamp(1, MOST_STRIPS),
-        };
-        let parts = strips.div_ceil(block) * across;
+        let across = columns.div_ceil(BLOCK_COLUMNS);
+        let block = block_rows(rows, across, threads);
+        let parts = rows.div_ceil(block) * across;
         let work = |part: usize, scratch: &mut &mut [f32]| {
-            let (row, column) = (part / across * block * STRIP, part % across * BLOCK_COLUMNS);
-            let rows = row..rows.min(row + block * STRIP);
+            let (row, column) = (part / across * block, part % across * BLOCK_COLUMNS);
+            let rows = row..rows.min(row + block);
             self.block(rows, column..columns.min(column + BLOCK_COLUMNS), scratch);
         };
         let threads = threads.min(parts).max(1);
@@ -226,14 +239,15 @@ impl Product<'_> {
     }
 
     fn block(&self, rows: Range<usize>, columns: Range<usize>, scratch: &mut [f32]) {
+        let strip = even(rows.len(), rows.len().div_ceil(STRIP));
         let (left, rest) = scratch.split_at_mut(DEPTH * STRIP);
         let (panels, rest) = rest.split_at_mut(DEPTH * BLOCK_COLUMNS);
         // A product over nothing still has results, zeros.
         for start in (0..self.sizes.depth.max(1)).step_by(DEPTH) {
             let depth = start..self.sizes.depth.min(start + DEPTH);
             self.right_panels(depth.clone(), columns.clone(), panels, rest);
-            for first in rows.clone().step_by(STRIP) {
-                let rows = first..rows.end.min(first + STRIP);
+            for first in rows.clone().step_by(strip) {
+                let rows = first..rows.end.min(first + strip);
                 let (x, x_stride) = self.left_cells(rows.clone(), depth.clone(), left);
                 let starts = columns.clone().step_by(PANEL);
                 for (start, weights) in starts.zip(panels.chunks_exact(DEPTH * PANEL)) {
@@ -352,5 +366,37 @@ fn spread(row: &[f32], panels: &mut [f32]) {
         let (filled, rest) = panel[..PANEL].split_at_mut(part.len());
         filled.copy_from_slice(part);
         rest.fill(0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_get_the_same_number_of_equal_blocks() {
+        for (threads, rows, across) in [
+            (2, 256, 1),
+            (2, 256, 4),
+            (2, 1024, 1),
+            (2, 2048, 1),
+            (2, 2048, 5),
+            (3, 4096, 1),
+            (4, 8192, 4),
+            (8, 1024, 1),
+            (16, 4096, 3),
+        ] {
+            let block = block_rows(rows, across, threads);
+            assert!(block <= MOST_STRIPS * STRIP + RUN && block.is_multiple_of(RUN));
+            let down = rows.div_ceil(block);
+            assert!((down * across).is_multiple_of(threads), "{rows} {across} {threads}");
+            let last = rows - (down - 1) * block;
+            assert!(last + down * RUN >= block, "{rows} {across} {threads}: {last} of {block}");
+        }
+        // Few rows are cut as far as is worth it.
+        assert_eq!(block_rows(256, 1, 8), 48);
+        assert_eq!(block_rows(0, 1, 2), RUN);
+        assert_eq!(block_rows(5, 3, 4), RUN);
+        assert_eq!(even(256, 256usize.div_ceil(STRIP)), 90);
     }
 }

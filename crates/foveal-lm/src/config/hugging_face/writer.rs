@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{FULL, WINDOWED};
 use crate::Error;
 use crate::config::{
-    Activation, Architecture, LayerConfig, ModelConfig, Reach, RopeLayout, RopeScaling,
+    Activation, Architecture, LayerConfig, ModelConfig, Reach, RopeLayout, RopeScaling, sections,
 };
 
 /// The `config.json` of a model that was read from a GGUF file, whose rows of queries and keys and whose norms are to be
@@ -46,6 +46,9 @@ pub(crate) fn to_json(config: &ModelConfig) -> Result<Value, Error> {
         json["attention_bias"] = true.into();
     }
     layers(config, &mut json)?;
+    if let Some(foveal) = sections::write(&config.layers)? {
+        json["foveal"] = foveal;
+    }
     verify(config, &json)?;
     Ok(json)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::super::Error;
+use super::super::{EncoderDecoderConfig, Error, NormPlace, PositionKind};
 
 /// A model to begin with: one that exists, or sizes.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -16,8 +16,11 @@ pub struct ModelSection {
     pub from: Option<PathBuf>,
     /// The family of its layers.
     pub architecture: Family,
-    /// Layers.
+    /// Layers; of an encoder–decoder those of the decoder.
     pub layers: usize,
+    /// Layers of the encoder; as many as those of the decoder where it is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder_layers: Option<usize>,
     /// Numbers of a token between layers.
     pub width: usize,
     /// Query heads.
@@ -28,7 +31,7 @@ pub struct ModelSection {
     /// Numbers of a head; width / heads where it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
-    /// Inner width of the feed-forward layers; 8/3 of the width where it is left out.
+    /// Inner width of the feed-forward layers; 8/3 of the width where it is left out, of an encoder–decoder 4 times the width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub feed_forward: Option<usize>,
     /// Tokens of context; those of a sequence where it is left out.
@@ -40,6 +43,12 @@ pub struct ModelSection {
     pub norm_epsilon: f64,
     /// Whether the head is the embedding.
     pub tied_head: bool,
+    /// Where the norms of an encoder–decoder are.
+    #[serde(skip_serializing_if = "usual")]
+    pub norms: NormPlace,
+    /// What tells its positions apart.
+    #[serde(skip_serializing_if = "usual")]
+    pub positions: PositionKind,
     /// What mixes the tokens of the layers, as in `config.json` under `foveal`; attention to all where it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixer: Option<toml::Value>,
@@ -56,6 +65,8 @@ pub enum Family {
     Qwen2,
     /// Normalised queries and keys.
     Qwen3,
+    /// The encoder–decoder of 2017, for pairs of texts.
+    EncoderDecoder,
 }
 
 impl Default for ModelSection {
@@ -64,6 +75,7 @@ impl Default for ModelSection {
             from: None,
             architecture: Family::Llama,
             layers: 4,
+            encoder_layers: None,
             width: 128,
             heads: 4,
             kv_heads: None,
@@ -73,9 +85,16 @@ impl Default for ModelSection {
             rope_base: 10_000.0,
             norm_epsilon: 1e-5,
             tied_head: true,
+            norms: NormPlace::default(),
+            positions: PositionKind::default(),
             mixer: None,
         }
     }
+}
+
+/// Whether a key has the value that it has where it is left out.
+fn usual<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl ModelSection {
@@ -108,6 +127,9 @@ impl ModelSection {
             Family::Llama => ("LlamaForCausalLM", "llama"),
             Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
             Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
+            Family::EncoderDecoder => {
+                return Ok(self.encoder_decoder(vocab, sequence).to_json());
+            }
         };
         let inner = || (8 * self.width).div_ceil(3).next_multiple_of(32);
         let mut config = json!({
@@ -133,5 +155,19 @@ impl ModelSection {
             config["foveal"] = json!({"mixer": mixer});
         }
         Ok(config)
+    }
+
+    /// The sizes of an encoder–decoder with `vocab` tokens, for texts of `sequence`.
+    pub fn encoder_decoder(&self, vocab: usize, sequence: usize) -> EncoderDecoderConfig {
+        EncoderDecoderConfig {
+            vocab,
+            width: self.width,
+            inner: self.feed_forward.unwrap_or(self.width.saturating_mul(4)),
+            heads: self.heads,
+            layers: [self.encoder_layers.unwrap_or(self.layers), self.layers],
+            context: self.context.unwrap_or(sequence),
+            norms: self.norms,
+            positions: self.positions,
+        }
     }
 }

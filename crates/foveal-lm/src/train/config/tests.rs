@@ -72,10 +72,17 @@ fn errors_name_the_key() {
 }
 
 #[test]
-fn the_example_is_a_model() {
+fn the_examples_are_models() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/train-hybrid.toml");
     let config = parse(&std::fs::read_to_string(path).unwrap(), &[]).unwrap();
     let json = config.model.to_json(config.data.vocab, config.data.sequence).unwrap();
     let model = crate::config::ModelConfig::from_json(&json).unwrap();
     assert_eq!((model.layers.len(), model.layers[4].sections.len()), (6, 2));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/train-translation.toml");
+    let config = parse(&std::fs::read_to_string(path).unwrap(), &[]).unwrap();
+    let again = Config::parse(&config.to_text().unwrap(), &[], Path::new("/elsewhere")).unwrap();
+    assert_eq!(again, config);
+    let json = config.model.to_json(257, config.data.sequence).unwrap();
+    let error = crate::config::ModelConfig::from_json(&json).unwrap_err();
+    assert!(matches!(error, crate::Error::EncoderDecoder), "{error}");
 }

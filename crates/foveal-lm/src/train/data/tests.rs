@@ -124,7 +124,12 @@ fn documents_are_joined_in_their_order() {
 
 #[test]
 fn hidden_tokens_are_asked_for() {
-    let whole = Sequences { tokens: (0..20_000).collect(), targets: vec![], fresh: vec![true] };
+    let whole = Sequences {
+        sources: vec![],
+        tokens: (0..20_000).collect(),
+        targets: vec![],
+        fresh: vec![true],
+    };
     let whole = Sequences { targets: vec![IGNORED; 20_000], ..whole };
     let hidden = whole.clone().hide(30_000, 20_000, 0.15, 5);
     assert_eq!(hidden, whole.clone().hide(30_000, 20_000, 0.15, 5));

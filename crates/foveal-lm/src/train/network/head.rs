@@ -108,6 +108,17 @@ impl Head {
         Ok((Loss { sum, targets: with.len() }, d_x))
     }
 
+    /// The logits of rows, into `logits`; without norm and cap, which a head that is [plain](Head::plain) has not.
+    pub(super) fn logits(
+        &self,
+        parameters: &[f32],
+        x: &[f32],
+        logits: &mut [f32],
+        tools: &mut Tools<'_>,
+    ) -> Result<(), Error> {
+        self.projection.forward(parameters, x, logits, tools)
+    }
+
     /// The loss of rows; their gradients are added to those that are given.
     fn block(
         &self,

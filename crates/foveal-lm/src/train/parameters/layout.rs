@@ -5,7 +5,7 @@ use super::initial::Initial;
 use super::sections;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::names::{Form, Part, Place};
+use crate::names::{self, Form, Part, Place};
 
 /// The deviation of a matrix.
 const DEVIATION: f32 = 0.02;
@@ -87,8 +87,8 @@ impl Layout<'_> {
             all.push(zeros(Place::Sinks(layer), attention.heads));
         }
         for (n, section) in config.layers[layer].sections.iter().enumerate() {
-            let prefix = format!("model.layers.{layer}.self_attn.sections.{n}");
-            all.extend(sections::declared(section, config, &prefix));
+            let name = |part: &str| names::section(layer, n, part, Form::HuggingFace);
+            all.extend(sections::declared(section, config, &name));
         }
         all.push(output(Part::AttentionOutput, [width, q]));
         if attention.output_bias {

@@ -5,14 +5,14 @@ use super::initial::Initial;
 use super::layout::Declared;
 use crate::config::{Mechanism, ModelConfig, SectionConfig};
 
-/// The parameters of a section whose tensors begin with `prefix`.
+/// The parameters of a section whose tensors are called as `name` has it.
 pub(super) fn declared(
     section: &SectionConfig,
     config: &ModelConfig,
-    prefix: &str,
+    name: &dyn Fn(&str) -> String,
 ) -> Vec<Declared> {
     let (width, dim, heads) = (config.width, config.attention.head_dim, section.heads);
-    let tensors = Tensors { prefix, width, heads, dim };
+    let tensors = Tensors { name, width, heads, dim };
     match section.mechanism {
         Mechanism::NativeSparse { .. } => {
             vec![tensors.matrix("gate_proj.weight", [3 * heads, width])]
@@ -71,7 +71,7 @@ pub(super) fn declared(
 
 /// The tensors of one section.
 struct Tensors<'a> {
-    prefix: &'a str,
+    name: &'a dyn Fn(&str) -> String,
     width: usize,
     heads: usize,
     dim: usize,
@@ -79,11 +79,11 @@ struct Tensors<'a> {
 
 impl Tensors<'_> {
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Declared {
-        Declared::matrix(format!("{}.{name}", self.prefix), shape)
+        Declared::matrix((self.name)(name), shape)
     }
 
     fn vector(&self, name: &str, len: usize, initial: Initial) -> Declared {
-        Declared::vector(format!("{}.{name}", self.prefix), len, initial)
+        Declared::vector((self.name)(name), len, initial)
     }
 
     /// An output gate with its norm.

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Batches, Carried, Evaluation, Trainer, precision};
-use crate::train::data::Sequences;
+use super::{Carried, Evaluation, Trainer, precision};
+use crate::train::data::{Sequences, Text};
 use crate::train::{Error, Loss, StepOptions};
 
 impl Trainer {
@@ -33,7 +33,7 @@ impl Trainer {
     }
 
     /// The losses of this process's calls, with their places in the text.
-    fn loss_over(&mut self, text: &mut Batches) -> Result<Vec<(usize, Loss)>, Error> {
+    fn loss_over(&mut self, text: &mut Text) -> Result<Vec<(usize, Loss)>, Error> {
         text.rewind();
         let (streams, per_call) = (text.position().streams.len(), self.most_per_call(text));
         let mut carried = self.nothing_carried(text, per_call)?;
@@ -44,17 +44,19 @@ impl Trainer {
         };
         let (rank, count) = self.place();
         let mut losses = vec![];
-        let mut n = 0;
+        let (mut n, mut place) = (0, 0);
         while n < limit && text.position().epoch == 0 {
-            for call in 0..calls {
-                let batch = text.next(call * per_call..(call + 1) * per_call);
+            let batches = text.calls(0..calls * per_call, per_call);
+            let next = place + batches.len();
+            for (call, batch) in batches.into_iter().enumerate() {
                 // What is carried stays where it is.
-                let owner = if streams > 0 { call } else { n * calls + call };
+                let owner = if streams > 0 { call } else { place + call };
                 if owner % count == rank {
                     let loss = self.loss_of(batch, n, carried.get_mut(call))?;
-                    losses.push((n * calls + call, loss));
+                    losses.push((place + call, loss));
                 }
             }
+            place = next;
             n += 1;
         }
         Ok(losses)
@@ -74,7 +76,7 @@ impl Trainer {
         let mut options = StepOptions::new(self.cpu, &mut self.scratch);
         options.precision = precision(self.config.train.precision);
         let values = self.parameters.values();
-        Ok(self.network.loss(values, &batch.view(), carried, &mut options)?)
+        Ok(self.learner.loss(values, (&batch, carried), &mut options)?)
     }
 
     /// The sum of losses and the number of targets of all processes.

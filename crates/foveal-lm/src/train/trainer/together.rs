@@ -19,6 +19,8 @@ use crate::train::config::Config;
 use crate::train::data::Sequences;
 use crate::train::{Carried, Error};
 
+/// In how many pieces steps are computed as long as no one asks for others.
+const USUAL_PIECES: usize = 2;
 /// Numbers that are added at a time.
 const PIECE: usize = 1 << 16;
 
@@ -34,10 +36,11 @@ pub(super) fn together<T>(processes: &dyn Processes, own: Result<T, Error>) -> R
     }
 }
 
-/// The pieces of a step. As many as processes where the configuration does not say.
+/// The pieces of a step.
 pub(super) fn pieces(config: &Config, processes: &dyn Processes) -> Result<usize, Error> {
-    let (pieces, count) = (config.train.pieces.unwrap_or(processes.count()), processes.count());
+    let count = processes.count();
     let sequences = config.data.batch * config.train.accumulate;
+    let pieces = config.train.pieces.unwrap_or_else(|| usual_pieces(sequences, count));
     if !pieces.is_multiple_of(count) {
         let expected = format!("a multiple of the {count} processes");
         return Err(Error::config("train.pieces", pieces, expected));
@@ -47,6 +50,12 @@ pub(super) fn pieces(config: &Config, processes: &dyn Processes) -> Result<usize
         return Err(Error::config("data.batch · train.accumulate", sequences, expected));
     }
     Ok(pieces)
+}
+
+/// The pieces of a step where the configuration does not say: the same for any number of processes that divides them.
+fn usual_pieces(sequences: usize, processes: usize) -> usize {
+    let pieces = if sequences.is_multiple_of(USUAL_PIECES) { USUAL_PIECES } else { 1 };
+    if pieces.is_multiple_of(processes) { pieces } else { processes }
 }
 
 /// The largest number of sequences, at most `most`, in which those of a piece can be cut.
@@ -122,7 +131,7 @@ impl Trainer {
     /// Leaves the gradient of a step in `gradients`; the sum of the losses of its calls.
     pub(super) fn gradients_of(
         &mut self,
-        batches: &[Sequences],
+        pieces: &[Vec<Sequences>],
         step: u64,
         targets: usize,
     ) -> Result<f64, Error> {
@@ -135,7 +144,9 @@ impl Trainer {
                 _ => self.spare.pop().unwrap_or_else(|| self.parameters.zeros()),
             };
             part.fill(0.0);
-            own = self.piece(self.calls(piece), batches, (step, targets), (&mut part, &mut losses));
+            let first = pieces.iter().take(piece).map(Vec::len).sum();
+            let calls = pieces.get(piece).map_or(&[][..], |calls| calls);
+            own = self.piece((first, calls), (step, targets), (&mut part, &mut losses));
             self.keep(part, &mut parts)?;
             if own.is_err() {
                 break;
@@ -154,14 +165,12 @@ impl Trainer {
     /// Adds the gradients of one piece to `part`.
     fn piece(
         &mut self,
-        calls: Range<usize>,
-        batches: &[Sequences],
+        (first, calls): (usize, &[Sequences]),
         (step, targets): (u64, usize),
         (part, losses): (&mut [f32], &mut Vec<f64>),
     ) -> Result<(), Error> {
-        for call in calls {
-            let Some(batch) = batches.get(call) else { continue };
-            losses.push(self.add_gradients(batch, (call, step), targets, part)?);
+        for (n, batch) in calls.iter().enumerate() {
+            losses.push(self.add_gradients(batch, (first + n, step), targets, part)?);
         }
         Ok(())
     }

@@ -13,10 +13,14 @@
 //! Sources of a batch have one length, and so have targets; [`IGNORED`](super::IGNORED) targets end shorter ones. Names are those
 //! of BART's safetensors, whose layers these are.
 
+mod export;
+mod greedy;
 mod layer;
 mod run;
 
 use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
 
 use super::head::Head;
 use super::tools::{Ranges, range};
@@ -25,7 +29,8 @@ use crate::train::parameters::{Declared, Parameters, entries};
 use layer::{Attending, Feeding, Normal};
 
 /// Where norms are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NormPlace {
     /// Behind every sum, as published.
     #[default]
@@ -35,7 +40,8 @@ pub enum NormPlace {
 }
 
 /// What tells positions apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PositionKind {
     /// sin and cos of position / 10000^(2i/d).
     #[default]

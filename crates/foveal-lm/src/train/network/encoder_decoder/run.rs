@@ -28,7 +28,7 @@ struct Kept {
 
 /// What a half keeps.
 #[derive(Default)]
-struct Half {
+pub(super) struct Half {
     layers: Vec<Kept>,
     /// What its last norm read.
     end: Option<Vec<f32>>,
@@ -64,7 +64,7 @@ impl EncoderDecoder {
         self.run(parameters, pairs, None, options)
     }
 
-    fn check(&self, parameters: &[f32], pairs: &Pairs<'_>) -> Result<(), Error> {
+    pub(super) fn check(&self, parameters: &[f32], pairs: &Pairs<'_>) -> Result<(), Error> {
         let Pairs { sequences, source, tokens, targets } = *pairs;
         same("parameters of the network", self.numbers, parameters.len())?;
         same("targets of a batch", tokens.len(), targets.len())?;
@@ -142,12 +142,12 @@ fn finite(loss: Loss, source: &[f32], x: &[f32]) -> Result<Loss, Error> {
 }
 
 /// A batch on its way.
-struct Work<'a, 'b> {
-    network: &'a EncoderDecoder,
-    parameters: &'a [f32],
-    pairs: &'a Pairs<'a>,
-    dropout: Option<Dropout>,
-    tools: &'a mut Tools<'b>,
+pub(super) struct Work<'a, 'b> {
+    pub(super) network: &'a EncoderDecoder,
+    pub(super) parameters: &'a [f32],
+    pub(super) pairs: &'a Pairs<'a>,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) tools: &'a mut Tools<'b>,
 }
 
 impl Work<'_, '_> {
@@ -160,16 +160,16 @@ impl Work<'_, '_> {
         let mut x = vec![0.0; text.len() * width];
         embed(&table, text, &mut x, self.tools.cpu.level)?;
         let own = text.len() / self.pairs.sequences.max(1);
-        let learned = self.network.positions.as_ref().map(|tables| tables[half].start);
-        for (n, row) in x.chunks_exact_mut(width).enumerate() {
-            let position = n % own;
-            row.iter_mut().enumerate().for_each(|(i, x)| {
-                *x = *x * scale
-                    + match learned {
-                        Some(start) => self.parameters[start + position * width + i],
-                        None => sinusoid(position, i, width),
-                    };
-            });
+        let sinusoids = match &self.network.positions {
+            Some(_) => vec![],
+            None => sinusoids(own, width),
+        };
+        let positions = match &self.network.positions {
+            Some(tables) => &self.parameters[tables[half].clone()],
+            None => &sinusoids[..],
+        };
+        for text in x.chunks_exact_mut((own * width).max(1)) {
+            text.iter_mut().zip(positions).for_each(|(x, position)| *x = *x * scale + position);
         }
         self.dropped(half as u64 * 1000, &mut x)?;
         Ok(x)
@@ -208,7 +208,7 @@ impl Work<'_, '_> {
     }
 
     /// A text through a half.
-    fn half(
+    pub(super) fn half(
         &mut self,
         (half, text): (usize, &[u32]),
         layers: &[Layer],
@@ -358,9 +358,17 @@ impl Sum {
     }
 }
 
-/// Number `i` of the encoding of a position.
-fn sinusoid(position: usize, i: usize, width: usize) -> f32 {
-    let frequency = 10_000f64.powf(-((i / 2 * 2) as f64) / width as f64);
-    let angle = position as f64 * frequency;
-    (if i.is_multiple_of(2) { angle.sin() } else { angle.cos() }) as f32
+/// The encodings of the first positions.
+pub(super) fn sinusoids(positions: usize, width: usize) -> Vec<f32> {
+    let frequencies: Vec<f64> = (0..width.div_ceil(2))
+        .map(|pair| 10_000f64.powf(-((2 * pair) as f64) / width as f64))
+        .collect();
+    let number = |position: usize, i: usize| {
+        let angle = position as f64 * frequencies[i / 2];
+        (if i.is_multiple_of(2) { angle.sin() } else { angle.cos() }) as f32
+    };
+    (0..positions)
+        .flat_map(|position| (0..width).map(move |i| (position, i)))
+        .map(|(position, i)| number(position, i))
+        .collect()
 }

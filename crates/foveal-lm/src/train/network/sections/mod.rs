@@ -18,6 +18,7 @@ use super::tools::Ranges;
 use crate::Error;
 use crate::config::{Mechanism, ModelConfig, Reach, SectionConfig};
 use crate::mixer::Rule;
+use crate::names::{self, Form};
 
 /// Where a section stands, and what of the model it needs to know.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +44,7 @@ impl SectionPlace<'_> {
     /// The full name of a tensor of this section: `gate_proj.weight`, `a_log`.
     pub(crate) fn name(&self, tensor: &str) -> String {
         let SectionPlace { layer, section, .. } = self;
-        format!("model.layers.{layer}.self_attn.sections.{section}.{tensor}")
+        names::section(*layer, *section, tensor, Form::HuggingFace)
     }
 }
 

@@ -3,19 +3,20 @@
 //! Patterns are those of the kernels' own masks. Mechanisms with a state show how much of a token is left in it, those with a
 //! memory what of earlier segments can come back.
 
-use foveal::plan::Inputs;
-use foveal::sparse::{
+use crate::plan::Inputs;
+use crate::sparse::{
     AngularHash, BigBird, BlockPlan, Branches, Factors, Longformer, Moba, NativeSizes,
     NativeSparse, Picture, Reformer, SparseTransformer, Window,
 };
-use foveal::testing::normal;
-use foveal::{Cpu, Mask, Shape};
+use crate::testing::normal;
+use crate::{Cpu, Mask, Shape};
 
 /// Tokens of a picture.
-pub(crate) const TOKENS: usize = 48;
+pub const PICTURE_TOKENS: usize = 48;
 
-/// A mechanism's picture: causal wherever the mechanism can be.
-pub(crate) fn picture(name: &str) -> Vec<String> {
+/// The picture of the mechanism of this name, [`PICTURE_TOKENS`] rows of as many digits: causal wherever the mechanism can be. Of a name
+/// that is not in the registry, that of `full`.
+pub fn picture(name: &str) -> Vec<String> {
     let segment = 16;
     match name {
         "retention" | "scalar_decay" | "gla" | "gated_delta" => {
@@ -37,7 +38,7 @@ pub(crate) fn picture(name: &str) -> Vec<String> {
         }),
         name => mask(name).ok().flatten().map_or_else(
             || shades(|i, j| (i >= j).then_some(1.0)),
-            |mask| match Picture::new(&mask, 1, TOKENS) {
+            |mask| match Picture::new(&mask, 1, PICTURE_TOKENS) {
                 Ok(picture) => shades(|i, j| picture.sees(i, j).then_some(1.0)),
                 Err(_) => shades(|_, _| None),
             },
@@ -51,12 +52,12 @@ fn shades(shade: impl Fn(usize, usize) -> Option<f64>) -> Vec<String> {
         let level = shade.map_or(0, |shade| ((9.0 * shade).round() as u8).clamp(1, 9));
         char::from(b'0' + level)
     };
-    (0..TOKENS).map(|i| (0..TOKENS).map(|j| digit(shade(i, j))).collect()).collect()
+    (0..PICTURE_TOKENS).map(|i| (0..PICTURE_TOKENS).map(|j| digit(shade(i, j))).collect()).collect()
 }
 
 /// What a mechanism that chooses keys shows; `None` for those that show all earlier ones.
-fn mask(name: &str) -> foveal::Result<Option<Mask>> {
-    let shape = Shape { batch: 1, seq: TOKENS, heads: 1, dim: 64 };
+fn mask(name: &str) -> crate::Result<Option<Mask>> {
+    let shape = Shape { batch: 1, seq: PICTURE_TOKENS, heads: 1, dim: 64 };
     Ok(Some(match name {
         "window" => Mask::window(12),
         "sparse_transformer" => {
@@ -64,7 +65,7 @@ fn mask(name: &str) -> foveal::Result<Option<Mask>> {
         }
         "longformer" => Longformer::new(5).global(vec![vec![0, 20]]).mask(),
         "bigbird" => {
-            let plan = BlockPlan::published([1, TOKENS / 4, 2], 1)?;
+            let plan = BlockPlan::published([1, PICTURE_TOKENS / 4, 2], 1)?;
             BigBird { block: 4, plan, causal: false }.mask()?
         }
         "lsh" => {
@@ -75,7 +76,7 @@ fn mask(name: &str) -> foveal::Result<Option<Mask>> {
             // Blocks of 6, of which a token sees its own and two earlier ones.
             let layer = Moba::new(6, 3)?;
             let (q, k) = (normal(shape, 1)?, normal(shape, 2)?);
-            layer.mask(&layer.choose(q.view(), k.view())?, TOKENS)
+            layer.mask(&layer.choose(q.view(), k.view())?, PICTURE_TOKENS)
         }
         "native_sparse" => {
             // What blocks and window let through; means of all that is older come on top.
@@ -87,7 +88,7 @@ fn mask(name: &str) -> foveal::Result<Option<Mask>> {
             let compressed = Inputs { k: pooled.view(), v: pooled.view(), ..tokens };
             let gates = normal(Shape { dim: 3, ..shape }, 3)?;
             let inputs = Branches { compressed, selected: tokens, window: tokens };
-            layer.mask(&layer.forward(inputs, gates.view())?.choices, TOKENS)
+            layer.mask(&layer.forward(inputs, gates.view())?.choices, PICTURE_TOKENS)
         }
         _ => return Ok(None),
     }))
