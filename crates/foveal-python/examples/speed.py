@@ -22,17 +22,19 @@ import foveal.torch
 def compare(name, own, other, rounds=7, least=0.02):
     """Times two functions in turn; both have run once before."""
     own(), other()
-    start = time.perf_counter()
-    if least:
-        own()
-    times = max(1, int(least / (time.perf_counter() - start)))
+    times = []
+    for function in (own, other):
+        start = time.perf_counter()
+        if least:
+            function()
+        times.append(max(1, int(least / (time.perf_counter() - start))))
     samples = ([], [])
     for _ in range(rounds):
-        for function, list_ in zip((own, other), samples):
+        for function, list_, count in zip((own, other), samples, times):
             start = time.perf_counter()
-            for _ in range(times):
+            for _ in range(count):
                 function()
-            list_.append((time.perf_counter() - start) / times)
+            list_.append((time.perf_counter() - start) / count)
     best = [min(s) for s in samples]
     ratio = statistics.median(b / a for a, b in zip(*samples))
     unit, factor = ("µs", 1e6) if best[0] < 1e-3 else ("ms", 1e3)
@@ -136,29 +138,42 @@ def peak(name, implementation):
     print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def plain(family, name):
+    """A plain form of flash-linear-attention, in PyTorch's operators."""
+    import importlib
+
+    return getattr(importlib.import_module(f"fla.ops.{family}.naive"), name)
+
+
 def linear():
-    def unfused(q, k, v, g, beta, chunk=64):
-        """The gated delta rule in chunks by PyTorch's own operators, as Transformers has it."""
-        from transformers.models.qwen3_next import modeling_qwen3_next as home
+    from transformers.models.qwen3_next import modeling_qwen3_next as home
 
-        rule = home.torch_chunk_gated_delta_rule
-        return getattr(rule, "__wrapped__", rule)(q, k, v, g, beta, chunk_size=chunk)[0]
-
+    rule = home.torch_chunk_gated_delta_rule
+    rule = getattr(rule, "__wrapped__", rule)
     q, k, v = (torch.randn(1, 2048, 8, 64) for _ in range(3))
     k = F.normalize(k, dim=-1)
-    g, beta = -torch.rand(1, 2048, 8), torch.rand(1, 2048, 8)
+    g, beta, decay = -torch.rand(1, 2048, 8), torch.rand(1, 2048, 8), -torch.rand(1, 2048, 8, 64)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    linear, by_heads = foveal.linear, beta.transpose(1, 2)
+    retention, delta = (lambda: linear.retention(q, k, v)), (lambda: linear.delta(q, k, v, beta))
+    scalar, gated = (lambda: linear.scalar_decay(q, k, v, g)), (lambda: linear.gated_delta(q, k, v, g, beta))
+    rows = (
+        ("linear, fla's chunks", lambda: linear.linear(q, k, v, feature_map="identity", epsilon=None), "linear_attn", "naive_chunk_linear_attn", (q, k, v)),
+        ("retention, fla's squares", retention, "retention", "naive_retention", heads),
+        ("scalar decay, fla's chunks", scalar, "simple_gla", "naive_chunk_simple_gla", (q, k, v, g)),
+        ("scalar decay, fla's steps", scalar, "simple_gla", "naive_recurrent_simple_gla", (q, k, v, g)),
+        ("gla, fla's steps", lambda: linear.gla(q, k, v, decay), "gla", "naive_recurrent_gla", (q, k, v, decay)),
+        ("delta, fla's chunks", delta, "delta_rule", "delta_rule_chunkwise", (*heads, by_heads)),
+        ("delta, fla's steps", delta, "delta_rule", "delta_rule_recurrence", (*heads, by_heads)),
+        ("gated delta, fla's chunks", gated, "gated_delta_rule", "naive_chunk_gated_delta_rule", (q, k, v, g, beta)),
+        ("gated delta, fla's steps", gated, "gated_delta_rule", "naive_recurrent_gated_delta_rule", (q, k, v, beta, g)),
+    )
+    print("2048 tokens, 8 heads of 64, f32")
     with torch.no_grad():
-        compare("gated delta, 2048 tokens, 8 heads of 64 (Transformers')", lambda: foveal.linear.gated_delta(q, k, v, g, beta), lambda: unfused(q, k, v, g, beta), rounds=5)
-        try:
-            from fla.ops.gla.naive import naive_recurrent_gla
-        except Exception as error:  # fla may want a GPU.
-            print(f"fla's pure PyTorch forms: {error}")
-            return
-        decay = -torch.rand(1, 2048, 8, 64)
-        try:
-            compare("gla, 2048 tokens, 8 heads of 64 (fla's naive form)", lambda: foveal.linear.gla(q, k, v, decay), lambda: naive_recurrent_gla(q, k, v, decay), rounds=3)
-        except Exception as error:
-            print(f"fla's naive gla: {type(error).__name__} {error}")
+        compare("gated delta, Transformers' chunks", gated, lambda: rule(q, k, v, g, beta), rounds=5)
+        for name, own, family, form, given in rows:
+            other = plain(family, form)
+            compare(name, own, lambda other=other, given=given: other(*given), rounds=3)
 
 
 if __name__ == "__main__":

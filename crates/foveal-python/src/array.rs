@@ -278,6 +278,16 @@ impl<'a> View<'a> {
         &self.memory.shape[..self.memory.axes]
     }
 
+    /// The same with the second and third of four axes in each other's place.
+    pub(crate) fn by_heads(&self) -> View<'a> {
+        let mut own = *self;
+        if own.memory.axes == AXES {
+            own.memory.shape.swap(1, 2);
+            own.memory.strides.swap(1, 2);
+        }
+        own
+    }
+
     /// The storage type, one of the three that kernels take.
     pub(crate) fn dtype(&self) -> Result<DType> {
         match self.memory.dtype {

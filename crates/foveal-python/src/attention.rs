@@ -207,6 +207,28 @@ impl Mechanism for Exact {
     }
 }
 
+/// Attention in PyTorch's layout, `[batch, heads, seq, dim]`; the output too. Its gradients are those of attention.
+#[derive(Debug)]
+pub(crate) struct ByHeads(pub(crate) Exact);
+
+impl Mechanism for ByHeads {
+    const ARRAYS: &'static [&'static str] = Exact::ARRAYS;
+
+    fn forward<E: Element>(&self, given: &Given<'_>) -> Result<Vec<Output>> {
+        let outputs = self.0.forward::<E>(&given.by_heads(3))?;
+        Ok(outputs.into_iter().map(Output::by_heads).collect())
+    }
+
+    fn backward<E: Element>(
+        &self,
+        _given: &Given<'_>,
+        _results: &Given<'_>,
+        _d: &Given<'_>,
+    ) -> Result<Vec<Option<Output>>> {
+        Err(Error::NoBackward { what: "attention in PyTorch's layout" })
+    }
+}
+
 /// Where gradients are written.
 struct Places<E> {
     inputs: [Tensor<E>; 3],

@@ -81,6 +81,13 @@ impl<'a> Given<'a> {
         self.optional(n).map(View::per_row).transpose()
     }
 
+    /// The same, but for the layout of the first arrays: `[batch, heads, seq, dim]`.
+    pub(crate) fn by_heads(&self, first: usize) -> Given<'a> {
+        let mut own = self.clone();
+        own.views.iter_mut().take(first).flatten().for_each(|view| *view = view.by_heads());
+        own
+    }
+
     /// Refuses the gradient of a result that mechanisms take none of.
     pub(crate) fn none(&self, n: usize, what: &'static str) -> Result<()> {
         self.optional(n).map_or(Ok(()), |_| Err(Error::NoBackward { what }))

@@ -1,6 +1,6 @@
 //! Mechanisms by name, with the options that Python gives as tuples.
 
-use crate::attention::Exact;
+use crate::attention::{ByHeads, Exact};
 use crate::call::{Job, cpu, scale};
 use crate::error::Error;
 use crate::exact::{Join, Latent, Rotary, TwoMaps};
@@ -69,6 +69,7 @@ fn run<'py>(
 ) -> PyResult<Bound<'py, PyTuple>> {
     match name {
         "attention" => job.run(&Exact::from_options(options)?),
+        "attention_by_heads" => job.run(&ByHeads(Exact::from_options(options)?)),
         "differential" => {
             let (init, epsilon, behind, ahead, scale) = options.extract()?;
             job.run(&TwoMaps { init, epsilon, band: Band { behind, ahead }, scale })

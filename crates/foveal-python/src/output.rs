@@ -22,6 +22,8 @@ pub(crate) struct Output {
     data: *mut c_void,
     axes: usize,
     shape: [i64; AXES],
+    /// Whether the second and third axes are given in each other's place.
+    by_heads: bool,
 }
 
 // SAFETY: the pointer is into the vector, which is owned.
@@ -36,7 +38,13 @@ impl Output {
             *to = extent as i64;
         }
         let data = numbers.as_mut_ptr().cast();
-        Output { dtype: E::DTYPE, numbers: Box::new(numbers), data, axes: extents.len(), shape }
+        let (numbers, axes) = (Box::new(numbers), extents.len());
+        Output { dtype: E::DTYPE, numbers, data, axes, shape, by_heads: false }
+    }
+
+    /// The same numbers as an array `[batch, heads, seq, dim]`.
+    pub(crate) fn by_heads(self) -> Output {
+        Output { by_heads: self.axes == AXES, ..self }
     }
 
     /// `[batch, seq, heads, dim]`.
@@ -92,6 +100,10 @@ impl Output {
             Box::new(Held { shape: self.shape, strides: [1; AXES], numbers: self.numbers });
         for axis in (1..self.axes).rev() {
             held.strides[axis - 1] = held.strides[axis] * held.shape[axis].max(1);
+        }
+        if self.by_heads {
+            held.shape.swap(1, 2);
+            held.strides.swap(1, 2);
         }
         let held = Box::into_raw(held);
         // SAFETY: the box has just been made, and stays where it is until it is freed.

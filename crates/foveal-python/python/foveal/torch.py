@@ -42,16 +42,34 @@ def _share_threads() -> None:
 
 def run(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The results of a mechanism."""
-    if _is_compiling():
+    if _is_watched(arrays[0]):
         return _operate(name, arrays, options)
     _share_threads()
-    if type(arrays[0]) not in _PLAIN or _modes() or _transforms() is not None:
-        return _operate(name, arrays, options)
     if not wants_gradients(arrays):
+        if name == "attention" and _is_large(arrays[0]):
+            return _into_new(arrays, options)
         return _native.forward(name, tuple(ready_all(name, arrays)), options)
     if not SPECS[name].gradients:
         return _operate(name, arrays, options)
     return Recorded.apply(name, _with_lse(name, options), *arrays)
+
+
+def _is_large(query: Tensor) -> bool:
+    """Whether PyTorch is to allocate the output: large blocks of two allocators leave holes that neither can fill."""
+    return query.dim() == 4 and query.numel() >= 1 << 18
+
+
+def _into_new(arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    query, _, value, *_ = arrays
+    if not isinstance(value, Tensor) or value.dim() != 4 or query.device.type != "cpu":
+        return _native.forward("attention", tuple(ready_all("attention", arrays)), options)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    return out, _native.attention_into(tuple(ready_all("attention", arrays)), out, options)
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether somebody looks at the operators that are called: a tracer, a mode, a transform, or a kind of tensor."""
+    return _is_compiling() or type(tensor) not in _PLAIN or _modes() > 0 or _transforms() is not None
 
 
 _is_compiling = torch.compiler.is_compiling
@@ -65,6 +83,8 @@ def _with_lse(name: str, options: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _operate(name: str, arrays: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """By an operator, which tracing, modes and transforms see."""
+    if not _is_compiling():
+        _share_threads()
     missing = (None,) * (len(NAMES[name].all) - len(arrays))
     results = OPERATORS[name](*arrays, *missing, repr(_with_lse(name, options)))
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
@@ -164,9 +184,13 @@ def scaled_dot_product_attention(
             bias = _bias(attn_mask, query, key)
     seed = int(torch.randint(0, 2**62, ()).item()) if dropout_p else 0
     options = (None, ahead, scale, None, False, dropout_p, seed, False, False)
+    terms = () if attn_mask is None else (mask, bias)
+    if not _is_watched(query) and not wants_gradients((query, key, value, bias)) and not _is_large(query):
+        _share_threads()
+        arrays = tuple(ready_all("attention", (query, key, value, *terms)))
+        return _native.forward("attention_by_heads", arrays, options)[0]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    arrays = (q, k, v) if attn_mask is None else (q, k, v, mask, bias)
-    out = run("attention", arrays, options)[0]
+    out = run("attention", (q, k, v, *terms), options)[0]
     return out.transpose(1, 2)
 
 

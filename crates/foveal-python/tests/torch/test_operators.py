@@ -269,6 +269,9 @@ def test_sdpa(queries, keys, causal):
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     got = foveal.torch.scaled_dot_product_attention(q, k, v, is_causal=causal)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    wanting = [y.clone().requires_grad_() for y in (q, k, v)]
+    recorded = foveal.torch.scaled_dot_product_attention(*wanting, is_causal=causal)
+    assert torch.equal(recorded, got) and recorded.stride() == got.stride()
     got = foveal.torch.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=causal)
     torch.testing.assert_close(got, expected[0], atol=2e-6, rtol=1e-5)
 
