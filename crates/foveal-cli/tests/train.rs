@@ -299,8 +299,20 @@ fn a_model_is_converted_and_trained_on() {
         stdout(&text).to_owned()
     };
     assert_eq!(generate(&gguf), generate(&path(&folder, "mqa")));
-    let refused = run(&["convert", &first, &gguf, "--attention", "infini"]);
-    assert_fails(&refused, 1, &["GGUF has no key"]);
+    // Mixers by name go into such files too.
+    let named = path(&folder, "infini.gguf");
+    succeeds(&[
+        "convert",
+        &first,
+        &named,
+        "--attention",
+        "infini",
+        "--segment",
+        "16",
+        "--type",
+        "f32",
+    ]);
+    assert_eq!(generate(&named), generate(&path(&folder, "infini")));
     let refused =
         run(&["convert", &first, &path(&folder, "x"), "--attention", "gqa", "--kv-heads", "3"]);
     assert_fails(&refused, 1, &["key/value heads is 3", "divisor"]);

@@ -187,7 +187,6 @@ fn only_one_file_appears_and_refusals_name_the_cause() {
     assert!(refused(grouped(0), None, Format::F16).contains("divisor"));
     assert!(refused(grouped(1), Some(vec![0]), Format::F16).contains("all of them"));
     assert!(refused(Attention::GatedDelta, Some(vec![9]), Format::F16).contains("0 to 6"));
-    assert!(refused(Attention::Infini { segment: 8 }, None, Format::F16).contains("GGUF"));
     let file = folder.0.join("mqa.gguf");
     // Without a tokenizer there is none in the file either.
     convert(&input, &file, &conversion(grouped(1)), Format::F32).unwrap();
@@ -201,4 +200,9 @@ fn only_one_file_appears_and_refusals_name_the_cause() {
     let random = Attention::Grouped { kv_heads: 1, pool: Pool::Random };
     convert(&input, &folder_of, &conversion(random), Format::F32).unwrap();
     assert!(logits(&file) != logits(&folder_of));
+    // Mixers by name, in both kinds of files.
+    let named = conversion(Attention::Infini { segment: 8 });
+    [&file, &folder_of].map(|output| convert(&input, output, &named, Format::F32).unwrap());
+    assert!(Model::load(&file).unwrap().config().layers.iter().all(|one| one.sections.len() == 1));
+    assert_same(&logits(&file), &logits(&folder_of), 1e-4);
 }
