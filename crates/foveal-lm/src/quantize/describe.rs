@@ -6,8 +6,9 @@ use foveal::projection::Format;
 use super::rows::Change;
 use crate::Error;
 use crate::config::gguf::{MIXER, NAMED};
-use crate::config::sections;
-use crate::config::{Activation, Architecture, LayerConfig, ModelConfig, Reach, RopeScaling};
+use crate::config::{
+    Activation, Architecture, LayerConfig, ModelConfig, Reach, RopeScaling, sections,
+};
 use crate::ropes;
 use crate::weights::gguf::{Metadata, OwnedValue};
 

@@ -56,20 +56,28 @@ def _decay(log: Tensor, v: Tensor) -> Tensor:
     return log.float().expand(*v.shape[:3], *log.shape[3:])
 
 
-def _run(function: Callable[..., Any], arrays: tuple[Tensor, ...], common: dict[str, Any]) -> _Result:
+def _run(
+    function: Callable[..., Any],
+    arrays: tuple[Tensor, ...],
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    more: dict[str, Any],
+    normalise: bool = False,
+) -> _Result:
     """Runs with gates in float32; the state only if it is asked for."""
-    _refuse(common.pop("more"))
-    asked, initial = common.pop("output_final_state"), common.pop("initial_state")
-    normalise = common.pop("use_qk_l2norm_in_kernel", False)
+    _refuse(more)
     q, k, v, *gates = arrays
     dtype = v.dtype
     if normalise or not q.dtype == k.dtype == dtype:
         q, k, v = (x.float() for x in (q, k, v))
     if normalise:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    state = None if initial is None else initial.float()
-    out, final = function(q, k, v, *(g.float() for g in gates), initial_state=state, return_state=True, **common)
-    return out.to(dtype), final if asked else None
+    state = None if initial_state is None else initial_state.float()
+    options = {"scale": scale, "initial_state": state, "return_state": True, "cu_seqlens": cu_seqlens}
+    out, final = function(q, k, v, *(g.float() for g in gates), **options)
+    return out.to(dtype), final if output_final_state else None
 
 
 def chunk_retention(
@@ -83,9 +91,7 @@ def chunk_retention(
     **more: Any,
 ) -> _Result:
     """RetNet's retention with its fixed decays, by ``foveal.linear.retention``."""
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "more": more}
-    common |= {"initial_state": initial_state, "output_final_state": output_final_state}
-    return _run(linear.retention, (q, k, v), common)
+    return _run(linear.retention, (q, k, v), scale, initial_state, output_final_state, cu_seqlens, more)
 
 
 def chunk_simple_gla(
@@ -105,9 +111,7 @@ def chunk_simple_gla(
     if g is not None and g_gamma is not None:
         raise ValueError("g and g_gamma: expected one of them")
     log = q.new_zeros(1) if g is None and g_gamma is None else g if g is not None else g_gamma
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "more": more}
-    common |= {"initial_state": initial_state, "output_final_state": output_final_state}
-    return _run(linear.scalar_decay, (q, k, v, _decay(log, v)), common)
+    return _run(linear.scalar_decay, (q, k, v, _decay(log, v)), scale, initial_state, output_final_state, cu_seqlens, more)
 
 
 def chunk_gla(
@@ -122,9 +126,7 @@ def chunk_gla(
     **more: Any,
 ) -> _Result:
     """Gated linear attention with decays ``[B, T, H, D]``, by ``foveal.linear.gla``."""
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "more": more}
-    common |= {"initial_state": initial_state, "output_final_state": output_final_state}
-    return _run(linear.gla, (q, k, v, g), common)
+    return _run(linear.gla, (q, k, v, g), scale, initial_state, output_final_state, cu_seqlens, more)
 
 
 def fused_recurrent_gla(
@@ -151,9 +153,8 @@ def chunk_delta_rule(
     """DeltaNet with strengths ``[B, T, H]``, by ``foveal.linear.delta``."""
     if beta.dim() != 3:
         raise ValueError("beta: expected [B, T, H]; a strength for each channel is not supported")
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
-    common |= {"initial_state": initial_state, "output_final_state": output_final_state, "more": more}
-    return _run(linear.delta, (q, k, v, beta), common)
+    options = scale, initial_state, output_final_state, cu_seqlens, more, use_qk_l2norm_in_kernel
+    return _run(linear.delta, (q, k, v, beta), *options)
 
 
 def chunk_gated_delta_rule(
@@ -171,9 +172,8 @@ def chunk_gated_delta_rule(
 ) -> _Result:
     """Gated DeltaNet with decays and strengths ``[B, T, H]``, by ``foveal.linear.gated_delta``; value heads may be a
     multiple of the query and key heads."""
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
-    common |= {"initial_state": initial_state, "output_final_state": output_final_state, "more": more}
-    return _run(linear.gated_delta, (q, k, v, g, beta), common)
+    options = scale, initial_state, output_final_state, cu_seqlens, more, use_qk_l2norm_in_kernel
+    return _run(linear.gated_delta, (q, k, v, g, beta), *options)
 
 
 def fused_recurrent_gated_delta_rule(

@@ -54,7 +54,7 @@ mod tools;
 use std::ops::Range;
 
 use foveal::position::Rope;
-use foveal::projection::{Activations, Matrix, MatrixShape};
+use foveal::projection::{Matrix, MatrixShape};
 use foveal::{Cpu, Dropout};
 
 use self::attention::Tokens;
@@ -294,14 +294,8 @@ impl Work<'_> {
         let training = gradients.is_some();
         let start = carried.as_ref().map_or(0, |carried| carried.tokens);
         let tokens = batch.tokens.len() / batch.sequences.max(1);
-        let Scratch { workspace, pool, rotations } = &mut *options.scratch;
-        pool.forget_lent();
+        let (mut tools, rotations) = options.scratch.begin(options.cpu, options.precision);
         set_positions(rotations, &network.ropes, start..start + tokens)?;
-        let activations = match options.precision {
-            Precision::F32 => Activations::F32,
-            Precision::Bf16 => Activations::Bf16,
-        };
-        let mut tools = Tools { cpu: options.cpu, activations, workspace, pool };
         let of = Tokens {
             parameters,
             sequences: batch.sequences,

@@ -3,14 +3,19 @@
 //! Activations of a step are as large as those of the one before: buffers are handed out and taken back, so that no step but
 //! the first asks the system for memory (a fresh page costs more than most operations on it).
 
-use foveal::Workspace;
+use foveal::position::RopeTable;
+use foveal::projection::Activations;
+use foveal::{Cpu, Workspace};
+
+use super::Precision;
+use super::tools::Tools;
 
 /// What a step writes to besides gradients. Steps of one network, one at a time, share one.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    pub(super) workspace: Workspace,
-    pub(super) pool: Pool,
-    pub(super) rotations: Vec<foveal::position::RopeTable>,
+    workspace: Workspace,
+    pool: Pool,
+    rotations: Vec<RopeTable>,
 }
 
 impl Scratch {
@@ -22,6 +27,21 @@ impl Scratch {
     /// The most bytes of activations that were in use at any moment.
     pub fn peak_bytes(&self) -> usize {
         self.pool.peak * size_of::<f32>()
+    }
+
+    /// Tools for a pass, and the place of its rotations.
+    pub(super) fn begin(
+        &mut self,
+        cpu: Cpu,
+        precision: Precision,
+    ) -> (Tools<'_>, &mut Vec<RopeTable>) {
+        let Scratch { workspace, pool, rotations } = self;
+        pool.forget_lent();
+        let activations = match precision {
+            Precision::F32 => Activations::F32,
+            Precision::Bf16 => Activations::Bf16,
+        };
+        (Tools { cpu, activations, workspace, pool }, rotations)
     }
 
     /// From now on buffers are handed out full of NaN, so that a test sees what is read without having been written.
@@ -84,7 +104,7 @@ impl Pool {
     }
 
     /// Counts nothing as handed out: a call that failed has dropped its buffers.
-    pub(super) fn forget_lent(&mut self) {
+    fn forget_lent(&mut self) {
         self.lent = 0;
     }
 }

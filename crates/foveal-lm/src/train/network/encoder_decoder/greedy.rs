@@ -4,13 +4,11 @@
 //! training, not for speed.
 
 use foveal::nn::IGNORED;
-use foveal::projection::Activations;
 
 use super::run::Work;
 use super::{EncoderDecoder, Pairs};
 use crate::Error;
-use crate::train::network::tools::Tools;
-use crate::train::network::{Precision, Scratch, StepOptions};
+use crate::train::network::StepOptions;
 
 impl EncoderDecoder {
     /// What the decoder says of one source, up to `end`, which it begins with and which is no part of it, or as many tokens as it
@@ -27,13 +25,7 @@ impl EncoderDecoder {
     ) -> Result<Vec<u32>, Error> {
         let whole = Pairs { sequences: 1, source, tokens: &[end], targets: &[IGNORED] };
         self.check(parameters, &whole)?;
-        let Scratch { workspace, pool, .. } = &mut *options.scratch;
-        pool.forget_lent();
-        let activations = match options.precision {
-            Precision::F32 => Activations::F32,
-            Precision::Bf16 => Activations::Bf16,
-        };
-        let mut tools = Tools { cpu: options.cpu, activations, workspace, pool };
+        let (mut tools, _) = options.scratch.begin(options.cpu, options.precision);
         let mut work =
             Work { network: self, parameters, pairs: &whole, dropout: None, tools: &mut tools };
         let (encoded, _) = work.half((0, source), &self.encoder, None)?;

@@ -1,6 +1,6 @@
 //! One batch through an encoder–decoder, forward and backward.
 
-use foveal::projection::{Activations, Matrix, MatrixShape, embed};
+use foveal::projection::{Matrix, MatrixShape, embed};
 use foveal::{Dropout, nn};
 
 use super::layer::Normal;
@@ -9,7 +9,7 @@ use crate::Error;
 use crate::mixer::Saved;
 use crate::train::network::head::Objection;
 use crate::train::network::tools::{Tools, same};
-use crate::train::network::{IGNORED, Loss, Precision, Scratch, StepOptions, place_seed};
+use crate::train::network::{IGNORED, Loss, StepOptions, place_seed};
 
 /// What a sum with its norm keeps: what came in, and what the norm read.
 struct Sum {
@@ -95,13 +95,7 @@ impl EncoderDecoder {
             return Ok(Loss { sum: 0.0, targets: 0 });
         }
         let training = gradients.is_some();
-        let Scratch { workspace, pool, .. } = &mut *options.scratch;
-        pool.forget_lent();
-        let activations = match options.precision {
-            Precision::F32 => Activations::F32,
-            Precision::Bf16 => Activations::Bf16,
-        };
-        let mut tools = Tools { cpu: options.cpu, activations, workspace, pool };
+        let (mut tools, _) = options.scratch.begin(options.cpu, options.precision);
         let dropout = options.dropout.filter(|_| training);
         let mut work = Work { network: self, parameters, pairs, dropout, tools: &mut tools };
         let (source, first) = work.half((0, pairs.source), &self.encoder, None)?;
