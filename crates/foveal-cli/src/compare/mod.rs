@@ -16,7 +16,8 @@ use foveal_lm::atomic_file;
 
 use crate::{compute, interrupt, numbers, output, train};
 use choice::Need;
-use contender::{Contender, Sizes};
+use contender::Contender;
+pub(crate) use contender::{Sizes, mixer};
 use training::{Budget, Text};
 
 /// Where it goes.

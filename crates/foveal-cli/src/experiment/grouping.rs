@@ -30,7 +30,7 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let bits = |folder: &Path| -> anyhow::Result<f64> {
         bits_a_token(&Model::load(folder)?, &text, tokens)
     };
-    let base = config(cell)?;
+    let base = config(cell, (cell.count("heads")?, None))?;
     let before = Folder::new(&format!("{}-before", cell.name()))?;
     trained(base.clone(), before.path())?;
     let mut numbers = Numbers::from([("before".to_owned(), bits(before.path())?)]);

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display};
 
 use super::results::Results;
-use crate::plot::Plot;
+use crate::plot::{Plot, Series};
 
 /// One thing that should be so.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,6 +108,13 @@ impl Check {
         Check::new(words, both.map(|(a, b)| (a.beyond(&b), format!("{a} against {b}"))))
     }
 
+    /// `a` is not less than `b` by more than `slack` and two standard deviations of seeds.
+    pub(super) fn as_good(words: &str, (a, b): (&[f64], &[f64]), slack: f64) -> Check {
+        let both = Sample::of(a).zip(Sample::of(b));
+        let holds = |a: &Sample, b: &Sample| b.mean - a.mean <= slack.max(a.margin(b));
+        Check::new(words, both.map(|(a, b)| (holds(&a, &b), format!("{a} against {b}"))))
+    }
+
     /// The mean lies in a range.
     pub(super) fn within(
         words: &str,
@@ -170,6 +177,19 @@ pub(super) fn cross(results: &Results, [down, across]: [&str; 2], number: &str) 
     Table { head, rows: results.values(down).into_iter().map(row).collect() }
 }
 
+/// Lines of means: one for each value of a key, over counts of another.
+pub(super) fn lines(results: &Results, [each, over]: [&str; 2], number: &str) -> Vec<Series> {
+    let line = |value: String| {
+        let point = |count: usize| {
+            let own = results.numbers(&[(each, &value), (over, &count.to_string())], number);
+            Some((count as f64, Sample::of(&own)?.mean))
+        };
+        let points = results.counts(over).into_iter().filter_map(point).collect();
+        Series { name: value, points }
+    };
+    results.values(each).into_iter().map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,6 +202,8 @@ mod tests {
         assert_eq!(holds(&[1.0], &[0.9]), Some(true));
         assert_eq!(holds(&[1.0], &[1.0]), Some(false));
         assert_eq!(holds(&[], &[1.0]), None);
+        let good = |a: f64| Check::as_good("", (&[a, a], &[1.0, 1.0]), 0.02).holds;
+        assert_eq!((good(0.99), good(0.97), good(2.0)), (Some(true), Some(false), Some(true)));
     }
 
     #[test]

@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 use foveal_lm::Model;
 use foveal_lm::evaluate::token_nll;
 use foveal_lm::train::config::{
-    DataSection, ModelSection, OptimizerSection, ScheduleSection, TrainSection,
+    DataSection, ModelSection, OptimizerSection, Order, ScheduleSection, TrainSection,
 };
 use foveal_lm::train::{Config, Trainer};
+use serde_json::Value;
 
 use super::cell::Cell;
 use crate::{interrupt, train};
 
 /// The share of the novel that no model is trained on.
-const HELD_OUT: f64 = 0.1;
+pub(super) const HELD_OUT: f64 = 0.1;
 
 /// A folder that is removed when it is done with.
 pub(super) struct Folder(PathBuf);
@@ -37,15 +38,21 @@ impl Drop for Folder {
     }
 }
 
-/// What is trained: sizes, steps and seed from a cell (`layers`, `width`, `heads`, `tokens`, `batch`, `steps`, `rate`, `seed`).
-pub(super) fn config(cell: &Cell) -> anyhow::Result<Config> {
-    let width = cell.count("width")?;
+/// What is trained, with so many key/value heads and a mixer: sizes, steps and seed from a cell (`layers`, `width`, `heads`, `tokens`, `batch`, `steps`, `rate`, `seed`).
+pub(super) fn config(
+    cell: &Cell,
+    (kv_heads, mixer): (usize, Option<&Value>),
+) -> anyhow::Result<Config> {
+    let (heads, width) = (cell.count("heads")?, cell.count("width")?);
+    let remembers = mixer.is_some_and(|mixer| mixer["name"] == "transformer_xl");
     Ok(Config {
         model: ModelSection {
             layers: cell.count("layers")?,
             width,
-            heads: cell.count("heads")?,
+            heads,
+            kv_heads: Some(kv_heads),
             feed_forward: Some(2 * width),
+            mixer: mixer.map(toml::Value::try_from).transpose()?,
             ..ModelSection::default()
         },
         data: DataSection {
@@ -53,6 +60,7 @@ pub(super) fn config(cell: &Cell) -> anyhow::Result<Config> {
             tokenizer: Some("bytes".to_owned()),
             sequence: cell.count("tokens")?,
             batch: cell.count("batch")?,
+            order: if remembers { Order::Streams } else { Order::Shuffled },
             ..DataSection::default()
         },
         optimizer: OptimizerSection {
@@ -67,8 +75,8 @@ pub(super) fn config(cell: &Cell) -> anyhow::Result<Config> {
     })
 }
 
-/// Takes all steps and writes the model into `folder`.
-pub(super) fn trained(config: Config, folder: &Path) -> anyhow::Result<()> {
+/// Takes all steps and writes the model into `folder`; tokens a second.
+pub(super) fn trained(config: Config, folder: &Path) -> anyhow::Result<f64> {
     let steps = config.schedule.steps;
     let mut trainer = Trainer::new(config, Some(train::TEXT))?;
     for _ in 0..steps {
@@ -77,7 +85,8 @@ pub(super) fn trained(config: Config, folder: &Path) -> anyhow::Result<()> {
             return Err(foveal_lm::Error::Interrupted.into());
         }
     }
-    Ok(trainer.export(folder)?)
+    trainer.export(folder)?;
+    Ok(trainer.state().tokens as f64 / trainer.state().seconds.max(1e-9))
 }
 
 /// The first of the bytes that no model is trained on.

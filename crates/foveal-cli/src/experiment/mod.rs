@@ -7,6 +7,8 @@
 mod associative;
 mod caches;
 mod cell;
+mod characters;
+mod copying;
 mod document;
 mod exactness;
 mod favor;
@@ -14,6 +16,9 @@ mod grouping;
 mod growth;
 mod judge;
 mod language;
+mod learner;
+mod recall;
+mod recurrent;
 mod results;
 
 use std::num::NonZeroUsize;
@@ -67,10 +72,28 @@ struct Experiment {
 /// Those that there are.
 const ALL: &[Experiment] = &[
     Experiment {
+        name: "E1",
+        grid: include_str!("grids/E1.toml"),
+        run: recall::run,
+        judge: recall::judge,
+    },
+    Experiment {
+        name: "E2",
+        grid: include_str!("grids/E2.toml"),
+        run: copying::run,
+        judge: copying::judge,
+    },
+    Experiment {
         name: "E4",
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
         judge: associative::judge,
+    },
+    Experiment {
+        name: "E5",
+        grid: include_str!("grids/E5.toml"),
+        run: characters::run,
+        judge: characters::judge,
     },
     Experiment {
         name: "E7",

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::Error;
-pub use model::ModelSection;
+pub use model::{Family, ModelSection};
 
 /// A training run, described.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]

@@ -24,8 +24,8 @@ pub use checkpoint::State;
 pub use config::Config;
 pub use error::Error;
 pub use network::{
-    Batch, Carried, EncoderDecoder, EncoderDecoderConfig, IGNORED, Loss, Network, NormPlace,
-    Objective, Pairs, PositionKind, Precision, Scratch, StepOptions,
+    Batch, Carried, EncoderDecoder, EncoderDecoderConfig, IGNORED, Loss, Lstm, LstmConfig, Network,
+    NormPlace, Objective, Pairs, PositionKind, Precision, Scratch, StepOptions,
 };
 pub use optimizer::{Move, Optimizer, length};
 pub use parameters::{Entry, Group, Parameters};

@@ -280,3 +280,26 @@ fn steps_in_bf16_are_close_to_those_in_f32_and_no_thread_changes_them() {
         }
     }
 }
+
+#[test]
+fn the_likeliest_token_is_the_one_with_the_least_loss() {
+    for case in cases() {
+        let mut scratch = Scratch::new();
+        let mut options = StepOptions::new(Cpu::detect().unwrap(), &mut scratch);
+        let (values, batch) = (case.parameters.values(), case.batch());
+        let found = case.network.likeliest(values, &batch, None, &mut options).unwrap();
+        let places: Vec<usize> =
+            (0..batch.targets.len()).filter(|&n| batch.targets[n] != IGNORED).collect();
+        assert_eq!(found.len(), places.len());
+        for (&place, &found) in places.iter().zip(&found).step_by(5) {
+            let mut loss = |token: u32| {
+                let mut targets = vec![IGNORED; batch.targets.len()];
+                targets[place] = token;
+                let batch = Batch { targets: &targets, ..batch };
+                case.network.loss(values, &batch, None, &mut options).unwrap().sum
+            };
+            let least = loss(found);
+            assert!((0..40).all(|token| loss(token) >= least), "{place}");
+        }
+    }
+}

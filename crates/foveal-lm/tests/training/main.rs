@@ -3,6 +3,7 @@
 mod across;
 mod encoders;
 mod laws;
+mod lstm;
 mod mechanisms;
 mod pairs;
 mod runs;

@@ -119,6 +119,33 @@ impl Head {
         self.projection.forward(parameters, x, logits, tools)
     }
 
+    /// The likeliest token of each row with a target, in order.
+    pub(super) fn likeliest(
+        &self,
+        parameters: &[f32],
+        (x, targets): (&[f32], &[u32]),
+        tools: &mut Tools<'_>,
+    ) -> Result<Vec<u32>, Error> {
+        let MatrixShape { out_features: vocab, in_features: width } = self.projection.shape;
+        let rows = x.chunks_exact(width).zip(targets).filter(|(_, target)| **target != IGNORED);
+        let x: Vec<f32> = rows.flat_map(|(row, _)| row).copied().collect();
+        let mut likeliest = Vec::with_capacity(x.len() / width.max(1));
+        let block = (LOGITS / vocab.max(1)).clamp(1, 4 * ROWS);
+        for x in x.chunks(block * width) {
+            let mut normed = tools.pool.copy(x);
+            if let Some(norm) = &self.norm {
+                norm.forward(parameters, x, &mut normed, tools)?;
+            }
+            let mut logits = tools.pool.take(x.len() / width * vocab);
+            self.projection.forward(parameters, &normed, &mut logits, tools)?;
+            // A cap changes no order.
+            let best = |row: &[f32]| (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            likeliest.extend(logits.chunks_exact(vocab).filter_map(best).map(|n| n as u32));
+            [normed, logits].into_iter().for_each(|buffer| tools.pool.give(buffer));
+        }
+        Ok(likeliest)
+    }
+
     /// The loss of rows; their gradients are added to those that are given.
     fn block(
         &self,

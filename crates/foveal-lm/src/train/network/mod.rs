@@ -46,6 +46,7 @@ mod embedding;
 mod encoder_decoder;
 mod feed_forward;
 mod head;
+mod lstm;
 mod scratch;
 mod section;
 mod sections;
@@ -69,6 +70,7 @@ use crate::ropes::Ropes;
 pub use carried::Carried;
 pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig, NormPlace, Pairs, PositionKind};
 pub use foveal::nn::IGNORED;
+pub use lstm::{Lstm, LstmConfig};
 pub use scratch::Scratch;
 
 /// What a model is trained to predict.
@@ -246,6 +248,28 @@ impl Network {
         Work { network: self, parameters, batch }.run(carried, None, options)
     }
 
+    /// The likeliest next token wherever a batch has a target, in order; ties go to the last.
+    ///
+    /// # Errors
+    /// Those of [`Network::gradients`].
+    pub fn likeliest(
+        &self,
+        parameters: &[f32],
+        batch: &Batch<'_>,
+        carried: Option<&mut Carried>,
+        options: &mut StepOptions<'_>,
+    ) -> Result<Vec<u32>, Error> {
+        self.check(parameters, batch, carried.as_deref())?;
+        if batch.tokens.is_empty() {
+            return Ok(vec![]);
+        }
+        let work = Work { network: self, parameters, batch };
+        let start = carried.as_ref().map_or(0, |carried| carried.tokens);
+        let (of, mut tools) = work.prepare(start, options)?;
+        let (x, _) = work.forward(of, carried, Keep::Nothing, &mut tools)?;
+        self.head.likeliest(parameters, (&x, batch.targets), &mut tools)
+    }
+
     fn check(
         &self,
         parameters: &[f32],
@@ -280,6 +304,21 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// The tokens with their positions, and tools for a pass over them.
+    fn prepare<'t>(
+        &'t self,
+        start: usize,
+        options: &'t mut StepOptions<'_>,
+    ) -> Result<(Tokens<'t>, Tools<'t>), Error> {
+        let Work { network, parameters, batch } = *self;
+        let tokens = batch.tokens.len() / batch.sequences.max(1);
+        let (tools, rotations) = options.scratch.begin(options.cpu, options.precision);
+        set_positions(rotations, &network.ropes, start..start + tokens)?;
+        let sequences = batch.sequences;
+        let of = Tokens { parameters, sequences, tokens, start, rotations, dropout: None };
+        Ok((of, tools))
+    }
+
     fn run(
         &self,
         carried: Option<&mut Carried>,
@@ -293,29 +332,21 @@ impl Work<'_> {
         }
         let training = gradients.is_some();
         let start = carried.as_ref().map_or(0, |carried| carried.tokens);
-        let tokens = batch.tokens.len() / batch.sequences.max(1);
-        let (mut tools, rotations) = options.scratch.begin(options.cpu, options.precision);
-        set_positions(rotations, &network.ropes, start..start + tokens)?;
-        let of = Tokens {
-            parameters,
-            sequences: batch.sequences,
-            tokens,
-            start,
-            rotations,
-            dropout: options.dropout.filter(|_| training),
-        };
         let keep = match (training, options.recompute) {
             (false, _) => Keep::Nothing,
             (true, false) => Keep::All,
             (true, true) => Keep::Inputs,
         };
+        let (dropout, smoothing, scale) = (options.dropout, options.smoothing, options.scale);
+        let (of, mut tools) = self.prepare(start, options)?;
+        let of = Tokens { dropout: dropout.filter(|_| training), ..of };
         // Layers that are run once more begin with what they began with.
         let before = carried.as_deref().filter(|_| keep == Keep::Inputs).cloned();
         let (x, saved) = self.forward(of, carried, keep, &mut tools)?;
         let objection = Objection {
             targets: batch.targets,
-            smoothing: if training { options.smoothing } else { 0.0 },
-            scale: training.then_some(options.scale),
+            smoothing: if training { smoothing } else { 0.0 },
+            scale: training.then_some(scale),
         };
         let Some(gradients) = gradients else {
             let (loss, _) = network.head.loss(parameters, (&x, objection), None, &mut tools)?;

@@ -1,0 +1,241 @@
+//! A small model that is trained on batches which an experiment makes itself.
+
+use foveal::Cpu;
+use foveal_lm::config::ModelConfig;
+use foveal_lm::train::config::{Family, ModelSection, OptimizerSection, ScheduleSection};
+use foveal_lm::train::{
+    Batch, IGNORED, Lstm, LstmConfig, Move, Network, Objective, Optimizer, Parameters, Scratch,
+    StepOptions, length, schedule,
+};
+use serde_json::Value;
+
+use super::cell::Cell;
+use crate::compare::{Sizes, mixer};
+use crate::interrupt;
+
+/// Sequences of a batch, and what each token is to predict.
+#[derive(Debug, Default)]
+pub(super) struct Examples {
+    pub(super) sequences: usize,
+    pub(super) tokens: Vec<u32>,
+    pub(super) targets: Vec<u32>,
+}
+
+impl Examples {
+    pub(super) fn view(&self) -> Batch<'_> {
+        Batch { sequences: self.sequences, tokens: &self.tokens, targets: &self.targets }
+    }
+}
+
+/// What is trained.
+enum Kind {
+    Attention(Box<Network>),
+    Recurrent(Lstm),
+}
+
+/// A model in training.
+pub(super) struct Learner {
+    kind: Kind,
+    parameters: Parameters,
+    optimizer: Optimizer,
+    gradients: Vec<f32>,
+    scratch: Scratch,
+    cpu: Cpu,
+    settings: OptimizerSection,
+    schedule: ScheduleSection,
+    step: u64,
+}
+
+/// The sizes of a model, from a cell: `layers`, `width`, `heads`.
+fn sizes(cell: &Cell, sequence: usize) -> anyhow::Result<Sizes> {
+    let [width, layers, heads] = ["width", "layers", "heads"].map(|key| cell.count(key));
+    Ok(Sizes { width: width?, layers: layers?, heads: heads?, sequence })
+}
+
+/// The `config.json` of a model with an attention by name, for so many tokens of vocabulary.
+fn config(name: &str, sizes: Sizes, vocab: usize) -> anyhow::Result<Value> {
+    let mixer = mixer(name, sizes);
+    anyhow::ensure!(mixer.is_some() || name == "full", "there is no attention {name:?}");
+    let section = ModelSection {
+        layers: sizes.layers,
+        width: sizes.width,
+        heads: sizes.heads,
+        // Normalised queries and keys: attention is learned in fewer steps.
+        architecture: Family::Qwen3,
+        feed_forward: Some(2 * sizes.width),
+        mixer: mixer.as_ref().map(toml::Value::try_from).transpose()?,
+        ..ModelSection::default()
+    };
+    Ok(section.to_json(vocab, sizes.sequence)?)
+}
+
+impl Learner {
+    /// A new model with an attention by name, or `lstm` with two layers and as many parameters as the model of `full`, trained for the cell's `steps` at its
+    /// `rate`.
+    pub(super) fn new(cell: &Cell, name: &str, vocab: usize) -> anyhow::Result<Learner> {
+        let sizes = sizes(cell, cell.count("tokens")?)?;
+        let seed = cell.seed()?;
+        if name == "lstm" {
+            let model = ModelConfig::from_json(&config("full", sizes, vocab)?)?;
+            let wanted = Parameters::initial(&model, seed)?.values().len();
+            let config = lstm_of(wanted, vocab);
+            return Learner::of(Kind::Recurrent(Lstm::new(config)?), config.initial(seed)?, cell);
+        }
+        let model = ModelConfig::from_json(&config(name, sizes, vocab)?)?;
+        let network = Network::new(&model, Objective::Causal)?;
+        let parameters = Parameters::initial(&model, seed)?;
+        Learner::of(Kind::Attention(Box::new(network)), parameters, cell)
+    }
+
+    fn of(kind: Kind, parameters: Parameters, cell: &Cell) -> anyhow::Result<Learner> {
+        let learning_rate = cell.number("rate")?;
+        let steps = cell.count("steps")? as u64;
+        Ok(Learner {
+            kind,
+            optimizer: Optimizer::new(&parameters),
+            gradients: parameters.zeros(),
+            parameters,
+            scratch: Scratch::new(),
+            cpu: Cpu::detect()?,
+            settings: OptimizerSection { learning_rate, ..OptimizerSection::default() },
+            schedule: ScheduleSection { steps, ..ScheduleSection::default() },
+            step: 0,
+        })
+    }
+
+    /// What is learned.
+    pub(super) fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// All steps, each on what `next` makes; the mean loss of the last tenth.
+    pub(super) fn train(&mut self, mut next: impl FnMut() -> Examples) -> anyhow::Result<f64> {
+        let steps = self.schedule.steps;
+        let tail = steps - steps / 10;
+        let (mut sum, mut count) = (0.0, 0);
+        while self.step < steps {
+            let loss = self.one(&next())?;
+            if self.step >= tail {
+                sum += loss;
+                count += 1;
+            }
+            if interrupt::asked() {
+                return Err(foveal_lm::Error::Interrupted.into());
+            }
+        }
+        Ok(sum / f64::from(count.max(1)))
+    }
+
+    fn one(&mut self, examples: &Examples) -> anyhow::Result<f64> {
+        self.gradients.fill(0.0);
+        let mut options = StepOptions::new(self.cpu, &mut self.scratch);
+        let (values, batch) = (self.parameters.values(), examples.view());
+        let gradients = &mut self.gradients;
+        let loss = match &self.kind {
+            Kind::Attention(network) => {
+                network.gradients(values, &batch, None, gradients, &mut options)?
+            }
+            Kind::Recurrent(lstm) => lstm.gradients(values, &batch, gradients, &mut options)?,
+        };
+        let length = length(&self.gradients, self.cpu);
+        let share = schedule::share(&self.schedule, self.step);
+        self.step += 1;
+        let by = Move { settings: &self.settings, step: self.step, share, length };
+        self.optimizer.step(&by, &mut self.parameters, &self.gradients, self.cpu)?;
+        Ok(loss.mean())
+    }
+
+    /// The mean loss, in bits.
+    pub(super) fn bits(&mut self, examples: &Examples) -> anyhow::Result<f64> {
+        let mut options = StepOptions::new(self.cpu, &mut self.scratch);
+        let (values, batch) = (self.parameters.values(), examples.view());
+        let loss = match &self.kind {
+            Kind::Attention(network) => network.loss(values, &batch, None, &mut options)?,
+            Kind::Recurrent(lstm) => lstm.loss(values, &batch, &mut options)?,
+        };
+        Ok(loss.mean() / std::f64::consts::LN_2)
+    }
+
+    /// The share of targets that is the likeliest token.
+    pub(super) fn accuracy(&mut self, examples: &Examples) -> anyhow::Result<f64> {
+        let mut options = StepOptions::new(self.cpu, &mut self.scratch);
+        let (values, batch) = (self.parameters.values(), examples.view());
+        let found = match &self.kind {
+            Kind::Attention(network) => network.likeliest(values, &batch, None, &mut options)?,
+            Kind::Recurrent(lstm) => lstm.likeliest(values, &batch, &mut options)?,
+        };
+        Ok(right(&examples.targets, &found))
+    }
+}
+
+/// Two recurrent layers of the width that comes nearest to so many parameters.
+fn lstm_of(wanted: usize, vocab: usize) -> LstmConfig {
+    let of = |width: usize| LstmConfig { vocab, width, layers: 2 };
+    let count = |width: usize| vocab * width + 2 * (8 * width * width + 4 * width);
+    let near = (1..4096).min_by_key(|&width| count(width).abs_diff(wanted));
+    of(near.unwrap_or(1))
+}
+
+/// The share of targets that was found.
+fn right(targets: &[u32], found: &[u32]) -> f64 {
+    let wanted = targets.iter().filter(|&&target| target != IGNORED);
+    let pairs = wanted.zip(found);
+    let (right, all) =
+        pairs.fold((0, 0), |(right, all), (a, b)| (right + u32::from(a == b), all + 1));
+    f64::from(right) / f64::from(all.max(1))
+}
+
+/// Numbers that look random, of a seed and a place: splitmix64 (Steele et al. 2014).
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64, place: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ place.wrapping_mul(0xd1b5_4a32_d192_ed03))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// From 0 to `n` − 1.
+    pub(super) fn below(&mut self, n: usize) -> usize {
+        ((u128::from(self.next()) * n as u128) >> 64) as usize
+    }
+
+    /// From 0 to 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// `count` different numbers below `n`, in random order.
+    pub(super) fn different(&mut self, count: usize, n: usize) -> Vec<usize> {
+        let mut all: Vec<usize> = (0..n).collect();
+        for i in 0..count.min(n) {
+            let other = i + self.below(n - i);
+            all.swap(i, other);
+        }
+        all.truncate(count);
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_right_is_counted_at_targets_alone() {
+        assert_eq!(right(&[IGNORED, 3, IGNORED, 4], &[3, 5]), 0.5);
+        assert_eq!(right(&[IGNORED], &[]), 0.0);
+        let config = lstm_of(100_000, 50);
+        let found = config.initial(1).unwrap().values().len();
+        assert!(found.abs_diff(100_000) < 3000, "{found}");
+        let mut random = Random::new(1, 2);
+        let mut all = random.different(10, 10);
+        all.sort_unstable();
+        assert_eq!(all, (0..10).collect::<Vec<_>>());
+    }
+}
