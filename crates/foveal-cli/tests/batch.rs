@@ -1,16 +1,13 @@
 //! `foveal batch`: JSON lines in, JSON lines out.
 
+mod support;
+
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 use serde_json::{Value, json};
-
-fn foveal(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_foveal"));
-    command.args(arguments);
-    command
-}
+use support::foveal;
 
 /// Runs a batch with `input` on standard input.
 fn batch(arguments: &[&str], input: &[u8]) -> Output {

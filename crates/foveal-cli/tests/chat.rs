@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use foveal_lm::weights::gguf::{Gguf, OwnedValue, Value as Metadata, Writer};
 use serde_json::Value;
-use support::{Folder, assert_fails, foveal, run, run_with, stderr, stdout};
+use support::{Folder, SMALL, assert_fails, foveal, run, run_with, stderr, stdout};
 
 const CHAT: [&str; 6] = ["chat", "--plain", "--temperature", "0", "-n", "12"];
 
@@ -29,7 +29,7 @@ fn standard_output_has_one_answer_after_the_other() {
 #[test]
 fn a_model_without_a_template_is_named_with_a_way_out() {
     let output = run_with(&["chat"], "Hello\n");
-    assert_fails(&output, 1, &["the built-in model", "no chat template", "--plain"]);
+    assert_fails(&output, 1, &[SMALL, "no chat template", "--plain"]);
 }
 
 #[test]
@@ -91,10 +91,9 @@ fn another_try_is_another_answer() {
     assert_ne!(rest, stdout(&once));
 }
 
-/// The built-in model with a template in its file.
+/// The small model with a template in its file.
 fn with_template(folder: &Folder, template: &str) -> String {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/glassllm-en.gguf");
-    let file = Gguf::open(path.as_ref()).unwrap();
+    let file = Gguf::open(SMALL.as_ref()).unwrap();
     let mut writer = Writer::new();
     for key in file.metadata().keys() {
         let value: Metadata<'_> = file.metadata().require(key).unwrap();

@@ -7,19 +7,14 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 
 use serde_json::Value;
-use support::{Folder, assert_fails, foveal, run, stderr, stdout};
+use support::{Folder, SMALL, assert_fails, foveal, run, stderr, stdout};
 
 const PROMPT: &str = "Alice was beginning to";
-/// The built-in model's most probable continuation.
+/// The small model's most probable continuation.
 const GREEDY: &str = " the\nQueen to the Queen, and she found it was saying to herself, and";
 
 fn greedy(more: &[&str]) -> Output {
     run(&[&["generate", "--temperature", "0", "--max-tokens", "40"], more].concat())
-}
-
-fn built_in() -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/glassllm-en.gguf");
-    std::fs::read(path).unwrap()
 }
 
 #[test]
@@ -234,7 +229,7 @@ fn what_is_no_model_is_refused_in_one_sentence() {
 
 #[test]
 fn damaged_files_are_refused_or_run() {
-    let (folder, whole) = (Folder::new("damaged"), built_in());
+    let (folder, whole) = (Folder::new("damaged"), std::fs::read(SMALL).unwrap());
     for length in [10, 500, 20_000, whole.len() / 2, whole.len() - 1] {
         let path = folder.write("short.gguf", &whole[..length]);
         assert_fails(&run(&["generate", "--model", &path, PROMPT]), 1, &["foveal: "]);
@@ -257,14 +252,14 @@ fn damaged_files_are_refused_or_run() {
 
 #[test]
 fn inspect_shows_the_model() {
-    let output = run(&["inspect"]);
+    let output = run(&["inspect", SMALL]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     for words in
         ["llama", "4 heads, 2 key/value heads", "4 × full", "128 tokens", "token_embd.weight"]
     {
         assert!(stdout(&output).contains(words), "{words}: {}", stdout(&output));
     }
-    let json: Value = serde_json::from_slice(&run(&["inspect", "--json"]).stdout).unwrap();
+    let json: Value = serde_json::from_slice(&run(&["inspect", SMALL, "--json"]).stdout).unwrap();
     assert_eq!(json["config"]["kv_heads"], 2);
     assert_eq!(json["config"]["layers"], serde_json::json!(["full", "full", "full", "full"]));
     // Two vectors of 2 · 32 numbers in each of four layers.

@@ -4,7 +4,7 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use support::{Folder, assert_fails, run, stderr, stdout};
+use support::{Folder, SMALL, assert_fails, run, stderr, stdout};
 
 fn path(folder: &Folder) -> &str {
     folder.0.to_str().unwrap()
@@ -29,7 +29,8 @@ fn files(folder: &Path, ending: &str) -> Vec<(PathBuf, Vec<u8>)> {
 #[test]
 fn every_experiment_runs_to_its_end_and_not_again() {
     let folder = Folder::new("experiments-tiny");
-    let arguments = ["experiment", "all", "--tiny", "--out", path(&folder)];
+    let models = Path::new(SMALL).parent().unwrap().to_str().unwrap();
+    let arguments = ["experiment", "all", "--tiny", "--models", models, "--out", path(&folder)];
     let first = run(&arguments);
     assert!(first.status.success(), "{}", stderr(&first));
     let results = files(&folder.0, "json");

@@ -21,7 +21,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn built_in() -> String {
-    concat!(env!("CARGO_MANIFEST_DIR"), "/assets/glassllm-en.gguf").to_owned()
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-lm/tests/assets/glassllm-en.gguf").to_owned()
 }
 
 #[test]

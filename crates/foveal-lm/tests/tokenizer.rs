@@ -35,7 +35,7 @@ static FAMILIES: LazyLock<BTreeMap<&str, Tokenizer>> =
     LazyLock::new(|| FIXTURE.ids.keys().map(|pre| (pre.as_str(), bpe(pre))).collect());
 
 static GLASS: LazyLock<Tokenizer> = LazyLock::new(|| {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/assets/glassllm-en.gguf");
     let file = Gguf::open(path.as_ref()).expect("the embedded model");
     Tokenizer::from_gguf(file.metadata()).expect("a valid tokenizer")
 });

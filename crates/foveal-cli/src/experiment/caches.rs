@@ -44,9 +44,9 @@ pub(super) fn run(cell: &Cell, models: &Models) -> anyhow::Result<Numbers> {
     let (tokens, window) = (cell.count("tokens")?, cell.count("window")?);
     anyhow::ensure!(window > SINKS, "a window of {window} tokens with {SINKS} first ones");
     let path = models.path(cell.word("model")?)?;
-    let weights = source::open(path.as_deref())?;
+    let weights = source::open(Some(&path))?;
     let model = Model::new(&weights)?;
-    let tokenizer = source::tokenizer(path.as_deref(), &weights)?;
+    let tokenizer = source::tokenizer(Some(&path), &weights)?;
     let text = part(cell.seed()? as usize, 16 * tokens);
     let mut text = tokenizer.encode(text, Encode::TEXT)?;
     anyhow::ensure!(

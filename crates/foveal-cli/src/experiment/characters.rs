@@ -3,6 +3,7 @@
 //! Ainslie et al. 2023, arXiv:2305.13245; Child et al. 2019, arXiv:1904.10509; Dai et al. 2019, arXiv:1901.02860.
 
 use foveal_lm::Model;
+use foveal_lm::train::config::Order;
 use serde_json::{Value, json};
 
 use super::cell::Cell;
@@ -48,7 +49,11 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     }
     let (kv_heads, mixer) = attention(name, cell.count("heads")?, tokens)?;
     let folder = Folder::new(&cell.name())?;
-    let pace = trained(config(cell, (kv_heads, mixer.as_ref()))?, folder.path())?;
+    let mut config = config(cell, (kv_heads, mixer.as_ref()))?;
+    if name == "transformer_xl" {
+        config.data.order = Order::Streams;
+    }
+    let pace = trained(config, folder.path())?;
     let bits = |length: usize| -> anyhow::Result<f64> {
         let model = Model::load(folder.path())?;
         bits_a_token(&model, &text, length)
@@ -56,11 +61,8 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let mut numbers =
         Numbers::from([("bits".to_owned(), bits(tokens)?), ("tokens_per_second".to_owned(), pace)]);
     if name == "transformer_xl" {
-        let path = folder.path().join("config.json");
         for memory in MEMORIES {
-            let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-            config["foveal"]["mixer"] = remembering(tokens, memory * tokens);
-            std::fs::write(&path, config.to_string())?;
+            folder.set_mixer(&remembering(tokens, memory * tokens))?;
             numbers.insert(format!("bits_memory_{memory}"), bits(LONG * tokens)?);
         }
     }

@@ -10,7 +10,7 @@ use foveal_lm::train::IGNORED;
 
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table};
-use super::learner::{Examples, Learner, Random};
+use super::learner::{Examples, Learner, Mixing, Random};
 use super::results::Results;
 use super::{Models, Numbers};
 use crate::plot::{Axis, Plot, Series};
@@ -26,7 +26,7 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let longest = (tokens - 1) / 2;
     anyhow::ensure!(longest <= vocab - 2, "{longest} different symbols of {}", vocab - 2);
     let seed = cell.seed()?;
-    let mut learner = Learner::new(cell, cell.word("mechanism")?, vocab)?;
+    let mut learner = Learner::new(cell, &Mixing::named(cell, cell.word("mechanism")?)?, vocab)?;
     let (batch, mut step) = (cell.count("batch")?, 0);
     let loss = learner.train(|| {
         step += 1;

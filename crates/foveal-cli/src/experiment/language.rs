@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use foveal_lm::Model;
 use foveal_lm::evaluate::token_nll;
 use foveal_lm::train::config::{
-    DataSection, ModelSection, OptimizerSection, Order, ScheduleSection, TrainSection,
+    DataSection, ModelSection, OptimizerSection, ScheduleSection, TrainSection,
 };
 use foveal_lm::train::{Config, Trainer};
 use serde_json::Value;
@@ -30,6 +30,14 @@ impl Folder {
     pub(super) fn path(&self) -> &Path {
         &self.0
     }
+
+    /// Another mixer for the model in it.
+    pub(super) fn set_mixer(&self, mixer: &Value) -> anyhow::Result<()> {
+        let path = self.0.join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        config["foveal"]["mixer"] = mixer.clone();
+        Ok(std::fs::write(&path, config.to_string())?)
+    }
 }
 
 impl Drop for Folder {
@@ -44,7 +52,6 @@ pub(super) fn config(
     (kv_heads, mixer): (usize, Option<&Value>),
 ) -> anyhow::Result<Config> {
     let (heads, width) = (cell.count("heads")?, cell.count("width")?);
-    let remembers = mixer.is_some_and(|mixer| mixer["name"] == "transformer_xl");
     Ok(Config {
         model: ModelSection {
             layers: cell.count("layers")?,
@@ -60,7 +67,6 @@ pub(super) fn config(
             tokenizer: Some("bytes".to_owned()),
             sequence: cell.count("tokens")?,
             batch: cell.count("batch")?,
-            order: if remembers { Order::Streams } else { Order::Shuffled },
             ..DataSection::default()
         },
         optimizer: OptimizerSection {

@@ -7,7 +7,7 @@ use foveal_lm::train::{
     Batch, IGNORED, Lstm, LstmConfig, Move, Network, Objective, Optimizer, Parameters, Scratch,
     StepOptions, length, schedule,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::cell::Cell;
 use crate::compare::{Sizes, mixer};
@@ -46,16 +46,48 @@ pub(super) struct Learner {
     step: u64,
 }
 
-/// The sizes of a model, from a cell: `layers`, `width`, `heads`.
-fn sizes(cell: &Cell, sequence: usize) -> anyhow::Result<Sizes> {
-    let [width, layers, heads] = ["width", "layers", "heads"].map(|key| cell.count(key));
-    Ok(Sizes { width: width?, layers: layers?, heads: heads?, sequence })
+/// What mixes the tokens of a model.
+pub(super) enum Mixing {
+    /// The attention of the family, or a mixer as in `config.json`.
+    Attention(Option<Value>),
+    /// Two recurrent layers, with as many parameters as the model of full attention.
+    Lstm,
 }
 
-/// The `config.json` of a model with an attention by name, for so many tokens of vocabulary.
-fn config(name: &str, sizes: Sizes, vocab: usize) -> anyhow::Result<Value> {
-    let mixer = mixer(name, sizes);
-    anyhow::ensure!(mixer.is_some() || name == "full", "there is no attention {name:?}");
+impl Mixing {
+    /// By the names of `foveal compare`, with parameters that suit the cell's `tokens`; or `lstm`.
+    pub(super) fn named(cell: &Cell, name: &str) -> anyhow::Result<Mixing> {
+        let mixer = mixer(name, sizes(cell)?);
+        match name {
+            "lstm" => Ok(Mixing::Lstm),
+            "full" => Ok(Mixing::Attention(None)),
+            _ if mixer.is_some() => Ok(Mixing::Attention(mixer)),
+            _ => anyhow::bail!("there is no attention {name:?}"),
+        }
+    }
+
+    /// The same in all layers but the first, which is a window of so many tokens: as a short convolution, it puts together what stands side by
+    /// side, which attention with rotated positions would need most of its training to learn.
+    pub(super) fn behind_window(cell: &Cell, name: &str, tokens: usize) -> anyhow::Result<Mixing> {
+        let Mixing::Attention(mixer) = Mixing::named(cell, name)? else { return Ok(Mixing::Lstm) };
+        let mixer = mixer.unwrap_or_else(|| json!({"name": "full"}));
+        let mut layers = vec![mixer; cell.count("layers")?];
+        if let Some(first) = layers.first_mut() {
+            *first = json!({"name": "window", "tokens": tokens});
+        }
+        Ok(Mixing::Attention(Some(Value::Array(layers))))
+    }
+}
+
+/// The sizes of a model, from a cell: `layers`, `width`, `heads`, `tokens`.
+fn sizes(cell: &Cell) -> anyhow::Result<Sizes> {
+    let [width, layers, heads, sequence] =
+        ["width", "layers", "heads", "tokens"].map(|key| cell.count(key));
+    Ok(Sizes { width: width?, layers: layers?, heads: heads?, sequence: sequence? })
+}
+
+/// A model with a mixer, for so many tokens of vocabulary.
+fn config(mixer: Option<&Value>, sizes: Sizes, vocab: usize) -> anyhow::Result<ModelConfig> {
     let section = ModelSection {
         layers: sizes.layers,
         width: sizes.width,
@@ -63,33 +95,31 @@ fn config(name: &str, sizes: Sizes, vocab: usize) -> anyhow::Result<Value> {
         // Normalised queries and keys: attention is learned in fewer steps.
         architecture: Family::Qwen3,
         feed_forward: Some(2 * sizes.width),
-        mixer: mixer.as_ref().map(toml::Value::try_from).transpose()?,
+        mixer: mixer.map(toml::Value::try_from).transpose()?,
         ..ModelSection::default()
     };
-    Ok(section.to_json(vocab, sizes.sequence)?)
+    Ok(ModelConfig::from_json(&section.to_json(vocab, sizes.sequence)?)?)
 }
 
 impl Learner {
-    /// A new model with an attention by name, or `lstm` with two layers and as many parameters as the model of `full`, trained for the cell's `steps` at its
-    /// `rate`.
-    pub(super) fn new(cell: &Cell, name: &str, vocab: usize) -> anyhow::Result<Learner> {
-        let sizes = sizes(cell, cell.count("tokens")?)?;
-        let seed = cell.seed()?;
-        if name == "lstm" {
-            let model = ModelConfig::from_json(&config("full", sizes, vocab)?)?;
-            let wanted = Parameters::initial(&model, seed)?.values().len();
-            let config = lstm_of(wanted, vocab);
-            return Learner::of(Kind::Recurrent(Lstm::new(config)?), config.initial(seed)?, cell);
-        }
-        let model = ModelConfig::from_json(&config(name, sizes, vocab)?)?;
-        let network = Network::new(&model, Objective::Causal)?;
-        let parameters = Parameters::initial(&model, seed)?;
-        Learner::of(Kind::Attention(Box::new(network)), parameters, cell)
-    }
-
-    fn of(kind: Kind, parameters: Parameters, cell: &Cell) -> anyhow::Result<Learner> {
-        let learning_rate = cell.number("rate")?;
-        let steps = cell.count("steps")? as u64;
+    /// A new model of the cell's `layers`, `width` and `heads`, trained for its `steps` at its `rate`; gates of memories at `gate_rate` times that
+    /// where the cell has it.
+    pub(super) fn new(cell: &Cell, mixing: &Mixing, vocab: usize) -> anyhow::Result<Learner> {
+        let (sizes, seed) = (sizes(cell)?, cell.seed()?);
+        let (kind, parameters) = match mixing {
+            Mixing::Lstm => {
+                let model = config(None, sizes, vocab)?;
+                let lstm = lstm_of(Parameters::initial(&model, seed)?.values().len(), vocab);
+                (Kind::Recurrent(Lstm::new(lstm)?), lstm.initial(seed)?)
+            }
+            Mixing::Attention(mixer) => {
+                let model = config(mixer.as_ref(), sizes, vocab)?;
+                let network = Network::new(&model, Objective::Causal)?;
+                (Kind::Attention(Box::new(network)), Parameters::initial(&model, seed)?)
+            }
+        };
+        let (learning_rate, steps) = (cell.number("rate")?, cell.count("steps")? as u64);
+        let gate_learning_rate = cell.number("gate_rate").ok().map(|times| times * learning_rate);
         Ok(Learner {
             kind,
             optimizer: Optimizer::new(&parameters),
@@ -97,7 +127,11 @@ impl Learner {
             parameters,
             scratch: Scratch::new(),
             cpu: Cpu::detect()?,
-            settings: OptimizerSection { learning_rate, ..OptimizerSection::default() },
+            settings: OptimizerSection {
+                learning_rate,
+                gate_learning_rate,
+                ..OptimizerSection::default()
+            },
             schedule: ScheduleSection { steps, ..ScheduleSection::default() },
             step: 0,
         })

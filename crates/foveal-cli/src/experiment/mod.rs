@@ -5,6 +5,7 @@
 //! from nothing else.
 
 mod associative;
+mod books;
 mod caches;
 mod cell;
 mod characters;
@@ -17,6 +18,7 @@ mod growth;
 mod judge;
 mod language;
 mod learner;
+mod passkey;
 mod recall;
 mod recurrent;
 mod results;
@@ -42,13 +44,10 @@ struct Models {
 }
 
 impl Models {
-    const BUILT_IN: &str = "built-in";
-
-    /// The model that a cell asks for: a file of the folder, or `built-in`.
-    fn path(&self, name: &str) -> anyhow::Result<Option<PathBuf>> {
+    /// The model that a cell asks for: a file of the folder.
+    fn path(&self, name: &str) -> anyhow::Result<PathBuf> {
         match &self.folder {
-            _ if name == Models::BUILT_IN => Ok(None),
-            Some(folder) => Ok(Some(folder.join(name))),
+            Some(folder) => Ok(folder.join(name)),
             None => bail!("it runs the model {name}; give the folder where that is with --models"),
         }
     }
@@ -84,6 +83,12 @@ const ALL: &[Experiment] = &[
         judge: copying::judge,
     },
     Experiment {
+        name: "E3",
+        grid: include_str!("grids/E3.toml"),
+        run: passkey::run,
+        judge: passkey::judge,
+    },
+    Experiment {
         name: "E4",
         grid: include_str!("grids/E4.toml"),
         run: associative::run,
@@ -94,6 +99,12 @@ const ALL: &[Experiment] = &[
         grid: include_str!("grids/E5.toml"),
         run: characters::run,
         judge: characters::judge,
+    },
+    Experiment {
+        name: "E6",
+        grid: include_str!("grids/E6.toml"),
+        run: books::run,
+        judge: books::judge,
     },
     Experiment {
         name: "E7",
@@ -112,6 +123,12 @@ const ALL: &[Experiment] = &[
         grid: include_str!("grids/E9.toml"),
         run: favor::run,
         judge: favor::judge,
+    },
+    Experiment {
+        name: "E10",
+        grid: include_str!("grids/E10.toml"),
+        run: passkey::run,
+        judge: passkey::judge_gates,
     },
     Experiment {
         name: "E11",

@@ -7,7 +7,7 @@ use foveal_lm::train::{IGNORED, Vocabulary};
 
 use super::cell::Cell;
 use super::language::{HELD_OUT, config};
-use super::learner::{Examples, Learner};
+use super::learner::{Examples, Learner, Mixing};
 use crate::train;
 
 /// Trains as the models of a cell are trained; bits of `tokens` in texts of a sequence, and tokens a second of training.
@@ -18,7 +18,7 @@ pub(super) fn trained(cell: &Cell, tokens: &[u32]) -> anyhow::Result<[f64; 2]> {
     let _held_out = text.split_off((text.len() as f64 * HELD_OUT) as usize);
     let (data, seed) = (&config.data, config.train.seed);
     let mut batches = Batches::new(text, data, seed, data.batch, "text to train on")?;
-    let mut learner = Learner::new(cell, "lstm", vocabulary.tokenizer.vocab_size())?;
+    let mut learner = Learner::new(cell, &Mixing::Lstm, vocabulary.tokenizer.vocab_size())?;
     let start = Instant::now();
     learner.train(|| {
         let batch = batches.next(0..data.batch);

@@ -6,10 +6,28 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-pub(crate) fn foveal(arguments: &[&str]) -> Command {
+/// A model of 853 thousand parameters, whose texts the tests know.
+pub(crate) const SMALL: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-lm/tests/assets/glassllm-en.gguf");
+
+/// The command, with the built-in model where the arguments name none.
+pub(crate) fn built_in(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_foveal"));
     command.args(arguments).stdin(Stdio::null());
     command
+}
+
+/// The command, with [`SMALL`] where the arguments name no model.
+pub(crate) fn foveal(arguments: &[&str]) -> Command {
+    let runs = ["generate", "chat", "eval", "look", "bench", "batch", "serve"];
+    match arguments {
+        [name, rest @ ..]
+            if runs.contains(name) && !rest.iter().any(|one| ["--model", "-m"].contains(one)) =>
+        {
+            built_in(&[&[*name, "--model", SMALL], rest].concat())
+        }
+        _ => built_in(arguments),
+    }
 }
 
 pub(crate) fn run(arguments: &[&str]) -> Output {

@@ -19,7 +19,7 @@ fn use_file(bytes: Vec<u8>) -> Result<usize, Error> {
 }
 
 fn file() -> Vec<u8> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/assets/glassllm-en.gguf");
     std::fs::read(path).unwrap()
 }
 

@@ -18,7 +18,7 @@ use crate::golden_case::{difference, nll};
 use crate::small;
 
 fn small_file() -> PathBuf {
-    concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf").into()
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/assets/glassllm-en.gguf").into()
 }
 
 fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {

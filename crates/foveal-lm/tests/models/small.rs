@@ -8,7 +8,7 @@ use foveal_lm::weights::{Description, Weights};
 use crate::golden_case::{Case, argmax, difference};
 
 pub(crate) fn weights() -> Weights {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/assets/glassllm-en.gguf");
     Weights::open(path.as_ref()).unwrap()
 }
 

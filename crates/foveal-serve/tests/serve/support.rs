@@ -20,7 +20,7 @@ use foveal_serve::{Error, Options, Served, Stop};
 use serde_json::{Value, json};
 
 pub(crate) fn model() -> (Model, Tokenizer) {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-cli/assets/glassllm-en.gguf");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-lm/tests/assets/glassllm-en.gguf");
     let weights = Weights::open(Path::new(path)).unwrap();
     let Description::Gguf(metadata) = weights.description() else { panic!("a GGUF file") };
     let tokenizer = Tokenizer::from_gguf(metadata).unwrap();
