@@ -6,6 +6,7 @@
 OUT/train         six novels without every twentieth chapter: all that training and the tokenizer see
 OUT/validation    those chapters: what choices are made by
 OUT/test          Northanger Abbey, whole, which the commands have built in: looked at when everything is chosen
+OUT/words.txt     the words of OUT/train, in small letters
 
 Lines of a paragraph become one line; an empty line stays between paragraphs.
 """
@@ -19,6 +20,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TEST = ROOT / "crates/foveal-cli/assets/northanger-abbey.txt"
 CHAPTER = re.compile(r"^(?:CHAPTER|Chapter) .*$", re.MULTILINE)
+WORD = re.compile(r"[a-z]+")
 # Of each twenty chapters of a book, counted from 0, the one that is kept aside.
 ASIDE = 12
 
@@ -48,6 +50,9 @@ def main() -> None:
     for (part, name), text in texts.items():
         (out / part).mkdir(parents=True, exist_ok=True)
         (out / part / name).write_bytes(unwrapped(text).encode("utf-8"))
+    trained = " ".join(unwrapped(text) for (part, _), text in texts.items() if part == "train")
+    words = sorted(set(WORD.findall(trained.lower())))
+    (out / "words.txt").write_text("\n".join(words) + "\n")
     for part in ("train", "validation", "test"):
         size = sum(path.stat().st_size for path in (out / part).iterdir())
         print(f"{out / part}: {size} bytes")

@@ -3,7 +3,9 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use foveal_lm::config::{AttentionConfig, LatentConfig, ModelConfig};
+use foveal_lm::config::{
+    AttentionConfig, LatentConfig, LayerConfig, Mechanism, ModelConfig, Reach, SectionConfig,
+};
 use foveal_lm::weights::{TensorInfo, Weights};
 use serde_json::{Value, json};
 
@@ -40,25 +42,33 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 fn describe(config: &ModelConfig) -> String {
     let attention = &config.attention;
-    format!(
+    let mut text = format!(
         "architecture      {}\n\
          layers            {}, width {}, feed-forward {}\n\
          attention         {}\n\
-         reach by layer    {}\n\
+         layer by layer    {}\n\
          context           {} tokens\n\
-         vocabulary        {} tokens\n\
-         KV per token      {} as f32, {} as f16\n",
+         vocabulary        {} tokens\n",
         config.architecture,
         config.layers.len(),
         config.width,
         config.feed_forward,
         heads(attention),
-        reaches(config),
+        mixers(config),
         config.context,
         config.vocab,
-        numbers::bytes(config.kv_bytes_per_token()),
-        numbers::bytes(config.kv_bytes_per_token() / 2),
-    )
+    );
+    if let Some(bytes) = kv_bytes_per_token(config) {
+        let [f32, f16] = [bytes, bytes / 2].map(numbers::bytes);
+        text += &format!("KV per token      {f32} as f32, {f16} as f16\n");
+    }
+    text
+}
+
+/// What a token leaves in every layer; with named mixers there is no such number.
+fn kv_bytes_per_token(config: &ModelConfig) -> Option<usize> {
+    let named = config.layers.iter().any(|layer| !layer.sections.is_empty());
+    (!named).then(|| config.kv_bytes_per_token())
 }
 
 /// The heads of every layer, and what they read.
@@ -72,13 +82,26 @@ fn heads(attention: &AttentionConfig) -> String {
     }
 }
 
-/// The reach of each layer, equal neighbours together: `5 × window(512), full, …`.
-fn reaches(config: &ModelConfig) -> String {
-    let runs = config.layers.chunk_by(|a, b| a.reach == b.reach).map(|run| match run.len() {
-        1 => run[0].reach.to_string(),
-        len => format!("{len} × {}", run[0].reach),
+/// What mixes the tokens of each layer, equal neighbours together: `5 × window(512), full, …`.
+fn mixers(config: &ModelConfig) -> String {
+    let names: Vec<String> = config.layers.iter().map(mixer).collect();
+    let runs = names.chunk_by(|a, b| a == b).map(|run| match run.len() {
+        1 => run[0].clone(),
+        len => format!("{len} × {}", run[0]),
     });
     runs.collect::<Vec<_>>().join(", ")
+}
+
+/// A layer's reach, or its mechanisms by name: `window(256) + moba`.
+fn mixer(layer: &LayerConfig) -> String {
+    let name = |section: &SectionConfig| match section.mechanism {
+        Mechanism::Window { tokens } => Reach::Window(tokens).to_string(),
+        ref other => other.name().to_owned(),
+    };
+    match &layer.sections[..] {
+        [] => layer.reach.to_string(),
+        sections => sections.iter().map(name).collect::<Vec<_>>().join(" + "),
+    }
 }
 
 fn line(tensor: &TensorInfo) -> String {
@@ -109,7 +132,7 @@ fn as_json(weights: &Weights, config: Result<&ModelConfig, &String>) -> Value {
 fn config_json(config: &ModelConfig) -> Value {
     json!({
         "architecture": config.architecture.name(),
-        "layers": config.layers.iter().map(|layer| layer.reach.to_string()).collect::<Vec<_>>(),
+        "layers": config.layers.iter().map(mixer).collect::<Vec<_>>(),
         "width": config.width,
         "feed_forward": config.feed_forward,
         "heads": config.attention.heads,
@@ -124,6 +147,6 @@ fn config_json(config: &ModelConfig) -> Value {
         })),
         "context": config.context,
         "vocab": config.vocab,
-        "kv_bytes_per_token": config.kv_bytes_per_token(),
+        "kv_bytes_per_token": kv_bytes_per_token(config),
     })
 }

@@ -65,10 +65,15 @@ fn section(name: &str, (grid, results): (&Grid, &Results), judgement: &Judgement
     let verdict = judgement.verdict(results.all.is_empty());
     let _ = writeln!(text, "**Claim.** {} ({})\n", words.claim, words.source);
     let _ = writeln!(text, "**Here.** {}\n", words.method);
-    let cells = grid.cells(Size::Default).len();
+    let cells = grid.cells(Size::Default);
+    let models = match cells.iter().any(|cell| cell.word("model").is_ok()) {
+        true => " --models DIR",
+        false => "",
+    };
+    let cells = cells.len();
     let _ = writeln!(
         text,
-        "**Command.** `foveal experiment {name} --out docs`: {cells} cells{}; {:.0} seconds in all for {} results.\n",
+        "**Command.** `foveal experiment {name}{models} --out docs`: {cells} cells{}; {:.0} seconds in all for {} results.\n",
         match results.missing {
             0 => String::new(),
             missing => format!(", of which {missing} have not run"),

