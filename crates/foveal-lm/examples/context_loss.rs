@@ -16,7 +16,7 @@ use foveal_lm::tokenizer::{Encode, Tokenizer};
 use foveal_lm::weights::{Description, Weights};
 
 const BLOCK: usize = 64;
-const CONTEXTS: [usize; 5] = [128, 256, 512, 1024, 2048];
+const CONTEXTS: [usize; 8] = [16, 32, 64, 128, 256, 512, 1024, 2048];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
