@@ -72,11 +72,7 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
 pub(super) fn judge(results: &Results) -> Judgement {
     let of = |name: &str, number: &str| results.numbers(&[("attention", name)], number);
     let full = of("full", "bits");
-    // Fewer bits are better.
-    let negative = |numbers: &[f64]| -> Vec<f64> { numbers.iter().map(|x| -x).collect() };
-    let as_good = |words: &str, a: &[f64], b: &[f64]| {
-        Check::as_good(words, (&negative(a), &negative(b)), 0.02)
-    };
+    let as_good = |words: &str, a: &[f64], b: &[f64]| Check::as_good(words, (a, b), 0.02);
     let memory = |n: usize| of("transformer_xl", &format!("bits_memory_{n}"));
     let checks = vec![
         Check::greater("an LSTM needs more bits than full", &of("lstm", "bits"), &full),

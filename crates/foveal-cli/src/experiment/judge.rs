@@ -108,10 +108,10 @@ impl Check {
         Check::new(words, both.map(|(a, b)| (a.beyond(&b), format!("{a} against {b}"))))
     }
 
-    /// `a` is not less than `b` by more than `slack` and two standard deviations of seeds.
+    /// The cost `a` is not above `b` by more than `slack` and two standard deviations of seeds.
     pub(super) fn as_good(words: &str, (a, b): (&[f64], &[f64]), slack: f64) -> Check {
         let both = Sample::of(a).zip(Sample::of(b));
-        let holds = |a: &Sample, b: &Sample| b.mean - a.mean <= slack.max(a.margin(b));
+        let holds = |a: &Sample, b: &Sample| a.mean - b.mean <= slack.max(a.margin(b));
         Check::new(words, both.map(|(a, b)| (holds(&a, &b), format!("{a} against {b}"))))
     }
 
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(holds(&[1.0], &[1.0]), Some(false));
         assert_eq!(holds(&[], &[1.0]), None);
         let good = |a: f64| Check::as_good("", (&[a, a], &[1.0, 1.0]), 0.02).holds;
-        assert_eq!((good(0.99), good(0.97), good(2.0)), (Some(true), Some(false), Some(true)));
+        assert_eq!((good(1.01), good(1.03), good(0.5)), (Some(true), Some(false), Some(true)));
     }
 
     #[test]
