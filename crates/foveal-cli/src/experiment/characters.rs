@@ -104,7 +104,7 @@ pub(super) fn judge(results: &Results) -> Judgement {
     let mut kinds: Vec<(String, Vec<f64>)> =
         names.iter().map(|name| (name.clone(), of(name, "bits"))).collect();
     for n in MEMORIES {
-        kinds.push((format!("transformer_xl, memory × {n}"), memory(n)));
+        kinds.push((format!("xl, memory × {n}"), memory(n)));
     }
     kinds.retain(|(_, bits)| !bits.is_empty());
     let text =
