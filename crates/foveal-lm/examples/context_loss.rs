@@ -4,8 +4,8 @@
 //! cargo run --release -p foveal-lm --example context_loss -- MODEL.gguf TEXT.txt [EVERY]
 //! ```
 //!
-//! Blocks of 64 tokens, from token 2048 on, one in EVERY (4), each with the 128, 256, 512, 1024 and 2048 tokens before it and nothing else.
-//! Bits a byte of all of them, and how much fewer they are than with 128, with twice the standard error of the blocks' differences.
+//! Blocks of 64 tokens, from token 2048 on, one in EVERY (4), each with the 16, 32, 64 … 2048 tokens before it and nothing else.
+//! Bits a byte of all of them, and how much fewer they are than with 16, with twice the standard error of the blocks' differences.
 
 use std::ops::ControlFlow;
 use std::path::Path;

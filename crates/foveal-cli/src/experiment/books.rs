@@ -88,15 +88,13 @@ pub(super) fn judge(results: &Results) -> Judgement {
             0.02,
         ),
     ];
-    let words =
-        |numbers: &[f64]| Sample::of(numbers).map_or("–".to_owned(), |one| one.to_string());
     let mut head = vec!["trained with".to_owned(), "bits per byte, with the same".to_owned()];
     head.extend(MEMORIES[1..].iter().map(|at| format!("with {at}")));
     head.push(format!("{FEW} looked up"));
     let row = |&memory: &usize| {
-        let extended = MEMORIES[1..].iter().map(|&at| words(&of(memory, &extended(at))));
-        let begin = [format!("{memory} entries"), words(&of(memory, bits))];
-        begin.into_iter().chain(extended).chain([words(&of(memory, "bits_few"))]).collect()
+        let extended = MEMORIES[1..].iter().map(|&at| Sample::words(&of(memory, &extended(at))));
+        let begin = [format!("{memory} entries"), Sample::words(&of(memory, bits))];
+        begin.into_iter().chain(extended).chain([Sample::words(&of(memory, "bits_few"))]).collect()
     };
     let line = |&memory: &usize| {
         let point = |&at: &usize| Some((at as f64, Sample::of(&of(memory, &extended(at)))?.mean));

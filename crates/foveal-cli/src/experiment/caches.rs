@@ -109,9 +109,8 @@ pub(super) fn judge(results: &Results) -> Judgement {
     }
     let names: Vec<String> =
         caches(1024, 256).unwrap_or_default().into_iter().map(|one| one.0).collect();
-    let text =
-        |numbers: &[f64]| Sample::of(numbers).map_or("–".to_owned(), |one| one.to_string());
-    let row = |name: &String| vec![name.clone(), text(&of(name)), text(&costs(name))];
+    let row =
+        |name: &String| vec![name.clone(), Sample::words(&of(name)), Sample::words(&costs(name))];
     let head = ["cache", "bits per token", "cost against f32"].map(str::to_owned).to_vec();
     let table = Table { head, rows: names.iter().map(row).collect() };
     let line = |kind: &str| Series {

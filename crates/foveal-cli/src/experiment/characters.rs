@@ -107,10 +107,8 @@ pub(super) fn judge(results: &Results) -> Judgement {
         kinds.push((format!("xl, memory × {n}"), memory(n)));
     }
     kinds.retain(|(_, bits)| !bits.is_empty());
-    let text =
-        |numbers: &[f64]| Sample::of(numbers).map_or("–".to_owned(), |one| one.to_string());
     let row = |(name, bits): &(String, Vec<f64>)| {
-        vec![name.clone(), text(bits), text(&of(name, "tokens_per_second"))]
+        vec![name.clone(), Sample::words(bits), Sample::words(&of(name, "tokens_per_second"))]
     };
     let head = ["attention", "bits per byte", "trained, tokens a second"];
     let head = head.map(str::to_owned).to_vec();

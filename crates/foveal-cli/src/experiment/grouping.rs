@@ -89,16 +89,14 @@ pub(super) fn judge(results: &Results) -> Judgement {
     ];
     let mut head = vec!["heads from".to_owned()];
     head.extend(SHARES.map(|share| format!("after {share} % of the steps")));
-    let text =
-        |numbers: &[f64]| Sample::of(numbers).map_or("–".to_owned(), |one| one.to_string());
     let mut rows = vec![vec![
         "all heads, before".to_owned(),
-        text(&of("before")),
+        Sample::words(&of("before")),
         String::new(),
         String::new(),
     ]];
     for (name, _) in POOLS {
-        let cells = SHARES.map(|share| text(&of(&format!("{name} {share}"))));
+        let cells = SHARES.map(|share| Sample::words(&of(&format!("{name} {share}"))));
         rows.push(std::iter::once(name.to_owned()).chain(cells).collect());
     }
     let line = |name: &str| Series {

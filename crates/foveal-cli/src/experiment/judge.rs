@@ -61,6 +61,11 @@ impl Sample {
         Some(Sample { mean, deviation, count })
     }
 
+    /// What a table says of numbers; a dash for none.
+    pub(super) fn words(numbers: &[f64]) -> String {
+        Sample::of(numbers).map_or_else(|| "–".to_owned(), |sample| sample.to_string())
+    }
+
     /// Two standard deviations of a difference of one of these and one of those.
     fn margin(&self, other: &Sample) -> f64 {
         2.0 * self.deviation.hypot(other.deviation)
@@ -169,7 +174,7 @@ pub(super) fn cross(results: &Results, [down, across]: [&str; 2], number: &str) 
     let row = |value: String| {
         let at = |column: &String| {
             let own = results.numbers(&[(down, &value), (across, column)], number);
-            Sample::of(&own).map_or_else(|| "–".to_owned(), |sample| sample.to_string())
+            Sample::words(&own)
         };
         let cells: Vec<String> = columns.iter().map(at).collect();
         std::iter::once(value).chain(cells).collect()

@@ -22,7 +22,7 @@ pub(super) struct Examples {
 }
 
 impl Examples {
-    pub(super) fn view(&self) -> Batch<'_> {
+    fn view(&self) -> Batch<'_> {
         Batch { sequences: self.sequences, tokens: &self.tokens, targets: &self.targets }
     }
 }
@@ -68,8 +68,8 @@ impl Mixing {
 
     /// The same in all layers but the first, which is a window of so many tokens: as a short convolution, it puts together what stands side by
     /// side, which attention with rotated positions would need most of its training to learn.
-    pub(super) fn behind_window(cell: &Cell, name: &str, tokens: usize) -> anyhow::Result<Mixing> {
-        let Mixing::Attention(mixer) = Mixing::named(cell, name)? else { return Ok(Mixing::Lstm) };
+    pub(super) fn behind_window(self, cell: &Cell, tokens: usize) -> anyhow::Result<Mixing> {
+        let Mixing::Attention(mixer) = self else { return Ok(Mixing::Lstm) };
         let mixer = mixer.unwrap_or_else(|| json!({"name": "full"}));
         let mut layers = vec![mixer; cell.count("layers")?];
         if let Some(first) = layers.first_mut() {

@@ -8,7 +8,7 @@
 //! Mohtashami and Jaggi 2023, arXiv:2305.16300; Munkhdalai et al. 2024, arXiv:2404.07143.
 
 use foveal_lm::train::{Group, IGNORED};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::cell::Cell;
 use super::judge::{Check, Judgement, Sample, Table, lines};
@@ -53,25 +53,20 @@ fn text(tokens: usize, depth: f64, random: &mut Random, all: &mut Examples) {
     all.targets.extend(targets);
 }
 
-/// The mechanisms of E3 that are not those of `foveal compare`.
+/// A mechanism, with windows and memories of the cell's `segment`.
 fn mixing(cell: &Cell) -> anyhow::Result<Mixing> {
     let segment = cell.count("segment")?;
-    let layers = cell.count("layers")?;
-    let last = |one: Value| {
-        let mut all = vec![json!({"name": "window", "tokens": NEAR}); layers];
-        all[layers - 1] = one;
-        Mixing::Attention(Some(Value::Array(all)))
-    };
     let capacity = LENGTHS[LENGTHS.len() - 1] * cell.count("tokens")?;
-    Ok(match cell.word("mechanism")? {
-        "window" => last(json!({"name": "window", "tokens": segment})),
-        "infini" => last(json!({"name": "infini", "segment": segment})),
-        "infini_delta" => last(json!({"name": "infini", "segment": segment, "update": "delta"})),
+    let mixer = match cell.word("mechanism")? {
+        "window" => json!({"name": "window", "tokens": segment}),
+        "infini" => json!({"name": "infini", "segment": segment}),
+        "infini_delta" => json!({"name": "infini", "segment": segment, "update": "delta"}),
         "memorizing" => {
-            last(json!({"name": "memorizing", "segment": segment, "top": 16, "capacity": capacity}))
+            json!({"name": "memorizing", "segment": segment, "top": 16, "capacity": capacity})
         }
-        name => Mixing::behind_window(cell, name, NEAR)?,
-    })
+        name => return Mixing::named(cell, name)?.behind_window(cell, NEAR),
+    };
+    Mixing::Attention(Some(mixer)).behind_window(cell, NEAR)
 }
 
 fn learned(cell: &Cell) -> anyhow::Result<(Learner, f64)> {
@@ -182,15 +177,13 @@ pub(super) fn judge(results: &Results) -> Judgement {
     ];
     let names = results.values("mechanism");
     let mean = |numbers: &[f64]| Sample::of(numbers).map(|one| one.mean);
-    let words =
-        |numbers: &[f64]| Sample::of(numbers).map_or("–".to_owned(), |one| one.to_string());
     let mut head = vec!["attention".to_owned()];
     head.extend(LENGTHS.map(|times| format!("length × {times}")));
     head.push("gates from ½".to_owned());
     let row = |name: &String| {
-        let lengths = LENGTHS.map(|times| words(&of(name, &format!("accuracy_{times}"))));
+        let lengths = LENGTHS.map(|times| Sample::words(&of(name, &format!("accuracy_{times}"))));
         let all = std::iter::once(name.clone()).chain(lengths);
-        all.chain([words(&of(name, "moved"))]).collect()
+        all.chain([Sample::words(&of(name, "moved"))]).collect()
     };
     let line = |name: &String| Series {
         name: name.clone(),
@@ -243,9 +236,8 @@ pub(super) fn judge_gates(results: &Results) -> Judgement {
     ];
     let head = ["gate rate", "segments", "gates from ½", "found at length × 1", "× 4", "× 16"];
     let row = |rate: &String, segments: &String| {
-        let numbers = ["moved", "accuracy_1", "accuracy_4", "accuracy_16"].map(|number| {
-            Sample::of(&of(rate, segments, number)).map_or("–".to_owned(), |one| one.to_string())
-        });
+        let numbers = ["moved", "accuracy_1", "accuracy_4", "accuracy_16"]
+            .map(|number| Sample::words(&of(rate, segments, number)));
         [format!("× {rate}"), segments.clone()].into_iter().chain(numbers).collect()
     };
     let [rates, segments] = [&rates, &segments]

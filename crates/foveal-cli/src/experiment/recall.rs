@@ -35,7 +35,7 @@ pub(super) fn run(cell: &Cell, _: &Models) -> anyhow::Result<Numbers> {
     let most = task.most().min(PAIRS[PAIRS.len() - 1]);
     anyhow::ensure!(most > 0, "no pair fits into {} tokens of {}", task.tokens, task.vocab);
     let seed = cell.seed()?;
-    let mixing = Mixing::behind_window(cell, cell.word("mechanism")?, NEAR)?;
+    let mixing = Mixing::named(cell, cell.word("mechanism")?)?.behind_window(cell, NEAR)?;
     let mut learner = Learner::new(cell, &mixing, task.vocab)?;
     let (batch, mut step) = (cell.count("batch")?, 0);
     let loss = learner.train(|| {
@@ -142,7 +142,7 @@ pub(super) fn judge(results: &Results) -> Judgement {
     let names = results.values("mechanism");
     let sample = |name: &String, pairs: usize| Sample::of(&of(name, pairs));
     let row = |name: &String| {
-        let text = |pairs| sample(name, pairs).map_or("–".to_owned(), |one| one.to_string());
+        let text = |pairs| Sample::words(&of(name, pairs));
         std::iter::once(name.clone()).chain(PAIRS.map(text)).collect()
     };
     let head = std::iter::once("attention".to_owned());
