@@ -67,8 +67,7 @@ fn describe(config: &ModelConfig) -> String {
 
 /// What a token leaves in every layer; with named mixers there is no such number.
 fn kv_bytes_per_token(config: &ModelConfig) -> Option<usize> {
-    let named = config.layers.iter().any(|layer| !layer.sections.is_empty());
-    (!named).then(|| config.kv_bytes_per_token())
+    (!config.has_named_mixers()).then(|| config.kv_bytes_per_token())
 }
 
 /// The heads of every layer, and what they read.

@@ -79,6 +79,8 @@ impl KvArguments {
         let context = self.context.unwrap_or(trained);
         let beyond = format!("the model was trained with a context of {trained}");
         let what = match (self.window, self.evict) {
+            // Each mechanism sees what it sees, and no other choice is taken.
+            _ if model.config().has_named_mixers() => (tokens > trained).then_some(beyond),
             (Some(window), _) => (tokens > self.sinks.saturating_add(window))
                 .then(|| format!("each sees the first {} and the newest {window}", self.sinks)),
             _ if self.retrieve.is_some() => None,

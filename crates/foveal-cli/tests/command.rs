@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 
 use serde_json::Value;
-use support::{Folder, SMALL, assert_fails, foveal, run, stderr, stdout};
+use support::{Folder, SMALL, assert_fails, built_in, foveal, run, stderr, stdout};
 
 const PROMPT: &str = "Alice was beginning to";
 /// The small model's most probable continuation.
@@ -150,6 +150,18 @@ fn a_text_beyond_the_context_is_announced_once() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert_eq!(stderr(&output).matches("with a context of 128").count(), 1);
     assert!(!stderr(&greedy(&[PROMPT])).contains("context"));
+}
+
+#[test]
+fn mechanisms_that_are_named_see_what_they_see() {
+    let output =
+        built_in(&["generate", "-n", "600", PROMPT]).stderr(Stdio::piped()).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("trained with a context of 512"), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("newest"), "{}", stderr(&output));
+    let output = built_in(&["generate", "-n", "9", "--window", "20", PROMPT]).output().unwrap();
+    assert_fails(&output, 1, &["Rolling", "all that its mechanism sees"]);
+    assert!(!stderr(&output).contains("newest"), "{}", stderr(&output));
 }
 
 #[test]

@@ -368,6 +368,11 @@ impl ModelConfig {
         }
     }
 
+    /// Whether the configuration [names the mechanisms](Mechanism) of its layers.
+    pub fn has_named_mixers(&self) -> bool {
+        self.layers.iter().any(|layer| !layer.sections.is_empty())
+    }
+
     /// Bytes of keys and values that one more token adds, over all layers, in f32.
     pub fn kv_bytes_per_token(&self) -> usize {
         self.layers.len() * self.attention.kept() * size_of::<f32>()

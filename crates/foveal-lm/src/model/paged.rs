@@ -27,7 +27,7 @@ impl Model {
 
     /// Whether all that layers keep of a text lies in pages: not so where mixers are named in the configuration.
     pub(crate) fn takes_pages(&self) -> bool {
-        self.config.layers.iter().all(|layer| layer.sections.is_empty())
+        !self.config.has_named_mixers()
     }
 
     /// A state that holds no tokens and takes its pages from `pages`, which another state of this model's may hold too.

@@ -60,22 +60,17 @@ fn architecture(config: &ModelConfig) -> Architecture {
 /// What GGUF stores otherwise in the tensor of this name.
 pub(super) fn change(name: &str, config: &ModelConfig) -> Change {
     let rotated = name.contains("attn_q.") || name.contains("attn_k.");
-    if architecture(config) == Architecture::Llama && rotated && !is_named(config) {
+    if architecture(config) == Architecture::Llama && rotated && !config.has_named_mixers() {
         return Change::Interleave(config.attention.head_dim);
     }
     let norm = name.ends_with("norm.weight");
     if norm && config.norm_offset == 1.0 { Change::AddOne } else { Change::None }
 }
 
-/// Whether the mixers have names.
-fn is_named(config: &ModelConfig) -> bool {
-    config.layers.iter().any(|layer| !layer.sections.is_empty())
-}
-
 /// The keys of a model that came from a folder.
 pub(super) fn described(config: &ModelConfig) -> Result<Keys, Error> {
     refuse(config)?;
-    let named = if is_named(config) { NAMED } else { "" };
+    let named = if config.has_named_mixers() { NAMED } else { "" };
     let architecture = format!("{named}{}", architecture(config));
     let mut keys: Keys = vec![("general.architecture".to_owned(), (&*architecture).into())];
     if let Some(foveal) = sections::write(&config.layers)? {

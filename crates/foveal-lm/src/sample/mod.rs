@@ -16,13 +16,12 @@
 
 mod candidates;
 mod logprobs;
-mod random;
 
 use std::collections::VecDeque;
 
 use crate::Error;
+use crate::random::Random;
 use candidates::{Candidate, largest, probabilities};
-use random::Random;
 
 pub use logprobs::Logprobs;
 

@@ -1,6 +1,6 @@
-use super::random::Random;
 use super::{Sampler, Sampling};
 use crate::Error;
+use crate::random::Random;
 
 const ALL: Sampling = Sampling {
     temperature: 1.0,
@@ -34,14 +34,6 @@ fn drawn(sampling: Sampling, logits: &[f32]) -> Vec<u32> {
 fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut random = Random::new(seed);
     (0..len).map(|_| (random.unit() * 20.0 - 10.0) as f32).collect()
-}
-
-#[test]
-fn random_numbers_are_splitmix64() {
-    // The published first values for the seed 1234567.
-    let mut random = Random::new(1_234_567);
-    assert_eq!(random.bits(), 6_457_827_717_110_365_317);
-    assert_eq!(random.bits(), 3_203_168_211_198_807_973);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::{DataSection, Order};
 use super::corpus::pieces;
-use super::random::{Random, Use, seed};
+use super::random::{Use, numbers, seed};
 use super::{Batch, Error, IGNORED, Pairs};
 use crate::tokenizer::{Encode, Tokenizer};
 
@@ -275,7 +275,7 @@ impl Batches {
     fn epoch_order(&mut self) -> (usize, &[u32]) {
         let epoch = self.position.epoch;
         if self.epoch.as_ref().is_none_or(|(known, ..)| *known != epoch) {
-            let mut random = Random::new(seed(self.seed, Use::Order, [epoch, 0]));
+            let mut random = numbers(seed(self.seed, Use::Order, [epoch, 0]));
             let first = random.below(self.sequence);
             let count = (self.text.len() - 1 - first) / self.sequence;
             self.epoch = Some((epoch, first, random.permutation(count)));
@@ -335,7 +335,7 @@ impl Sequences {
     /// any of the `vocab` tokens, the others stay (Devlin et al. 2018, §3.1).
     #[must_use]
     pub fn hide(mut self, mask: u32, vocab: usize, share: f64, seed: u64) -> Sequences {
-        let mut random = Random::new(seed);
+        let mut random = numbers(seed);
         let limit = (share * f64::from(1 << 30)) as usize;
         self.targets.fill(IGNORED);
         for (token, target) in self.tokens.iter_mut().zip(&mut self.targets) {

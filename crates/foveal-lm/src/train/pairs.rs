@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::Error;
 use super::config::{Config, DataSection, Task};
 use super::corpus::{files, has_ending, wrong};
-use super::random::{Random, Use, seed};
+use super::random::{Use, numbers, seed};
 
 /// What of a folder is read.
 const ENDINGS: [&str; 2] = ["jsonl", "tsv"];
@@ -91,7 +91,7 @@ fn filled(pair: [String; 2]) -> Result<[String; 2], String> {
 
 /// Pairs of random letters.
 fn made_up(task: Task, data: &DataSection, run: u64) -> Vec<String> {
-    let mut random = Random::new(seed(run, Use::Task, [0, 0]));
+    let mut random = numbers(seed(run, Use::Task, [0, 0]));
     // The decoder reads one token more than a target has.
     let most = LETTERS[1].min(data.sequence - 1);
     let least = LETTERS[0].min(most);

@@ -7,7 +7,8 @@
 //! that write to the residual stream (`o_proj`, `down_proj`) divided by √(2 · layers) (Radford et al. 2019, §2.3). Norms: what
 //! multiplies by 1. Biases, sinks and gates of memories: 0. Convolutions: uniform within ±1/√taps. Decays (`a_log`,
 //! `dt_bias`): logarithms of rates uniform in 1 to 16, and steps log-uniform in 0.001 to 0.1 through the inverse of softplus
-//! (Dao and Gu 2024). Mixtures of Linformer: normal with variance 1 / rank. Scales of Memorizing Transformers: 1.
+//! (Dao and Gu 2024). Mixtures of Linformer: normal with variance 1 / rank. Scales of Memorizing Transformers: √dim, which weighs
+//! as attention with normalised queries and keys does (published: 1, with another optimizer).
 
 mod initial;
 mod layout;

@@ -1,13 +1,7 @@
 //! Random numbers that depend on what they are for, and on nothing that came before: SplitMix64's mixing function on a
 //! seed and a place.
 
-/// All bits depend on all bits.
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
+use crate::random::{Random, mix};
 
 /// What a stream of random numbers is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,31 +24,9 @@ pub(super) fn seed(run: u64, purpose: Use, place: [u64; 2]) -> u64 {
     [purpose as u64, place[0], place[1]].into_iter().fold(mix(run), |seed, x| mix(seed ^ mix(x)))
 }
 
-/// Numbers one after the other.
-#[derive(Clone, Debug)]
-pub(super) struct Random(u64);
-
-impl Random {
-    pub(super) fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A whole number below `n`, which is not 0.
-    pub(super) fn below(&mut self, n: usize) -> usize {
-        ((u128::from(self.bits()) * n as u128) >> 64) as usize
-    }
-
-    /// The numbers below `n` in any order.
-    pub(super) fn permutation(&mut self, n: usize) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..n as u32).collect();
-        for last in (1..n).rev() {
-            order.swap(last, self.below(last + 1));
-        }
-        order
-    }
+/// Numbers one after the other for a [`seed`]: all but the first, so that runs are what they always were.
+pub(super) fn numbers(seed: u64) -> Random {
+    let mut random = Random::new(seed);
+    random.bits();
+    random
 }

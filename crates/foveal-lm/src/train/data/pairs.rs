@@ -12,8 +12,9 @@
 
 use sha2::{Digest, Sha256};
 
-use super::super::random::{Random, Use, seed};
+use super::super::random::{Use, numbers, seed};
 use super::{Position, Sequences};
+use crate::random::Random;
 use crate::train::{Error, IGNORED};
 
 /// Steps that are sorted together.
@@ -125,7 +126,7 @@ impl PairBatches {
         match (self.epoch.take(), self.seed) {
             (Some((known, order)), _) if known == epoch => order,
             (_, None) => (0..self.pairs.len() as u32).collect(),
-            (_, Some(run)) => self.shuffle(Random::new(seed(run, Use::Order, [epoch, 0]))),
+            (_, Some(run)) => self.shuffle(numbers(seed(run, Use::Order, [epoch, 0]))),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::f64::consts::TAU;
 
+use crate::random::{Random, mix};
+
 /// How a tensor is filled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Initial {
@@ -22,15 +24,15 @@ impl Initial {
         let name = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        let mut random = Random(mix(seed) ^ name);
+        let mut random = Random::new(mix(seed) ^ name);
         numbers.iter_mut().for_each(|x| *x = self.number(&mut random));
     }
 
     fn number(self, random: &mut Random) -> f32 {
-        let between = |random: &mut Random, low: f64, high: f64| low + (high - low) * random.unit();
+        let between = |random: &mut Random, low: f64, high: f64| low + (high - low) * unit(random);
         match self {
             Initial::Constant(x) => x,
-            Initial::Normal(deviation) => deviation * random.normal(),
+            Initial::Normal(deviation) => deviation * normal(random),
             Initial::Uniform(x) => between(random, f64::from(-x), f64::from(x)) as f32,
             Initial::LogOfUniform(low, high) => {
                 between(random, low.into(), high.into()).ln() as f32
@@ -44,29 +46,15 @@ impl Initial {
     }
 }
 
-/// splitmix64 (Steele et al. 2014).
-struct Random(u64);
-
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+/// Above 0 and at most 1.
+fn unit(random: &mut Random) -> f64 {
+    random.unit() + 1.0 / (1u64 << 53) as f64
 }
 
-impl Random {
-    /// Above 0 and at most 1.
-    fn unit(&mut self) -> f64 {
-        let bits = mix(self.0);
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        ((bits >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Standard normal, by the transformation of Box and Muller.
-    fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * self.unit().ln()).sqrt();
-        (radius * (TAU * self.unit()).cos()) as f32
-    }
+/// Standard normal, by the transformation of Box and Muller.
+fn normal(random: &mut Random) -> f32 {
+    let radius = (-2.0 * unit(random).ln()).sqrt();
+    (radius * (TAU * unit(random)).cos()) as f32
 }
 
 #[cfg(test)]

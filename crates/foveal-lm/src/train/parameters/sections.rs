@@ -62,7 +62,9 @@ pub(super) fn declared(
         }
         Mechanism::Infini { .. } => vec![tensors.memory_gate()],
         Mechanism::Memorizing { .. } => {
-            let scale = tensors.vector("scale", heads, Initial::Constant(1.0));
+            // With 1, as published, cosines of -1 to 1 weigh keys all but alike for thousands of steps of AdamW.
+            let scale = Initial::Constant((dim as f32).sqrt());
+            let scale = tensors.vector("scale", heads, scale);
             vec![tensors.memory_gate(), scale]
         }
         _ => vec![],
