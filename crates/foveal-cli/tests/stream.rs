@@ -123,7 +123,8 @@ fn a_prompt_of_any_length_is_continued_as_a_whole_one() {
     let message = String::from_utf8_lossy(&found.stderr).into_owned();
     assert!(message.contains("are remembered"), "{message}");
     assert_ne!(tokens(&found.stdout), alone);
-    let refused = foveal(&["generate", "--memory", &memory, "ab"]);
+    let plain = concat!(env!("CARGO_MANIFEST_DIR"), "/../foveal-lm/tests/assets/glassllm-en.gguf");
+    let refused = foveal(&["generate", "-m", plain, "--memory", &memory, "ab"]);
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && message.contains("memorizing"), "{message}");
     std::fs::remove_dir_all(&folder).unwrap();
