@@ -68,7 +68,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let (all, mean) = (DEPTHS * seeds, found.iter().sum::<f64>() / found.len().max(1) as f64);
     let percent = 100.0 * right as f64 / all as f64;
-    eprintln!("{right} of {all} right, {percent:.1} %; fetched by {:.1} %", 100.0 * mean);
+    let fetched = match found.is_empty() {
+        true => String::new(),
+        false => format!("; fetched by {:.1} %", 100.0 * mean),
+    };
+    eprintln!("{right} of {all} right, {percent:.1} %{fetched}");
     Ok(())
 }
 
