@@ -3,7 +3,7 @@
 mod support;
 
 use serde_json::Value;
-use support::{Folder, assert_fails, run, run_with, stderr, stdout};
+use support::{Folder, assert_fails, built_in, run, run_with, stderr, stdout};
 
 const TEXT: &str = "The Queen said that Alice was late because she had slept";
 
@@ -66,6 +66,30 @@ fn the_table_has_bars_and_no_colours_in_a_pipe() {
     assert!(text.contains('█') && text.contains("entropy") && !text.contains('\x1b'), "{text}");
     let from_input = run_with(&["look", "-", "--token", "she", "--top", "2"], TEXT);
     assert_eq!(stdout(&from_input), text);
+}
+
+#[test]
+fn a_memory_says_what_was_retrieved() {
+    let text = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.";
+    let look = |more: &[&str]| built_in(&[&["look", "--top", "24", text], more].concat()).output();
+    let output = look(&["--json"]).unwrap();
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let (tokens, heads) = (found["tokens"].as_array().unwrap(), found["heads"].as_array().unwrap());
+    let memories = || heads.iter().filter(|head| head["mechanism"] == "memorizing");
+    assert_eq!((heads.len(), memories().count()), (24, 4));
+    for head in heads {
+        assert_eq!(head["recalled"].is_null(), head["mechanism"] != "memorizing");
+    }
+    for head in memories() {
+        let recalled = &head["recalled"];
+        let segment = recalled["segment"].as_u64().unwrap();
+        assert_eq!(segment, (tokens.len() as u64 - 1) / 16 * 16);
+        let entries = recalled["entries"].as_array().unwrap();
+        assert_eq!(entries.len() as u64, segment.min(32));
+        assert!(entries.iter().all(|entry| entry.as_u64().unwrap() < segment), "{recalled}");
+    }
+    let table = look(&[]).unwrap();
+    assert_eq!(stdout(&table).matches(" entries\n").count(), 4, "{}", stdout(&table));
 }
 
 #[test]

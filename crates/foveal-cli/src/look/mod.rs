@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use foveal_lm::atomic_file;
 use foveal_lm::generate::prompt_tokens;
-use foveal_lm::look::{Layer, Look, Row, Wanted};
+use foveal_lm::look::{Layer, Look, Recalled, Row, Wanted};
 use foveal_lm::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -246,6 +246,9 @@ fn as_json(arguments: &Arguments, text: &Text, heads: &[Chosen<'_>]) -> serde_js
         let weights = row.weights.iter().take(arguments.keys.max(1)).map(|&(position, weight)| {
             json!({ "position": position, "token": text.labels[position], "weight": weight })
         });
+        let recalled = row.recalled.as_ref().map(|Recalled { gate, segment, entries }| {
+            json!({ "gate": gate, "segment": segment, "entries": entries })
+        });
         json!({
             "layer": layer,
             "head": head,
@@ -254,6 +257,7 @@ fn as_json(arguments: &Arguments, text: &Text, heads: &[Chosen<'_>]) -> serde_js
             "entropy": row.entropy,
             "sum": row.sum,
             "weights": weights.collect::<Vec<_>>(),
+            "recalled": recalled,
         })
     });
     json!({

@@ -17,8 +17,13 @@ pub(super) fn table(text: &Text, chosen: &[Chosen<'_>], keys: usize, colour: boo
     let mut table = String::new();
     for Chosen { layer, head, row, mechanism, .. } in chosen {
         let name = mechanism.map(|name| format!(" ({name})")).unwrap_or_default();
+        let memory = row.recalled.as_ref().map(|recalled| match recalled.entries.len() {
+            0 => format!(", memory {:.2}", recalled.gate),
+            entries => format!(", memory {:.2} of {entries} entries", recalled.gate),
+        });
+        let (memory, entropy) = (memory.unwrap_or_default(), row.entropy);
         // Writing to a string can't fail.
-        let _ = writeln!(table, "\nlayer {layer} head {head}{name}, entropy {:.2}", row.entropy);
+        let _ = writeln!(table, "\nlayer {layer} head {head}{name}, entropy {entropy:.2}{memory}");
         for &(position, weight) in row.weights.iter().take(keys) {
             let bar = bar(weight.abs());
             let bar = if colour { paint(&bar, weight.abs()) } else { bar };
