@@ -4,7 +4,7 @@
 //! cargo run --release -p foveal-lm --example context_loss -- MODEL.gguf TEXT.txt [EVERY]
 //! ```
 //!
-//! Blocks of 64 tokens, from token 2048 on, one in EVERY (4), each with the 16, 32, 64 … 2048 tokens before it and nothing else.
+//! Blocks of 8 tokens, from token 2048 on, one in EVERY (32), each with the 16, 32, 64 … 2048 tokens before it and nothing else.
 //! Bits a byte of all of them, and how much fewer they are than with 16, with twice the standard error of the blocks' differences.
 
 use std::ops::ControlFlow;
@@ -15,13 +15,14 @@ use foveal_lm::evaluate::token_nll;
 use foveal_lm::tokenizer::{Encode, Tokenizer};
 use foveal_lm::weights::{Description, Weights};
 
-const BLOCK: usize = 64;
+/// Half of the smallest context: a token has at most half as many again before it as is said.
+const BLOCK: usize = 8;
 const CONTEXTS: [usize; 8] = [16, 32, 64, 128, 256, 512, 1024, 2048];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (path, text, every) = match &arguments[..] {
-        [path, text] => (Path::new(path), text, 4),
+        [path, text] => (Path::new(path), text, 32),
         [path, text, every] => (Path::new(path), text, every.parse::<usize>()?.max(1)),
         _ => return Err("give a model, a text, and perhaps one in how many blocks".into()),
     };

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! HOW is `full` (attention to all), `window` (the first tokens and the newest, BUDGET in all) or `retrieve` (those and fetched
-//! pieces, BUDGET in all). 11 depths, SEEDS numbers each; the text is Mohtashami and Jaggi's (2023), cut to TOKENS tokens. What
+//! pieces, BUDGET in all). 11 depths, SEEDS numbers each (or those of FIRST..END); the text is Mohtashami and Jaggi's (2023), cut to TOKENS tokens. What
 //! comes before a number is read once for all of them. Prints a line of CSV for each answer: whether it is right, and the share
 //! of layers and key/value heads that had all of the number's sentences among what they fetched when the answer began. Sums go
 //! to standard error.
@@ -36,8 +36,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [path, tokens, how, budget, seeds] = &arguments[..] else {
         return Err("give a model, TOKENS, full | window | retrieve, BUDGET and SEEDS".into());
     };
-    let (tokens, budget, seeds): (usize, usize, usize) =
-        (tokens.parse()?, budget.parse()?, seeds.parse()?);
+    let (tokens, budget): (usize, usize) = (tokens.parse()?, budget.parse()?);
+    let seeds: Range<usize> = match seeds.split_once("..") {
+        Some((first, end)) => first.parse()?..end.parse()?,
+        None => 0..seeds.parse()?,
+    };
     let weights = Weights::open(Path::new(path))?;
     let Description::Gguf(metadata) = weights.description() else {
         return Err("the model is to be a GGUF file".into());
@@ -56,7 +59,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let case = Case { model: &model, tokenizer: &tokenizer, tokens };
     println!("tokens,how,budget,depth,seed,right,fetched");
     let (mut right, mut found, mut base) = (0, vec![], model.state_with(&options)?);
-    for (depth, seed) in (0..DEPTHS).flat_map(|depth| (0..seeds).map(move |seed| (depth, seed))) {
+    for (depth, seed) in (0..DEPTHS).flat_map(|depth| seeds.clone().map(move |seed| (depth, seed)))
+    {
         let number = 10_000 + (seed * 7919 + depth * 104_729 + 12_345) % 90_000;
         let text = case.text(depth, number)?;
         case.read_before(&text, &mut base)?;
@@ -66,7 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         right += usize::from(own);
         found.extend(fetched);
     }
-    let (all, mean) = (DEPTHS * seeds, found.iter().sum::<f64>() / found.len().max(1) as f64);
+    let (all, mean) = (DEPTHS * seeds.len(), found.iter().sum::<f64>() / found.len().max(1) as f64);
     let percent = 100.0 * right as f64 / all as f64;
     let fetched = match found.is_empty() {
         true => String::new(),

@@ -8,10 +8,12 @@
 //! multiplies by 1. Biases, sinks and gates of memories: 0. Convolutions: uniform within ±1/√taps. Decays (`a_log`,
 //! `dt_bias`): logarithms of rates uniform in 1 to 16, and steps log-uniform in 0.001 to 0.1 through the inverse of softplus
 //! (Dao and Gu 2024). Mixtures of Linformer: normal with variance 1 / rank. Scales of Memorizing Transformers: √dim, which weighs
-//! as attention with normalised queries and keys does (published: 1, with another optimizer).
+//! as attention with normalised queries and keys does (published: 1, with another optimizer). Layers that are to copy from the first
+//! step on: [`Parameters::copy_from_the_start`].
 
 mod initial;
 mod layout;
+mod mimetic;
 mod sections;
 
 use std::collections::BTreeMap;

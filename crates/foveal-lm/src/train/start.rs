@@ -79,7 +79,9 @@ fn decoder(
     let tokens = vocabulary.tokenizer.vocab_size();
     let Some(path) = &config.model.from else {
         let json = config.model.to_json(tokens, config.data.sequence)?;
-        let parameters = Parameters::initial(&ModelConfig::from_json(&json)?, config.train.seed)?;
+        let (model, seed) = (ModelConfig::from_json(&json)?, config.train.seed);
+        let mut parameters = Parameters::initial(&model, seed)?;
+        parameters.copy_from_the_start(&model, &config.model.copying, seed)?;
         return Ok((json, parameters));
     };
     let folder = Folder::of(&Weights::open(path)?)?;

@@ -52,6 +52,9 @@ pub struct ModelSection {
     /// What mixes the tokens of the layers, as in `config.json` under `foveal`; attention to all where it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixer: Option<toml::Value>,
+    /// Layers of gated delta rules, counted from 0, that begin as copiers: what stood behind the same token before comes next.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub copying: Vec<usize>,
 }
 
 /// A family of layers.
@@ -88,6 +91,7 @@ impl Default for ModelSection {
             norms: NormPlace::default(),
             positions: PositionKind::default(),
             mixer: None,
+            copying: vec![],
         }
     }
 }
@@ -105,6 +109,10 @@ impl ModelSection {
         if self.head_dim.is_none() && !self.width.is_multiple_of(self.heads) {
             let expected = format!("a multiple of the {} heads, or a head_dim", self.heads);
             return Err(Error::config("model.width", self.width, expected));
+        }
+        if self.from.is_some() && !self.copying.is_empty() {
+            let expected = "none beside model.from, whose layers began long ago";
+            return Err(Error::config("model.copying", format!("{:?}", self.copying), expected));
         }
         // Written by itself in `train.toml`, from which a mixer beside a model would come back.
         match &self.mixer {

@@ -38,6 +38,7 @@ impl Config {
             ("model.norm_epsilon", model.norm_epsilon != usual.norm_epsilon),
             ("model.tied_head", !model.tied_head),
             ("model.mixer", model.mixer.is_some()),
+            ("model.copying", !model.copying.is_empty()),
             ("train.recompute", train.recompute),
         ];
         if let Some((key, _)) = foreign.into_iter().find(|(_, set)| *set) {
