@@ -6,9 +6,9 @@
 //!
 //! A layer of gated delta rules with these matrices and convolutions is an induction head (Olsson et al. 2022): it finds where the
 //! token of now stood before, and writes what came behind it, which a head tied to the embedding takes for the next token. What
-//! training from random numbers needs billions of tokens for, or never finds, is there at once, to be refined: mimetic
-//! initialisation (Trockman and Kolter 2023; of recurrences Trockman et al. 2024). Head 0 looks for one token, head h for the last
-//! h + 1 together, as far as the convolution reaches.
+//! training from random numbers seldom finds is there at once, to be refined. That queries and keys are read alike and little is
+//! forgotten is mimetic initialisation (Trockman et al. 2024, of Mamba); keys a token late and Vᵀ make a head of it that copies.
+//! Head 0 looks for one token, head h for the last h + 1 together, as far as the convolution reaches.
 //!
 //! The gates of such a layer have no biases, and random ones would give each channel another sign. So all embeddings get a common
 //! direction, ±1 by channel, which the gates read and P and V don't; heads forget at rates of 0.001 to 0.02 a token.
