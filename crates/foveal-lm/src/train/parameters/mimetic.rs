@@ -162,7 +162,8 @@ impl Copier<'_> {
                 remove(own, self.direction);
                 // Twice is enough for orthogonality to the last bits (Giraud et al. 2005).
                 (0..2).for_each(|_| done.chunks_exact(width).for_each(|other| remove(own, other)));
-                let length = dot(own, own).sqrt();
+                // Of width 1 nothing is left.
+                let length = dot(own, own).sqrt().max(f64::MIN_POSITIVE);
                 own.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
             }
         }
