@@ -33,7 +33,10 @@ const RATES: [f32; 2] = [0.001, 0.02];
 const OUTPUT: f32 = 1.5;
 
 impl Parameters {
-    /// Makes copiers of layers of gated delta rules; see [`mimetic`](self). The random numbers are those of the seed.
+    /// Makes induction heads of layers of gated delta rules, counted from 0: q_t = P x_t, k_t = P x_{t−1}, v_t = V x_t and the
+    /// output Vᵀ, so that what stood behind the last tokens before is what comes next (after Trockman et al. 2024,
+    /// arXiv:2410.11135). All embeddings get a common direction, which the gates of these layers read. The random numbers are those
+    /// of the seed; without layers nothing changes. Allocates two matrices of a layer.
     ///
     /// # Errors
     /// [`Error::Config`] for a layer that the model hasn't, one of another mechanism or of several, one without convolutions or
