@@ -5,10 +5,10 @@
 //! ```
 //!
 //! HOW is `full` (attention to all), `window` (the first tokens and the newest, BUDGET in all) or `retrieve` (those and fetched
-//! pieces, BUDGET in all). 11 depths, SEEDS numbers each (or those of FIRST..END); the text is Mohtashami and Jaggi's (2023), cut to TOKENS tokens. What
-//! comes before a number is read once for all of them. Prints a line of CSV for each answer: whether it is right, and the share
-//! of layers and key/value heads that had all of the number's sentences among what they fetched when the answer began. Sums go
-//! to standard error.
+//! pieces, BUDGET in all). 11 depths, SEEDS numbers each, or those of FIRST..END; the text is Mohtashami and Jaggi's (2023), cut
+//! to TOKENS tokens. What comes before a number is read once for all of them. Prints a line of CSV for each answer: whether it is
+//! right, and the share of layers and key/value heads that had all of the number's sentences among what they fetched when the
+//! answer began. Sums go to standard error.
 
 use std::ops::Range;
 use std::path::Path;
