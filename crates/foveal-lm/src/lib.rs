@@ -26,7 +26,6 @@ mod names;
 mod norm;
 pub mod prompt_cache;
 pub mod quantize;
-mod random;
 mod ropes;
 pub mod sample;
 #[doc(hidden)]

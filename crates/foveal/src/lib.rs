@@ -73,7 +73,8 @@ pub mod plan;
 pub mod position;
 mod problem;
 pub mod projection;
-mod random;
+#[doc(hidden)]
+pub mod random;
 pub mod registry;
 mod simd;
 pub mod sparse;

@@ -20,8 +20,8 @@ mod logprobs;
 use std::collections::VecDeque;
 
 use crate::Error;
-use crate::random::Random;
 use candidates::{Candidate, largest, probabilities};
+use foveal::random::Random;
 
 pub use logprobs::Logprobs;
 

@@ -1,6 +1,6 @@
 use super::{Sampler, Sampling};
 use crate::Error;
-use crate::random::Random;
+use foveal::random::Random;
 
 const ALL: Sampling = Sampling {
     temperature: 1.0,

@@ -1,7 +1,7 @@
 //! Random numbers that depend on what they are for, and on nothing that came before: SplitMix64's mixing function on a
 //! seed and a place.
 
-use crate::random::{Random, mix};
+use foveal::random::{Random, mix};
 
 /// What a stream of random numbers is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,8 @@ use sha2::{Digest, Sha256};
 
 use super::super::random::{Use, numbers, seed};
 use super::{Position, Sequences};
-use crate::random::Random;
 use crate::train::{Error, IGNORED};
+use foveal::random::Random;
 
 /// Steps that are sorted together.
 const SORTED: usize = 64;

@@ -1,8 +1,6 @@
 //! Where parameters begin.
 
-use std::f64::consts::TAU;
-
-use crate::random::{Random, mix};
+use foveal::random::{Random, mix};
 
 /// How a tensor is filled.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,10 +27,11 @@ impl Initial {
     }
 
     fn number(self, random: &mut Random) -> f32 {
-        let between = |random: &mut Random, low: f64, high: f64| low + (high - low) * unit(random);
+        let between =
+            |random: &mut Random, low: f64, high: f64| low + (high - low) * random.positive();
         match self {
             Initial::Constant(x) => x,
-            Initial::Normal(deviation) => deviation * normal(random),
+            Initial::Normal(deviation) => deviation * random.normal(),
             Initial::Uniform(x) => between(random, f64::from(-x), f64::from(x)) as f32,
             Initial::LogOfUniform(low, high) => {
                 between(random, low.into(), high.into()).ln() as f32
@@ -44,17 +43,6 @@ impl Initial {
             }
         }
     }
-}
-
-/// Above 0 and at most 1.
-fn unit(random: &mut Random) -> f64 {
-    random.unit() + 1.0 / (1u64 << 53) as f64
-}
-
-/// Standard normal, by the transformation of Box and Muller.
-fn normal(random: &mut Random) -> f32 {
-    let radius = (-2.0 * unit(random).ln()).sqrt();
-    (radius * (TAU * unit(random)).cos()) as f32
 }
 
 #[cfg(test)]

@@ -204,8 +204,8 @@ mod tests {
     use crate::Model;
     use crate::config::ModelConfig;
     use crate::evaluate::token_nll;
-    use crate::random::Random;
     use crate::train::Error;
+    use foveal::random::Random;
 
     const VOCAB: usize = 500;
 
